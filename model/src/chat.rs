@@ -1,0 +1,810 @@
+//! Conversations as a model sees them: its chat template, and which part of the text is trained.
+//!
+//! One piece of code renders for training and for generation, so the two cannot differ.
+
+mod jinja;
+mod trained;
+
+use std::collections::BTreeMap;
+use std::ops::Range;
+use std::path::Path;
+
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
+
+use crate::error::{Error, Result};
+use crate::tokenizer::{SpecialTokens, read_json};
+pub use trained::trained_tokens;
+use trained::{TurnSearch, ends_with_any};
+
+/// One turn of a conversation.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Message {
+    /// Who speaks: `system`, `user`, `assistant`, `tool`, …
+    pub role: String,
+    /// What is said: a string, a list of parts (`[{"type": "text", "text": …}]`), or null when the
+    /// turn only calls tools.
+    #[serde(default, skip_serializing_if = "Value::is_null")]
+    pub content: Value,
+    /// The other keys (`name`, `tool_calls`, …), which are passed on to the template.
+    #[serde(flatten)]
+    pub extra: Map<String, Value>,
+}
+
+impl Message {
+    /// A turn of plain text.
+    pub fn new(role: impl Into<String>, content: impl Into<String>) -> Self {
+        Self {
+            role: role.into(),
+            content: Value::String(content.into()),
+            extra: Map::new(),
+        }
+    }
+
+    /// The text of the content, the text parts joined; `None` when there is none.
+    pub fn text(&self) -> Option<String> {
+        match &self.content {
+            Value::String(text) => Some(text.clone()),
+            Value::Array(parts) => {
+                let texts = parts.iter().filter_map(|part| part.get("text")?.as_str());
+                texts.map(str::to_owned).reduce(|all, text| all + &text)
+            }
+            _ => None,
+        }
+    }
+
+    fn is_assistant(&self) -> bool {
+        self.role == "assistant"
+    }
+
+    /// Whether the turn has something under one of its other keys.
+    fn has(&self, key: &str) -> bool {
+        match self.extra.get(key) {
+            None | Some(Value::Null) => false,
+            Some(Value::Array(items)) => !items.is_empty(),
+            Some(Value::String(text)) => !text.is_empty(),
+            Some(_) => true,
+        }
+    }
+
+    /// The same turn with other text: the first text part has it, the others are empty.
+    fn with_text(&self, text: &str) -> Self {
+        let mut message = self.clone();
+        let Value::Array(parts) = &mut message.content else {
+            message.content = Value::from(text);
+            return message;
+        };
+        let mut texts = std::iter::once(text).chain(std::iter::repeat(""));
+        for part in parts.iter_mut().filter_map(|part| part.get_mut("text")) {
+            *part = Value::from(texts.next().unwrap_or_default());
+        }
+        message
+    }
+
+    /// The turn as templates see it: without the keys that are null, and with reasoning under the
+    /// names that templates read, as transformers prepares it.
+    fn for_template(&self) -> minijinja::Value {
+        let mut message = Map::new();
+        message.insert("role".to_owned(), Value::from(self.role.as_str()));
+        message.insert("content".to_owned(), self.content.clone());
+        message.extend(self.extra.clone());
+        message.retain(|_, value| !value.is_null());
+        if let Some(reasoning) = REASONING_KEYS
+            .iter()
+            .find_map(|key| message.get(*key))
+            .cloned()
+        {
+            if !message.contains_key("thinking") {
+                message.shift_insert(0, "thinking".to_owned(), reasoning.clone());
+            }
+            message.insert("reasoning_content".to_owned(), reasoning);
+        }
+        minijinja::Value::from(minijinja::value::Serde(&message))
+    }
+}
+
+/// The keys under which a turn's reasoning is passed, the one that counts first.
+const REASONING_KEYS: [&str; 3] = ["reasoning_content", "thinking", "reasoning"];
+
+/// Which part of a conversation is trained.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum TrainOn {
+    /// Every assistant turn: its content and its end marker.
+    #[default]
+    Assistant,
+    /// The last assistant turn only.
+    Last,
+    /// The whole text.
+    All,
+}
+
+/// A conversation as text, and what is trained of it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Rendered {
+    /// The text.
+    pub text: String,
+    /// The byte ranges of the text that are trained, in order.
+    pub trained: Vec<Range<usize>>,
+    /// Whether what is trained last ends in an end marker: without one a model never learns to stop.
+    pub ends_with_marker: bool,
+}
+
+/// A chat template: the jinja source that turns a conversation into text.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ChatTemplate {
+    /// The file it comes from, or the name of a built-in template; for messages.
+    pub name: String,
+    /// The jinja source, as it was read.
+    pub source: String,
+}
+
+impl ChatTemplate {
+    /// The names [`ChatTemplate::builtin`] knows.
+    pub const BUILTIN: [&str; 4] = ["chatml", "llama2", "llama3", "alpaca"];
+
+    /// A template from its source.
+    ///
+    /// # Errors
+    /// `Template` when the source does not parse.
+    pub fn new(name: impl Into<String>, source: impl Into<String>) -> Result<Self> {
+        let template = Self {
+            name: name.into(),
+            source: source.into(),
+        };
+        template.renderer(&SpecialTokens::new(), |_| Ok(()))?;
+        Ok(template)
+    }
+
+    /// The template of a model folder: `chat_template.jinja`, else the `chat_template` of
+    /// `tokenizer_config.json`, else the one of `chat_template.json`.
+    ///
+    /// Of a list of named templates the one named `default` is taken.
+    ///
+    /// # Errors
+    /// `Io` and `Json` when a file cannot be read, `Template` when the template does not parse.
+    pub fn from_folder(folder: &Path) -> Result<Option<Self>> {
+        let path = folder.join("chat_template.jinja");
+        if path.is_file() {
+            return Self::from_file(&path).map(Some);
+        }
+        for file in ["tokenizer_config.json", "chat_template.json"] {
+            let path = folder.join(file);
+            let config = read_json(&path)?;
+            let entry = config
+                .as_ref()
+                .and_then(|config| config.get("chat_template"));
+            if let Some(entry) = entry.filter(|entry| !entry.is_null()) {
+                let Some(source) = default_source(entry) else {
+                    return Err(bad_entry(&path));
+                };
+                return Self::new(path.display().to_string(), source).map(Some);
+            }
+        }
+        Ok(None)
+    }
+
+    /// A template from a jinja file.
+    ///
+    /// # Errors
+    /// `Io` when the file cannot be read, `Template` when it does not parse.
+    pub fn from_file(path: &Path) -> Result<Self> {
+        let source = std::fs::read_to_string(path).map_err(|source| Error::Io {
+            action: "read",
+            path: path.to_path_buf(),
+            source,
+        })?;
+        Self::new(path.display().to_string(), source)
+    }
+
+    /// A built-in template: `chatml`, `llama2`, `llama3` or `alpaca`.
+    ///
+    /// In `alpaca` a system turn takes the place of the introduction.
+    pub fn builtin(name: &str) -> Option<Self> {
+        let source = match name {
+            "chatml" => include_str!("chat/templates/chatml.jinja"),
+            "llama2" => include_str!("chat/templates/llama2.jinja"),
+            "llama3" => include_str!("chat/templates/llama3.jinja"),
+            "alpaca" => include_str!("chat/templates/alpaca.jinja"),
+            _ => return None,
+        };
+        Some(Self {
+            name: name.to_owned(),
+            source: source.to_owned(),
+        })
+    }
+
+    /// Renders a conversation, as transformers' `apply_chat_template` does.
+    ///
+    /// `{% generation %}` blocks print what is inside of them; `strftime_now` tells the time in UTC.
+    ///
+    /// # Errors
+    /// `Template` when the template refuses the conversation.
+    pub fn render(
+        &self,
+        messages: &[Message],
+        add_generation_prompt: bool,
+        special_tokens: &SpecialTokens,
+    ) -> Result<String> {
+        self.renderer(special_tokens, |renderer| {
+            renderer.render(&to_values(messages), add_generation_prompt)
+        })
+    }
+
+    /// Renders a conversation and finds what is trained of it.
+    ///
+    /// An assistant turn is found by rendering the conversation again with a marker in the place
+    /// of the turn's content: what stands before and after the marker stands before and after the
+    /// content in the real text. Trained is the content as the text shows it and, when one follows
+    /// directly or after white space, its end marker; never the white space after it. A turn that
+    /// calls tools, or has reasoning that is shown, is trained whole: from where the generation
+    /// prompt ends to the end of the turn.
+    ///
+    /// `end_markers` are the strings that end a turn, the eos tokens.
+    ///
+    /// # Errors
+    /// `TurnNotRendered` when a turn cannot be found for certain, e.g. because the template shows
+    /// other things around another content; `Template` when the template refuses the conversation.
+    pub fn render_trained(
+        &self,
+        messages: &[Message],
+        train_on: TrainOn,
+        special_tokens: &SpecialTokens,
+        end_markers: &[String],
+    ) -> Result<Rendered> {
+        let markers = end_markers.iter().filter(|marker| !marker.is_empty());
+        let markers = markers.map(String::as_str).collect::<Vec<_>>();
+        self.renderer(special_tokens, |renderer| {
+            let text = renderer.render(&to_values(messages), false)?;
+            if train_on == TrainOn::All {
+                let ends_with_marker = ends_with_any(text.trim_end(), &markers);
+                let trained = std::iter::once(0..text.len()).collect();
+                return Ok(Rendered {
+                    text,
+                    trained,
+                    ends_with_marker,
+                });
+            }
+            let turns = (0..messages.len()).filter(|&turn| messages[turn].is_assistant());
+            let skipped = if train_on == TrainOn::Last {
+                turns.clone().count().max(1) - 1
+            } else {
+                0
+            };
+            let search = TurnSearch {
+                renderer,
+                text: &text,
+                messages,
+                markers: &markers,
+            };
+            let trained = turns
+                .skip(skipped)
+                .map(|turn| search.find(turn))
+                .collect::<Result<Vec<_>>>()?;
+            let ends_with_marker = trained
+                .last()
+                .is_some_and(|last| ends_with_any(&text[last.clone()], &markers));
+            Ok(Rendered {
+                text,
+                trained,
+                ends_with_marker,
+            })
+        })
+    }
+
+    /// Compiles the template and hands it to `run`, which may render many times.
+    fn renderer<T>(
+        &self,
+        special_tokens: &SpecialTokens,
+        run: impl FnOnce(&Renderer<'_>) -> Result<T>,
+    ) -> Result<T> {
+        let source = jinja::accept_generation_tags(&self.source);
+        let environment = jinja::environment().map_err(|e| self.error(e))?;
+        let template = environment
+            .template_from_named_str("template", &source)
+            .map_err(|e| self.error(e))?;
+        run(&Renderer {
+            chat: self,
+            template,
+            special_tokens,
+        })
+    }
+
+    fn error(&self, source: minijinja::Error) -> Error {
+        Error::Template {
+            name: self.name.clone(),
+            source,
+        }
+    }
+}
+
+/// A compiled template with the special tokens it sees.
+struct Renderer<'a> {
+    chat: &'a ChatTemplate,
+    template: minijinja::Template<'a, 'a>,
+    special_tokens: &'a SpecialTokens,
+}
+
+impl Renderer<'_> {
+    fn render(&self, messages: &[minijinja::Value], add_generation_prompt: bool) -> Result<String> {
+        use minijinja::Value;
+        let tokens = self.special_tokens.iter();
+        let mut context: BTreeMap<&str, Value> = tokens
+            .map(|(key, token)| (key.as_str(), Value::from(token.as_str())))
+            .collect();
+        context.insert("messages", messages.iter().cloned().collect());
+        context.insert("add_generation_prompt", Value::from(add_generation_prompt));
+        context.insert("tools", Value::from(()));
+        context.insert("documents", Value::from(()));
+        self.template
+            .render(context)
+            .map_err(|e| self.chat.error(e))
+    }
+}
+
+fn to_values(messages: &[Message]) -> Vec<minijinja::Value> {
+    messages.iter().map(Message::for_template).collect()
+}
+
+/// The source in a `chat_template` entry: a string, or a list with a template named `default`.
+fn default_source(entry: &Value) -> Option<&str> {
+    let is_default = |entry: &&Value| entry.get("name").and_then(Value::as_str) == Some("default");
+    match entry {
+        Value::String(source) => Some(source),
+        Value::Array(named) => named.iter().find(is_default)?.get("template")?.as_str(),
+        _ => None,
+    }
+}
+
+fn bad_entry(path: &Path) -> Error {
+    let reason = "chat_template is neither a string nor a list with a template named \"default\"";
+    Error::Json {
+        path: path.to_path_buf(),
+        source: serde::de::Error::custom(reason),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::PathBuf;
+
+    use super::*;
+    use crate::tokenizer::{Encoding, Tokenizer};
+
+    type Anything = std::result::Result<(), Box<dyn std::error::Error>>;
+
+    fn fixtures() -> PathBuf {
+        Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/chat")
+    }
+
+    #[derive(Deserialize)]
+    struct Fixture {
+        templates: BTreeMap<String, String>,
+        conversations: BTreeMap<String, Vec<Message>>,
+        renderings: Vec<Case>,
+    }
+
+    #[derive(Deserialize)]
+    struct Case {
+        template: String,
+        special_tokens: SpecialTokens,
+        conversation: String,
+        add_generation_prompt: bool,
+        text: Option<String>,
+    }
+
+    fn fixture() -> Fixture {
+        let file = std::fs::read(fixtures().join("renderings.json")).expect("the fixture is there");
+        serde_json::from_slice(&file).expect("the fixture parses")
+    }
+
+    fn template(name: &str) -> ChatTemplate {
+        ChatTemplate::new(name, &*fixture().templates[name]).expect("the fixture's template parses")
+    }
+
+    fn two_turns() -> Vec<Message> {
+        vec![
+            Message::new("user", "q1"),
+            Message::new("assistant", "a1"),
+            Message::new("user", "q2"),
+            Message::new("assistant", "a2"),
+        ]
+    }
+
+    fn tokens(bos: &str, eos: &str) -> SpecialTokens {
+        let pairs = [("bos_token", bos), ("eos_token", eos)];
+        pairs
+            .map(|(key, token)| (key.to_owned(), token.to_owned()))
+            .into()
+    }
+
+    fn trained(source: &str, messages: &[Message], end_marker: &str) -> Result<Vec<String>> {
+        let tokens = tokens("<s>", end_marker);
+        let template = ChatTemplate::new("test", source)?;
+        let markers = [end_marker.to_owned()];
+        let rendered = template.render_trained(messages, TrainOn::Assistant, &tokens, &markers)?;
+        Ok(rendered
+            .trained
+            .iter()
+            .map(|range| rendered.text[range.clone()].to_owned())
+            .collect())
+    }
+
+    #[test]
+    fn renderings_are_those_of_transformers() {
+        let fixture = fixture();
+        for case in &fixture.renderings {
+            let template = template(&case.template);
+            let messages = &fixture.conversations[&case.conversation];
+            let found = template.render(messages, case.add_generation_prompt, &case.special_tokens);
+            let place = format!("{} {}", case.template, case.conversation);
+            match &case.text {
+                Some(text) => assert_eq!(&found.expect(&place), text, "{place}"),
+                None => assert!(found.is_err(), "{place}: {found:?}"),
+            }
+        }
+    }
+
+    #[test]
+    fn built_in_templates_are_those_the_models_ship() {
+        let fixture = fixture();
+        let mut compared = 0;
+        for case in &fixture.renderings {
+            let Some(template) = ChatTemplate::builtin(&case.template) else {
+                continue;
+            };
+            let messages = &fixture.conversations[&case.conversation];
+            let Some(text) = &case.text else { continue };
+            if case.conversation == "parts" {
+                continue; // The models print the list itself.
+            }
+            let found = template.render(messages, case.add_generation_prompt, &case.special_tokens);
+            assert_eq!(
+                &found.expect("it renders"),
+                text,
+                "{} {}",
+                case.template,
+                case.conversation
+            );
+            compared += 1;
+        }
+        assert!(compared > 30, "{compared}");
+    }
+
+    #[test]
+    fn alpaca_is_the_plain_form() -> Anything {
+        let alpaca = ChatTemplate::builtin("alpaca").ok_or("alpaca is built in")?;
+        let tokens = tokens("<s>", "</s>");
+        let intro = "Below is an instruction that describes a task. Write a response that \
+                     appropriately completes the request.\n\n";
+        let turns = "### Instruction:\nq1\n\n### Response:\na1</s>\n\n\
+                     ### Instruction:\nq2\n\n### Response:\n";
+        let mut messages = two_turns();
+        assert_eq!(
+            alpaca.render(&messages, false, &tokens)?,
+            format!("{intro}{turns}a2</s>")
+        );
+        assert_eq!(
+            alpaca.render(&messages[..3], true, &tokens)?,
+            format!("{intro}{turns}")
+        );
+        messages.insert(0, Message::new("system", "Be kind."));
+        assert_eq!(
+            alpaca.render(&messages, false, &tokens)?,
+            format!("Be kind.\n\n{turns}a2</s>")
+        );
+        Ok(())
+    }
+
+    #[test]
+    fn every_built_in_template_parses_and_reads_parts() -> Anything {
+        let parts =
+            serde_json::json!({"role": "user", "content": [{"type": "text", "text": "q1"}]});
+        let mut messages = two_turns();
+        messages[0] = serde_json::from_value(parts)?;
+        for name in ChatTemplate::BUILTIN {
+            let template = ChatTemplate::builtin(name).ok_or(name)?;
+            let plain = template.render(&two_turns(), true, &tokens("<s>", "</s>"))?;
+            assert_eq!(
+                template.render(&messages, true, &tokens("<s>", "</s>"))?,
+                plain
+            );
+        }
+        assert_eq!(ChatTemplate::builtin("nonsense"), None);
+        Ok(())
+    }
+
+    /// The labels are those of a Python program that splits the tokens at the generation prompt.
+    #[test]
+    fn mask_is_the_one_of_the_reference() -> Anything {
+        #[derive(Deserialize)]
+        struct Row {
+            messages: Vec<Message>,
+            ids: Vec<u32>,
+            trained: [usize; 2],
+        }
+        let rows: Vec<Row> = serde_json::from_slice(&std::fs::read(fixtures().join("rows.json"))?)?;
+        let tokenizer = Tokenizer::from_folder(&fixtures().join("byte_level"))?;
+        let template = template("smollm2");
+        for row in rows {
+            let markers = ["<|im_end|>".to_owned()];
+            let tokens = tokenizer.special_tokens();
+            let found =
+                template.render_trained(&row.messages, TrainOn::Assistant, tokens, &markers)?;
+            let encoding = tokenizer.encode(&found.text, false)?;
+            let mask = trained_tokens(&encoding, &found.trained);
+            let expected =
+                (0..row.ids.len()).map(|i| (row.trained[0]..row.trained[1]).contains(&i));
+            assert_eq!(encoding.ids, row.ids);
+            assert_eq!(mask, expected.collect::<Vec<_>>());
+            assert!(found.ends_with_marker);
+        }
+        Ok(())
+    }
+
+    /// The blank before an answer and the answer are one token here.
+    #[test]
+    fn tokens_that_reach_into_a_turn_are_trained() -> Anything {
+        let tokenizer = Tokenizer::from_folder(&fixtures().join("metaspace"))?;
+        let template = ChatTemplate::builtin("llama2").ok_or("llama2 is built in")?;
+        let messages = [
+            Message::new("user", "How many?"),
+            Message::new("assistant", "the 24é "),
+        ];
+        let markers = ["</s>".to_owned()];
+        let tokens = tokenizer.special_tokens();
+        let found = template.render_trained(&messages, TrainOn::Assistant, tokens, &markers)?;
+        let encoding = tokenizer.encode(&found.text, false)?;
+        let mask = trained_tokens(&encoding, &found.trained);
+        let ids = encoding
+            .ids
+            .iter()
+            .zip(&mask)
+            .filter(|(_, trained)| **trained);
+        let ids = ids.map(|(id, _)| *id).collect::<Vec<_>>();
+        assert_eq!(tokenizer.decode(&ids, false)?, "the 24é </s>");
+        assert_eq!(mask.last(), Some(&true));
+        Ok(())
+    }
+
+    #[test]
+    fn a_token_without_text_is_trained_inside_of_a_range() {
+        let encoding = Encoding {
+            ids: vec![0; 5],
+            spans: vec![0..0, 0..2, 2..2, 2..4, 4..4],
+        };
+        let ranges = std::iter::once(2..4).collect::<Vec<_>>();
+        assert_eq!(
+            trained_tokens(&encoding, &ranges),
+            [false, false, true, true, false]
+        );
+    }
+
+    #[test]
+    fn every_turn_is_trained_with_its_marker_and_without_what_follows() -> Anything {
+        for (name, tokens, expected) in [
+            (
+                "chatml",
+                tokens("", "<|im_end|>"),
+                ["a1<|im_end|>", "a2<|im_end|>"],
+            ),
+            ("llama2", tokens("<s>", "</s>"), ["a1 </s>", "a2 </s>"]),
+            (
+                "llama3",
+                tokens("<|begin_of_text|>", "<|eot_id|>"),
+                ["a1<|eot_id|>", "a2<|eot_id|>"],
+            ),
+            ("alpaca", tokens("<s>", "</s>"), ["a1</s>", "a2</s>"]),
+        ] {
+            let template = ChatTemplate::builtin(name).ok_or(name)?;
+            let markers = [tokens["eos_token"].clone(), String::new()];
+            for (train_on, expected) in [
+                (TrainOn::Assistant, &expected[..]),
+                (TrainOn::Last, &expected[1..]),
+            ] {
+                let found = template.render_trained(&two_turns(), train_on, &tokens, &markers)?;
+                let parts = found.trained.iter().map(|range| &found.text[range.clone()]);
+                assert_eq!(parts.collect::<Vec<_>>(), expected, "{name}");
+                assert!(found.ends_with_marker, "{name}");
+            }
+            let all = template.render_trained(&two_turns(), TrainOn::All, &tokens, &markers)?;
+            assert_eq!(
+                all.trained,
+                std::iter::once(0..all.text.len()).collect::<Vec<_>>()
+            );
+            assert!(all.ends_with_marker, "{name}");
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn a_turn_without_marker_is_trained_and_reported() -> Anything {
+        let template = ChatTemplate::new(
+            "test",
+            "{% for m in messages %}{{ m.content }}\n{% endfor %}",
+        )?;
+        let markers = ["</s>".to_owned()];
+        let tokens = SpecialTokens::new();
+        let found = template.render_trained(&two_turns(), TrainOn::Assistant, &tokens, &markers)?;
+        assert_eq!(found.text, "q1\na1\nq2\na2\n");
+        assert_eq!(found.trained, [3..5, 9..11]);
+        assert!(!found.ends_with_marker);
+        Ok(())
+    }
+
+    #[test]
+    fn trimmed_and_shortened_contents_are_found() -> Anything {
+        let loop_over = |shown: &str| {
+            format!("{{% for m in messages %}}[{{{{ {shown} }}}}]</s>\n{{% endfor %}}")
+        };
+        let messages = [
+            Message::new("user", "]"),
+            Message::new("assistant", " ]x</think> ]\n"),
+        ];
+        let cases = [
+            ("m.content", " ]x</think> ]\n"),
+            ("m.content | trim", "]x</think> ]"),
+            ("m.content.split('</think>')[-1].strip()", "]"),
+        ];
+        for (shown, expected) in cases {
+            let found = trained(&loop_over(shown), &messages, "]</s>")?;
+            assert_eq!(found, [format!("{expected}]</s>")], "{shown}");
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn a_turn_that_cannot_be_found_for_certain_is_an_error() {
+        let messages = [
+            Message::new("user", "yes"),
+            Message::new("assistant", "yes"),
+        ];
+        for shown in [
+            "nothing",                                                    // The content is hidden,
+            "{{ m.content }}{{ m.content }}",                             // twice there,
+            "{{ 'Right' if m.content == 'yes' else m.content }}",         // replaced,
+            "{{ m.content }}{% if 'y' in m.content %} indeed{% endif %}", // added to,
+            "{% if 'y' in m.content %}(+){% endif %}{{ m.content }}", // or changes its surroundings.
+            "{% if 'y' in m.content %}(+){% else %}(-){% endif %}{{ m.content }}",
+            "{{ m.content if m.content != 'yes' }}",
+        ] {
+            let source = format!("{{% for m in messages %}}{shown}</s>{{% endfor %}}");
+            let found = trained(&source, &messages, "</s>");
+            assert!(
+                matches!(found, Err(Error::TurnNotRendered { turn: 2, .. })),
+                "{shown}: {found:?}"
+            );
+        }
+    }
+
+    #[test]
+    fn turns_that_call_tools_are_trained_whole() -> Anything {
+        let fixture = fixture();
+        let messages = &fixture.conversations["tools"];
+        let found = trained(&fixture.templates["llama3.1"], messages, "<|eot_id|>")?;
+        let call = r#"{"name": "add", "parameters": {"y": 2, "x": [1.5, "é<"]}}<|eot_id|>"#;
+        assert_eq!(found, [call, "4.<|eot_id|>"]);
+        let found = trained(&fixture.templates["qwen2.5"], messages, "<|im_end|>")?;
+        assert!(
+            found[0].starts_with("<tool_call>\n{\"name\": \"add\""),
+            "{found:?}"
+        );
+        assert!(found[0].ends_with("}\n</tool_call><|im_end|>"), "{found:?}");
+        Ok(())
+    }
+
+    #[test]
+    fn reasoning_that_is_shown_is_trained() -> Anything {
+        let reasoned = serde_json::json!({"role": "assistant", "content": "4", "reasoning": "Hm."});
+        let messages = [
+            Message::new("user", "2 + 2?"),
+            serde_json::from_value(reasoned)?,
+        ];
+        let fixture = fixture();
+        let found = trained(&fixture.templates["qwen3"], &messages, "<|im_end|>")?;
+        assert_eq!(found, ["<think>\nHm.\n</think>\n\n4<|im_end|>"]);
+        let found = trained(&fixture.templates["chatml"], &messages, "<|im_end|>")?;
+        assert_eq!(found, ["4<|im_end|>"]);
+        Ok(())
+    }
+
+    #[test]
+    fn an_empty_turn_and_a_list_of_parts_are_found() -> Anything {
+        let fixture = fixture();
+        let chatml = &fixture.templates["chatml"];
+        let found = trained(chatml, &fixture.conversations["empty_answer"], "<|im_end|>")?;
+        assert_eq!(found, ["<|im_end|>"]);
+        let source =
+            "{% for m in messages %}{{ m.content | map(attribute='text') | join }}</s>{% endfor %}";
+        let mut messages = fixture.conversations["parts"].clone();
+        messages[1].content = messages[0].content.clone();
+        assert_eq!(trained(source, &messages, "</s>")?, ["One two</s>"]);
+        Ok(())
+    }
+
+    #[test]
+    fn generation_tags_keep_their_white_space_control() {
+        for (source, expected) in [
+            (
+                "a {% generation %} b {%- endgeneration +%} c",
+                "a {% with %} b {%- endwith +%} c",
+            ),
+            ("{%-generation-%}{%endgeneration%}", "{%-with-%}{%endwith%}"),
+            (
+                "{% set generation = 1 %}{{ generation }}",
+                "{% set generation = 1 %}{{ generation }}",
+            ),
+            ("generation {% if", "generation {% if"),
+        ] {
+            assert_eq!(jinja::accept_generation_tags(source), expected);
+        }
+    }
+
+    #[test]
+    fn time_is_written_as_python_does() {
+        let all = "%d %b %Y|%A, %B %-d|%H:%M:%S %I%p|%j %y %e|%F %T %% %Q %-Q %";
+        let expected =
+            "05 Mar 2024|Tuesday, March 5|14:07:09 02PM|065 24  5|2024-03-05 14:07:09 % %Q %-Q %";
+        assert_eq!(jinja::strftime(1_709_647_629, all), expected);
+        assert_eq!(jinja::strftime(0, "%a %d %m %Y"), "Thu 01 01 1970");
+        assert_eq!(
+            jinja::strftime(951_782_400, "%d %m %Y %j"),
+            "29 02 2000 060"
+        );
+        assert_eq!(
+            jinja::strftime(1_735_603_200, "%d %m %Y %j"),
+            "31 12 2024 366"
+        );
+    }
+
+    #[test]
+    fn a_refusal_is_told_in_the_template_s_words() {
+        let messages = [Message::new("user", "a"), Message::new("user", "b")];
+        let found = template("llama2").render(&messages, false, &tokens("<s>", "</s>"));
+        let message = found.expect_err("the roles do not alternate").to_string();
+        assert!(message.contains("chat template llama2: "), "{message}");
+        assert!(
+            message.contains("Conversation roles must alternate"),
+            "{message}"
+        );
+    }
+
+    #[test]
+    fn the_template_of_a_folder_is_found_in_any_of_its_places() -> Anything {
+        let folder = tempfile::tempdir()?;
+        let found =
+            || ChatTemplate::from_folder(folder.path()).map(|found| found.map(|t| t.source));
+        let write = |file: &str, text: &str| std::fs::write(folder.path().join(file), text);
+        assert_eq!(found()?, None);
+        write("chat_template.json", r#"{"chat_template": "one"}"#)?;
+        assert_eq!(found()?.as_deref(), Some("one"));
+        write("tokenizer_config.json", r#"{"chat_template": null}"#)?;
+        assert_eq!(found()?.as_deref(), Some("one"));
+        let list = r#"[{"name": "rag", "template": "no"}, {"name": "default", "template": "two"}]"#;
+        write(
+            "tokenizer_config.json",
+            &format!(r#"{{"chat_template": {list}}}"#),
+        )?;
+        assert_eq!(found()?.as_deref(), Some("two"));
+        write("tokenizer_config.json", r#"{"chat_template": "three"}"#)?;
+        assert_eq!(found()?.as_deref(), Some("three"));
+        write("tokenizer_config.json", r#"{"chat_template": 3}"#)?;
+        assert!(matches!(found(), Err(Error::Json { .. })));
+        write("chat_template.jinja", "four {% if %}")?;
+        assert!(matches!(found(), Err(Error::Template { .. })));
+        write("chat_template.jinja", "four")?;
+        assert_eq!(found()?.as_deref(), Some("four"));
+        Ok(())
+    }
+
+    #[test]
+    fn a_message_keeps_its_other_keys_in_order() -> Anything {
+        let row = r#"{"role":"tool","content":[{"type":"text","text":"x"}],"name":"f","a":{"z":1,"b":null}}"#;
+        let message: Message = serde_json::from_str(row)?;
+        assert_eq!(message.text().as_deref(), Some("x"));
+        assert_eq!(serde_json::to_string(&message)?, row);
+        let silent: Message = serde_json::from_str(r#"{"role":"assistant"}"#)?;
+        assert_eq!(silent.text(), None);
+        Ok(())
+    }
+}

@@ -1,0 +1,352 @@
+//! The jinja environment of chat templates: what transformers gives them, on minijinja.
+
+use std::borrow::Cow;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use minijinja::syntax::SyntaxConfig;
+use minijinja::value::{Kwargs, Tuple, Value, ValueKind, from_args};
+use minijinja::{AutoEscape, Environment, Error, ErrorKind, State};
+use minijinja_contrib::pycompat;
+
+/// The environment that templates run in: blocks trimmed, Python's methods and JSON.
+pub(super) fn environment<'source>() -> Result<Environment<'source>, Error> {
+    let mut environment = Environment::new();
+    let syntax = SyntaxConfig::builder()
+        .trim_blocks(true)
+        .lstrip_blocks(true)
+        .build()?;
+    environment.set_syntax(syntax);
+    environment.set_auto_escape_callback(|_| AutoEscape::None);
+    environment.set_unknown_method_callback(call_method);
+    environment.add_filter("tojson", to_json);
+    environment.add_test("sequence", is_sequence);
+    environment.add_test("iterable", is_iterable);
+    environment.add_function("raise_exception", raise_exception);
+    environment.add_function("strftime_now", strftime_now);
+    Ok(environment)
+}
+
+/// Makes `{% generation %}` blocks readable for minijinja, which cannot be given new tags.
+///
+/// transformers uses these blocks to find what an assistant says; they print what is inside. The
+/// tags become those of an empty `{% with %}`, which keeps the white space control around them and
+/// the scope inside of them.
+pub(super) fn accept_generation_tags(source: &str) -> Cow<'_, str> {
+    if !source.contains("generation") {
+        return Cow::Borrowed(source);
+    }
+    let mut out = String::with_capacity(source.len());
+    let mut rest = source;
+    while let Some(start) = rest.find("{%") {
+        let (before, tag) = rest.split_at(start + 2);
+        out.push_str(before);
+        let Some(end) = tag.find("%}") else {
+            rest = tag;
+            break;
+        };
+        let inner = &tag[..end];
+        match inner.trim_matches(['-', '+']).trim() {
+            "generation" => out.push_str(&inner.replace("generation", "with")),
+            "endgeneration" => out.push_str(&inner.replace("endgeneration", "endwith")),
+            _ => out.push_str(inner),
+        }
+        rest = &tag[end..];
+    }
+    out.push_str(rest);
+    Cow::Owned(out)
+}
+
+/// Jinja's test, to which all that has a length and items is a sequence.
+fn is_sequence(value: &Value) -> bool {
+    use ValueKind::{Map, Seq, String, Undefined};
+    matches!(value.kind(), Map | Seq | String | Undefined)
+}
+
+/// Jinja's test; minijinja can also go through a none.
+fn is_iterable(value: &Value) -> bool {
+    !value.is_none() && value.try_iter().is_ok()
+}
+
+fn raise_exception(message: String) -> Result<Value, Error> {
+    Err(Error::new(ErrorKind::InvalidOperation, message))
+}
+
+/// Python's string methods that minijinja's compatibility layer lacks, then that layer.
+fn call_method(
+    state: &mut State,
+    value: &Value,
+    method: &str,
+    args: &[Value],
+) -> Result<Value, Error> {
+    let Some(text) = value.as_str() else {
+        return pycompat::unknown_method_callback(state, value, method, args);
+    };
+    match method {
+        "removeprefix" => {
+            let (prefix,): (&str,) = from_args(args)?;
+            Ok(Value::from(text.strip_prefix(prefix).unwrap_or(text)))
+        }
+        "removesuffix" => {
+            let (suffix,): (&str,) = from_args(args)?;
+            Ok(Value::from(text.strip_suffix(suffix).unwrap_or(text)))
+        }
+        "rsplit" => {
+            let (separator, limit): (&str, Option<usize>) = from_args(args)?;
+            let mut pieces: Vec<&str> = match limit {
+                Some(limit) => text.rsplitn(limit + 1, separator).collect(),
+                None => text.rsplit(separator).collect(),
+            };
+            pieces.reverse();
+            Ok(pieces.into_iter().map(Value::from).collect())
+        }
+        "partition" => {
+            let (separator,): (&str,) = from_args(args)?;
+            let (head, tail) = text.split_once(separator).unwrap_or((text, ""));
+            let separator = if head.len() == text.len() {
+                ""
+            } else {
+                separator
+            };
+            Ok(Value::from(Tuple::from(
+                [head, separator, tail].map(Value::from),
+            )))
+        }
+        _ => pycompat::unknown_method_callback(state, value, method, args),
+    }
+}
+
+/// `tojson` as transformers has it: `json.dumps` with `ensure_ascii=False` and no HTML escapes.
+fn to_json(value: Value, options: Kwargs) -> Result<String, Error> {
+    let ascii = options
+        .get::<Option<bool>>("ensure_ascii")?
+        .unwrap_or(false);
+    let sort_keys = options.get::<Option<bool>>("sort_keys")?.unwrap_or(false);
+    let indent = options.get::<Option<usize>>("indent")?;
+    let separators = options.get::<Option<Vec<String>>>("separators")?;
+    options.assert_all_used()?;
+    let (comma, colon) = match separators.as_deref() {
+        Some([comma, colon]) => (comma.clone(), colon.clone()),
+        _ if indent.is_some() => (",".to_owned(), ": ".to_owned()),
+        _ => (", ".to_owned(), ": ".to_owned()),
+    };
+    let value = serde_json::to_value(&value).map_err(|e| {
+        Error::new(ErrorKind::InvalidOperation, "cannot write as JSON").with_source(e)
+    })?;
+    let mut writer = JsonWriter {
+        out: String::new(),
+        ascii,
+        sort_keys,
+        indent,
+        comma,
+        colon,
+    };
+    writer.write(&value, 1);
+    Ok(writer.out)
+}
+
+/// Writes JSON with the spacing of Python's `json.dumps`.
+struct JsonWriter {
+    out: String,
+    ascii: bool,
+    sort_keys: bool,
+    indent: Option<usize>,
+    comma: String,
+    colon: String,
+}
+
+impl JsonWriter {
+    fn write(&mut self, value: &serde_json::Value, depth: usize) {
+        use serde_json::Value::{Array, Number, Object, String};
+        match value {
+            String(text) => self.write_string(text),
+            Number(number) => match number.as_f64().filter(|_| number.is_f64()) {
+                Some(float) => self.out.push_str(&python_float(float)),
+                None => self.out.push_str(&number.to_string()),
+            },
+            Array(items) => self.write_items('[', ']', depth, items, |writer, item| {
+                writer.write(item, depth + 1);
+            }),
+            Object(map) => {
+                let mut entries = map.iter().collect::<Vec<_>>();
+                if self.sort_keys {
+                    entries.sort_by_key(|(key, _)| *key);
+                }
+                self.write_items('{', '}', depth, &entries, |writer, (key, item)| {
+                    writer.write_string(key);
+                    writer.out.push_str(&writer.colon.clone());
+                    writer.write(item, depth + 1);
+                });
+            }
+            other => self.out.push_str(&other.to_string()),
+        }
+    }
+
+    fn write_items<T>(
+        &mut self,
+        open: char,
+        close: char,
+        depth: usize,
+        items: &[T],
+        write: impl Fn(&mut Self, &T),
+    ) {
+        self.out.push(open);
+        for (i, item) in items.iter().enumerate() {
+            if i > 0 {
+                self.out.push_str(&self.comma.clone());
+            }
+            self.break_line(depth);
+            write(self, item);
+        }
+        if !items.is_empty() {
+            self.break_line(depth - 1);
+        }
+        self.out.push(close);
+    }
+
+    fn break_line(&mut self, depth: usize) {
+        if let Some(indent) = self.indent {
+            self.out.push('\n');
+            self.out.push_str(&" ".repeat(indent * depth));
+        }
+    }
+
+    fn write_string(&mut self, text: &str) {
+        let quoted = serde_json::Value::from(text).to_string();
+        if !self.ascii {
+            self.out.push_str(&quoted);
+            return;
+        }
+        for c in quoted.chars() {
+            if c.is_ascii() {
+                self.out.push(c);
+            } else {
+                let mut units = [0; 2];
+                for unit in c.encode_utf16(&mut units) {
+                    self.out.push_str(&format!("\\u{unit:04x}"));
+                }
+            }
+        }
+    }
+}
+
+/// A float as Python prints it: an exponent from 1e16 on and below 1e-4, with two digits.
+fn python_float(float: f64) -> String {
+    let scientific = format!("{float:e}");
+    let (digits, exponent) = scientific.split_once('e').unwrap_or((&scientific, "0"));
+    let exponent: i32 = exponent.parse().unwrap_or(0);
+    match exponent {
+        -4..16 => format!("{float:?}"),
+        _ => format!(
+            "{digits}e{}{:02}",
+            if exponent < 0 { '-' } else { '+' },
+            exponent.abs()
+        ),
+    }
+}
+
+fn strftime_now(format: &str) -> String {
+    let now = SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .unwrap_or_default();
+    strftime(now.as_secs(), format)
+}
+
+const MONTHS: [&str; 12] = [
+    "January",
+    "February",
+    "March",
+    "April",
+    "May",
+    "June",
+    "July",
+    "August",
+    "September",
+    "October",
+    "November",
+    "December",
+];
+const DAYS: [&str; 7] = [
+    "Thursday",
+    "Friday",
+    "Saturday",
+    "Sunday",
+    "Monday",
+    "Tuesday",
+    "Wednesday",
+];
+
+/// Python's `strftime` for a time in UTC seconds since 1970, in English.
+///
+/// `%-d` and its like are without the leading zero. An unknown code stays as it is.
+pub(super) fn strftime(seconds: u64, format: &str) -> String {
+    let mut out = String::new();
+    let mut rest = format;
+    while let Some(start) = rest.find('%') {
+        out.push_str(&rest[..start]);
+        let code = &rest[start + 1..];
+        let bare = code.strip_prefix('-').unwrap_or(code);
+        let letter = bare.chars().next();
+        match letter.and_then(|letter| time_field(seconds, letter)) {
+            Some(field) if bare.len() < code.len() => {
+                let trimmed = field.trim_start_matches(['0', ' ']);
+                out.push_str(if trimmed.is_empty() { "0" } else { trimmed });
+            }
+            Some(field) => out.push_str(&field),
+            None => out.push_str(&rest[start..rest.len() - bare.len()]),
+        }
+        let known = letter.is_some_and(|letter| time_field(seconds, letter).is_some());
+        rest = if known { &bare[1..] } else { bare };
+    }
+    out + rest
+}
+
+fn time_field(seconds: u64, letter: char) -> Option<String> {
+    let (days, second) = (seconds / 86_400, seconds % 86_400);
+    let (year, month, day, day_of_year) = date(days);
+    let (hour, minute, second) = (second / 3600, second / 60 % 60, second % 60);
+    let (month_name, day_name) = (MONTHS[month - 1], DAYS[(days % 7) as usize]);
+    Some(match letter {
+        'Y' => year.to_string(),
+        'y' => format!("{:02}", year % 100),
+        'm' => format!("{month:02}"),
+        'B' => month_name.to_owned(),
+        'b' | 'h' => month_name[..3].to_owned(),
+        'd' => format!("{day:02}"),
+        'e' => format!("{day:2}"),
+        'j' => format!("{day_of_year:03}"),
+        'A' => day_name.to_owned(),
+        'a' => day_name[..3].to_owned(),
+        'H' => format!("{hour:02}"),
+        'I' => format!("{:02}", (hour + 11) % 12 + 1),
+        'p' => if hour < 12 { "AM" } else { "PM" }.to_owned(),
+        'M' => format!("{minute:02}"),
+        'S' => format!("{second:02}"),
+        'F' => format!("{year}-{month:02}-{day:02}"),
+        'T' => format!("{hour:02}:{minute:02}:{second:02}"),
+        '%' => "%".to_owned(),
+        _ => return None,
+    })
+}
+
+/// The year, month, day and day of the year of a day counted from 1970-01-01.
+fn date(mut days: u64) -> (u64, usize, u64, u64) {
+    let is_leap = |year: u64| {
+        year.is_multiple_of(4) && (!year.is_multiple_of(100) || year.is_multiple_of(400))
+    };
+    let mut year = 1970;
+    while days >= 365 + u64::from(is_leap(year)) {
+        days -= 365 + u64::from(is_leap(year));
+        year += 1;
+    }
+    let day_of_year = days + 1;
+    let february = 28 + u64::from(is_leap(year));
+    let mut month = 1;
+    for length in [31, february, 31, 30, 31, 30, 31, 31, 30, 31, 30] {
+        if days < length {
+            break;
+        }
+        days -= length;
+        month += 1;
+    }
+    (year, month, days + 1, day_of_year)
+}

@@ -1,0 +1,430 @@
+//! Safetensors files: memory-mapped reading, shard by shard, and writing that is whole or absent.
+
+use std::borrow::Cow;
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs::File;
+use std::io::Write;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+
+use half::{bf16, f16};
+use memmap2::Mmap;
+use rayon::prelude::*;
+use safetensors::{Dtype, SafeTensors};
+use serde_json::Value;
+
+use crate::error::{Error, Result};
+
+/// File name of an unsharded model.
+pub const MODEL_FILE: &str = "model.safetensors";
+/// File name of the list of shards.
+pub const INDEX_FILE: &str = "model.safetensors.index.json";
+
+/// The tensors of one or more safetensors files, mapped and not yet read.
+#[derive(Debug)]
+pub struct Checkpoint {
+    path: PathBuf,
+    shards: Vec<Shard>,
+    tensors: BTreeMap<String, Entry>,
+}
+
+#[derive(Debug)]
+struct Shard {
+    path: PathBuf,
+    map: Mmap,
+}
+
+#[derive(Debug)]
+struct Entry {
+    shard: usize,
+    dtype: Dtype,
+    shape: Vec<usize>,
+    /// Where its bytes lie in the shard.
+    bytes: Range<usize>,
+}
+
+impl Checkpoint {
+    /// Opens the weights of a model folder: one file, or the shards that its index lists.
+    ///
+    /// # Errors
+    /// [`Error::MissingFile`] without weights, [`Error::Safetensors`] for a file that lies about
+    /// its contents, [`Error::Io`] for a missing shard.
+    pub fn open_folder(folder: &Path) -> Result<Self> {
+        let index = folder.join(INDEX_FILE);
+        let single = folder.join(MODEL_FILE);
+        let files = match (index.exists(), single.exists()) {
+            (true, _) => shard_files(&index)?,
+            (false, true) => vec![MODEL_FILE.to_owned()],
+            (false, false) => {
+                return Err(Error::MissingFile {
+                    folder: folder.into(),
+                    file: MODEL_FILE,
+                });
+            }
+        };
+        Self::open(folder, files.iter().map(|file| folder.join(file)))
+    }
+
+    /// Opens one safetensors file.
+    pub fn open_file(path: &Path) -> Result<Self> {
+        Self::open(path, [path.to_path_buf()])
+    }
+
+    fn open(path: &Path, files: impl IntoIterator<Item = PathBuf>) -> Result<Self> {
+        let mut checkpoint = Self {
+            path: path.into(),
+            shards: Vec::new(),
+            tensors: BTreeMap::new(),
+        };
+        for file in files {
+            checkpoint.add(file)?;
+        }
+        Ok(checkpoint)
+    }
+
+    fn add(&mut self, path: PathBuf) -> Result<()> {
+        let io = |source| Error::Io {
+            action: "open",
+            path: path.clone(),
+            source,
+        };
+        let file = File::open(&path).map_err(io)?;
+        // SAFETY: the mapping is only read; a file that is truncated while it is mapped can fault,
+        // as with every memory-mapped reader.
+        let map = unsafe { Mmap::map(&file) }.map_err(io)?;
+        let damaged = |reason: String| Error::Safetensors {
+            path: path.clone(),
+            reason,
+        };
+        let parsed = SafeTensors::deserialize(&map).map_err(|e| damaged(e.to_string()))?;
+        for (name, view) in parsed.iter() {
+            let start = view.data().as_ptr() as usize - map.as_ptr() as usize;
+            let entry = Entry {
+                shard: self.shards.len(),
+                dtype: view.dtype(),
+                shape: view.shape().to_vec(),
+                bytes: start..start + view.data().len(),
+            };
+            if self.tensors.insert(name.to_owned(), entry).is_some() {
+                return Err(damaged(format!("{name} is in another shard, too")));
+            }
+        }
+        self.shards.push(Shard { path, map });
+        Ok(())
+    }
+
+    /// The file or folder that was opened.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Names and shapes of all tensors, sorted by name.
+    pub fn tensors(&self) -> impl Iterator<Item = (&str, &[usize])> {
+        self.tensors
+            .iter()
+            .map(|(name, entry)| (name.as_str(), entry.shape.as_slice()))
+    }
+
+    /// Shape of a tensor, if there is such a tensor.
+    pub fn shape(&self, name: &str) -> Option<&[usize]> {
+        self.tensors.get(name).map(|entry| entry.shape.as_slice())
+    }
+
+    /// Compares names and shapes with what a model needs.
+    ///
+    /// # Errors
+    /// [`Error::Tensors`] lists everything that is missing, of another shape or left over.
+    pub fn check(
+        &self,
+        wanted: &[(String, Vec<usize>)],
+        ignored: impl Fn(&str) -> bool,
+    ) -> Result<()> {
+        let mut problems = Vec::new();
+        for (name, shape) in wanted {
+            match self.shape(name) {
+                None => problems.push(format!("{name} is missing")),
+                Some(found) if found != shape => {
+                    problems.push(format!("{name} is {found:?}, expected {shape:?}"));
+                }
+                Some(_) => {}
+            }
+        }
+        let known: BTreeSet<&str> = wanted.iter().map(|(name, _)| name.as_str()).collect();
+        for name in self.tensors.keys() {
+            if !known.contains(name.as_str()) && !ignored(name) {
+                problems.push(format!("{name} is unexpected"));
+            }
+        }
+        if problems.is_empty() {
+            return Ok(());
+        }
+        Err(Error::Tensors {
+            path: self.path.clone(),
+            problems,
+        })
+    }
+
+    /// Reads a tensor as f32, whatever float type the file holds, and lets its pages go.
+    ///
+    /// # Errors
+    /// [`Error::Tensors`] if there is no such tensor; [`Error::Safetensors`] if it is not F32, F16
+    /// or BF16.
+    pub fn read(&self, name: &str) -> Result<Vec<f32>> {
+        let entry = self.tensors.get(name).ok_or_else(|| Error::Tensors {
+            path: self.path.clone(),
+            problems: vec![format!("{name} is missing")],
+        })?;
+        let shard = &self.shards[entry.shard];
+        let bytes = &shard.map[entry.bytes.clone()];
+        let values = match entry.dtype {
+            Dtype::F32 => convert::<4>(bytes, f32::from_le_bytes),
+            Dtype::F16 => convert::<2>(bytes, |b| f16::from_le_bytes(b).to_f32()),
+            Dtype::BF16 => convert::<2>(bytes, |b| bf16::from_le_bytes(b).to_f32()),
+            other => {
+                return Err(Error::Safetensors {
+                    path: shard.path.clone(),
+                    reason: format!("{name} is {other:?}, expected F32, F16 or BF16"),
+                });
+            }
+        };
+        shard.release(&entry.bytes);
+        Ok(values)
+    }
+}
+
+impl Shard {
+    /// Gives the pages of a tensor back, so that loading holds the model plus one tensor and not
+    /// the file as well.
+    fn release(&self, bytes: &Range<usize>) {
+        #[cfg(unix)]
+        {
+            let advice = memmap2::UncheckedAdvice::DontNeed;
+            // SAFETY: the mapping is a read-only view of a file, so dropped pages are read again
+            // from it when they are needed. A refusal only costs memory.
+            let _ = unsafe {
+                self.map
+                    .unchecked_advise_range(advice, bytes.start, bytes.len())
+            };
+        }
+    }
+}
+
+/// Turns little-endian elements of `N` bytes into f32, on all cores.
+fn convert<const N: usize>(bytes: &[u8], one: impl Fn([u8; N]) -> f32 + Sync) -> Vec<f32> {
+    let (elements, _) = bytes.as_chunks::<N>();
+    elements
+        .par_iter()
+        .with_min_len(1 << 14)
+        .map(|e| one(*e))
+        .collect()
+}
+
+/// The files that an index names, each a plain name inside the folder.
+fn shard_files(index: &Path) -> Result<Vec<String>> {
+    let text = std::fs::read_to_string(index).map_err(|source| Error::Io {
+        action: "read",
+        path: index.into(),
+        source,
+    })?;
+    let json: Value = serde_json::from_str(&text).map_err(|source| Error::Json {
+        path: index.into(),
+        source,
+    })?;
+    let damaged = |reason: &str| Error::Safetensors {
+        path: index.into(),
+        reason: reason.into(),
+    };
+    let map = json.get("weight_map").and_then(Value::as_object);
+    let map = map.ok_or_else(|| damaged("it has no weight_map"))?;
+    let mut files = BTreeSet::new();
+    for file in map.values() {
+        let file = file
+            .as_str()
+            .ok_or_else(|| damaged("a file name is not a string"))?;
+        if file.contains(['/', '\\']) || file.starts_with("..") {
+            return Err(damaged("a shard lies outside of the folder"));
+        }
+        files.insert(file.to_owned());
+    }
+    Ok(files.into_iter().collect())
+}
+
+/// A tensor to be written.
+#[derive(Debug, Clone)]
+pub struct NamedTensor {
+    /// Key in the file.
+    pub name: String,
+    /// Dimensions.
+    pub shape: Vec<usize>,
+    /// Elements, row-major.
+    pub values: Vec<f32>,
+}
+
+impl safetensors::View for &NamedTensor {
+    fn dtype(&self) -> Dtype {
+        Dtype::F32
+    }
+    fn shape(&self) -> &[usize] {
+        &self.shape
+    }
+    fn data(&self) -> Cow<'_, [u8]> {
+        bytemuck::cast_slice(&self.values).into()
+    }
+    fn data_len(&self) -> usize {
+        self.values.len() * size_of::<f32>()
+    }
+}
+
+/// Writes F32 tensors with the metadata that PyTorch's loaders look for.
+///
+/// # Errors
+/// [`Error::Io`]; the file is complete or absent.
+pub fn write_safetensors(path: &Path, tensors: &[NamedTensor]) -> Result<()> {
+    let metadata = [("format".to_owned(), "pt".to_owned())].into();
+    let views = tensors.iter().map(|tensor| (&tensor.name, tensor));
+    let bytes = safetensors::serialize(views, Some(metadata)).map_err(|e| Error::Safetensors {
+        path: path.into(),
+        reason: e.to_string(),
+    })?;
+    write_file(path, &bytes)
+}
+
+/// Writes a file under a temporary name, flushes it to the disk and renames it.
+pub fn write_file(path: &Path, bytes: &[u8]) -> Result<()> {
+    let io = |source| Error::Io {
+        action: "write",
+        path: path.into(),
+        source,
+    };
+    let folder = path.parent().filter(|p| !p.as_os_str().is_empty());
+    let mut file = tempfile::Builder::new()
+        .prefix(".part-")
+        .tempfile_in(folder.unwrap_or(Path::new(".")))
+        .map_err(io)?;
+    file.write_all(bytes).map_err(io)?;
+    file.as_file().sync_all().map_err(io)?;
+    let file = file.persist(path).map_err(|e| io(e.error))?;
+    make_readable(&file).map_err(io)
+}
+
+/// Temporary files are private to their owner; what a run leaves behind should not be.
+#[cfg(unix)]
+fn make_readable(file: &File) -> std::io::Result<()> {
+    use std::os::unix::fs::PermissionsExt;
+    file.set_permissions(std::fs::Permissions::from_mode(0o644))
+}
+
+#[cfg(not(unix))]
+fn make_readable(_: &File) -> std::io::Result<()> {
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn tensor(name: &str, shape: &[usize]) -> NamedTensor {
+        let count: usize = shape.iter().product();
+        NamedTensor {
+            name: name.into(),
+            shape: shape.to_vec(),
+            values: (0..count).map(|i| i as f32 - 2.5).collect(),
+        }
+    }
+
+    #[test]
+    fn what_is_written_is_read_back() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a.safetensors");
+        let (a, b) = (tensor("a", &[2, 3]), tensor("b", &[4]));
+        write_safetensors(&path, &[a.clone(), b.clone()]).unwrap();
+        let read = Checkpoint::open_file(&path).unwrap();
+        assert_eq!(read.read("a").unwrap(), a.values);
+        assert_eq!(read.shape("b"), Some(&[4][..]));
+        let names: Vec<_> = std::fs::read_dir(dir.path()).unwrap().collect();
+        assert_eq!(names.len(), 1, "no temporary file is left");
+    }
+
+    #[test]
+    fn half_precision_becomes_f32_exactly() {
+        let values = [1.0f32, -0.5, 65504.0, 6.1e-5];
+        let halves: Vec<u8> = values
+            .iter()
+            .flat_map(|v| f16::from_f32(*v).to_le_bytes())
+            .collect();
+        let read = convert::<2>(&halves, |b| f16::from_le_bytes(b).to_f32());
+        for (value, read) in values.iter().zip(read) {
+            assert_eq!(f16::from_f32(*value).to_f32(), read);
+        }
+    }
+
+    /// Every way in which a header can lie ends in an error that names the file.
+    #[test]
+    fn lying_headers_are_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a.safetensors");
+        write_safetensors(&path, &[tensor("a", &[2, 3])]).unwrap();
+        let good = std::fs::read(&path).unwrap();
+        let header = String::from_utf8(good[8..good.len() - 24].to_vec()).unwrap();
+        let with_header = |text: &str| {
+            let mut bytes = (text.len() as u64).to_le_bytes().to_vec();
+            bytes.extend(text.as_bytes());
+            bytes.extend(&good[good.len() - 24..]);
+            bytes
+        };
+        let mut cases = vec![
+            Vec::new(),
+            good[..4].to_vec(),
+            good[..good.len() - 1].to_vec(),
+        ];
+        cases.push([&u64::MAX.to_le_bytes()[..], &good[8..]].concat());
+        for (from, to) in [
+            ("[2,3]", "[2,4]"),
+            ("[0,24]", "[0,2400]"),
+            ("[0,24]", "[4,24]"),
+            ("F32", "F64"),
+            ("F32", "Q7"),
+            ("[2,3]", "[18446744073709551615,3]"),
+        ] {
+            assert!(header.contains(from), "{header}");
+            cases.push(with_header(&header.replace(from, to)));
+        }
+        for bytes in cases {
+            std::fs::write(&path, &bytes).unwrap();
+            let error = Checkpoint::open_file(&path).unwrap_err().to_string();
+            assert!(error.contains("a.safetensors"), "{error}");
+        }
+    }
+
+    #[test]
+    fn check_lists_everything_that_differs() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a.safetensors");
+        write_safetensors(&path, &[tensor("a", &[2, 3]), tensor("odd", &[1])]).unwrap();
+        let wanted = [("a".into(), vec![3, 2]), ("b".into(), vec![1])];
+        let read = Checkpoint::open_file(&path).unwrap();
+        let text = read.check(&wanted, |_| false).unwrap_err().to_string();
+        for part in [
+            "a is [2, 3], expected [3, 2]",
+            "b is missing",
+            "odd is unexpected",
+        ] {
+            assert!(text.contains(part), "{text}");
+        }
+        assert!(
+            read.check(&[("a".into(), vec![2, 3])], |name| name == "odd")
+                .is_ok()
+        );
+    }
+
+    #[test]
+    fn an_index_cannot_leave_its_folder() {
+        let dir = tempfile::tempdir().unwrap();
+        let index = dir.path().join(INDEX_FILE);
+        std::fs::write(&index, r#"{"weight_map": {"a": "../secret.safetensors"}}"#).unwrap();
+        assert!(Checkpoint::open_folder(dir.path()).is_err());
+        std::fs::write(&index, r#"{"weight_map": {"a": "model-1.safetensors"}}"#).unwrap();
+        let error = Checkpoint::open_folder(dir.path()).unwrap_err().to_string();
+        assert!(error.contains("model-1.safetensors"), "{error}");
+    }
+}

@@ -1,0 +1,191 @@
+//! What can go wrong with a model folder, its tokenizer, its template or the Hub.
+
+use std::path::PathBuf;
+
+/// The result of this crate's fallible functions.
+pub type Result<T> = std::result::Result<T, Error>;
+
+/// Everything that can be wrong with what a user points a model at.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// A file or folder could not be read or written.
+    #[error("cannot {action} {}", path.display())]
+    Io {
+        /// What was tried: "read", "write", "open", …
+        action: &'static str,
+        /// The file or folder.
+        path: PathBuf,
+        /// Why it failed.
+        source: std::io::Error,
+    },
+    /// A JSON file does not parse or has a value of the wrong type.
+    #[error("{} is not valid", path.display())]
+    Json {
+        /// The file.
+        path: PathBuf,
+        /// Where and why.
+        source: serde_json::Error,
+    },
+    /// `config.json` describes a model that cannot be built; every problem is listed.
+    #[error("{}: {}", path.display(), problems.join("; "))]
+    Config {
+        /// The file.
+        path: PathBuf,
+        /// One sentence a problem, each naming its key.
+        problems: Vec<String>,
+    },
+    /// A model folder lacks a file that is needed.
+    #[error("{} has no {file}", folder.display())]
+    MissingFile {
+        /// The model folder.
+        folder: PathBuf,
+        /// The file name, or what kind of file.
+        file: &'static str,
+    },
+    /// A safetensors file whose header or offsets cannot be trusted.
+    #[error("{} is damaged: {reason}", path.display())]
+    Safetensors {
+        /// The file.
+        path: PathBuf,
+        /// What does not fit.
+        reason: String,
+    },
+    /// Tensors are missing, unexpected or of another shape; every one is listed.
+    #[error("{} does not fit its config.json: {}", path.display(), problems.join("; "))]
+    Tensors {
+        /// The file or folder.
+        path: PathBuf,
+        /// One sentence a tensor, with both shapes where they differ.
+        problems: Vec<String>,
+    },
+    /// `tokenizer.json` does not load.
+    #[error("{} is not a tokenizer that can be used", path.display())]
+    Tokenizer {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: tokenizers::Error,
+    },
+    /// A text could not be tokenized or tokens could not be turned into text.
+    #[error("the tokenizer failed")]
+    Tokenize {
+        /// Why.
+        source: tokenizers::Error,
+    },
+    /// A chat template does not parse, or refuses a conversation.
+    #[error("chat template {name}: {source}")]
+    Template {
+        /// The file or the built-in template's name.
+        name: String,
+        /// Why.
+        source: minijinja::Error,
+    },
+    /// A conversation has a turn that its template does not show once and whole.
+    #[error("chat template {name} does not show the content of turn {turn}")]
+    TurnNotRendered {
+        /// The file or the built-in template's name.
+        name: String,
+        /// The turn, counted from 1.
+        turn: usize,
+    },
+    /// A token id lies outside of the vocabulary.
+    #[error("token id {id} is outside of the vocabulary of {vocab_size} tokens")]
+    TokenOutOfRange {
+        /// The offending id.
+        id: i64,
+        /// The model's vocabulary size.
+        vocab_size: usize,
+    },
+    /// A model name is neither a folder nor a Hub id.
+    #[error("{name} is neither a folder nor a Hub id (owner/name or owner/name@revision)")]
+    NotAModel {
+        /// What was given.
+        name: String,
+    },
+    /// A path was given and no folder is there.
+    #[error("there is no folder {}", path.display())]
+    NoSuchFolder {
+        /// What was given.
+        path: PathBuf,
+    },
+    /// The Hub cannot be asked because `HF_HUB_OFFLINE` is set and the cache lacks the file.
+    #[error("{id} is not in the cache (no {file}) and HF_HUB_OFFLINE is set")]
+    HubOffline {
+        /// The repository, with its revision.
+        id: String,
+        /// The file that is not cached.
+        file: String,
+    },
+    /// The Hub has no such repository, and there is no folder of that name either.
+    #[error("there is no folder {id}, and the Hub has no model {id}")]
+    HubNoRepository {
+        /// The repository, with its revision.
+        id: String,
+    },
+    /// The repository lacks a revision or a file.
+    #[error("the Hub has no {file} in {id}")]
+    HubNotFound {
+        /// The repository, with its revision.
+        id: String,
+        /// The file or the revision asked for.
+        file: String,
+    },
+    /// The repository has no weights in the one format that is read.
+    #[error("{id} has no safetensors weights ({wanted}){}", found_instead(found))]
+    HubNoSafetensors {
+        /// The repository, with its revision.
+        id: String,
+        /// The file names that would have been taken.
+        wanted: String,
+        /// Weights it has in other formats or under other names.
+        found: Vec<String>,
+    },
+    /// The Hub wants a token, or the token does not give access.
+    #[error(
+        "the Hub refuses access to {id}: it is private, gated, or does not exist, and {}",
+        token_state(*has_token)
+    )]
+    HubDenied {
+        /// The repository, with its revision.
+        id: String,
+        /// Whether a token was sent.
+        has_token: bool,
+    },
+    /// A download is longer or shorter than announced; it has been deleted.
+    #[error("{file} of {id} came with {found_bytes} bytes instead of {expected_bytes}")]
+    HubSize {
+        /// The repository, with its revision.
+        id: String,
+        /// The file asked for.
+        file: String,
+        /// What the Hub announced.
+        expected_bytes: u64,
+        /// What arrived.
+        found_bytes: u64,
+    },
+    /// Any other failure of a download.
+    #[error("cannot download {file} of {id}")]
+    Hub {
+        /// The repository, with its revision.
+        id: String,
+        /// The file asked for.
+        file: String,
+        /// Why.
+        source: hf_hub::api::sync::ApiError,
+    },
+}
+
+fn found_instead(found: &[String]) -> String {
+    match found {
+        [] => String::new(),
+        files => format!("; it has {}", files.join(", ")),
+    }
+}
+
+fn token_state(has_token: bool) -> &'static str {
+    match has_token {
+        true => "the token gives no access",
+        false => "there is no token",
+    }
+}

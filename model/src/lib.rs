@@ -1,0 +1,21 @@
+//! Llama models: the network, its weights, its tokenizer and its chat template.
+//!
+//! - [`llama`] is the network, generic over Burn's backends and over what its linear layers are;
+//!   [`ops`] holds its operations, one file each.
+//! - [`config`], [`checkpoint`] and [`load`] read a Hugging Face model folder.
+
+#![deny(missing_docs)]
+
+pub mod checkpoint;
+pub mod config;
+pub mod error;
+pub mod hub;
+pub mod kv_cache;
+pub mod linear;
+pub mod llama;
+pub mod load;
+pub mod ops;
+pub mod rope;
+pub mod weight;
+
+pub use error::{Error, Result};

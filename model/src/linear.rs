@@ -1,0 +1,41 @@
+//! Linear layers: what the network asks of them, and the plain one.
+
+use burn::module::{Module, ModuleDisplay};
+use burn::tensor::{Tensor, backend::Backend};
+
+use crate::weight::BaseWeight;
+
+/// A linear layer of the decoder, adapted or not.
+pub trait Projection<B: Backend>: Module<B> + ModuleDisplay {
+    /// `x` `[n, in]` to `[n, out]`.
+    fn forward(&self, x: Tensor<B, 2>) -> Tensor<B, 2>;
+}
+
+/// `y = x Wᵀ + b`.
+#[derive(Module, Debug)]
+pub struct Linear<B: Backend> {
+    /// `[out, in]`, as in the checkpoint.
+    pub weight: BaseWeight<B, 2>,
+    /// `[out]`.
+    pub bias: Option<BaseWeight<B, 1>>,
+}
+
+impl<B: Backend> Projection<B> for Linear<B> {
+    fn forward(&self, x: Tensor<B, 2>) -> Tensor<B, 2> {
+        let y = x.matmul(self.weight.val().transpose()); // [n, out]
+        match &self.bias {
+            Some(bias) => y + bias.val().unsqueeze(),
+            None => y,
+        }
+    }
+}
+
+impl<B: Backend> Linear<B> {
+    /// `[out, in]`.
+    pub fn shape(&self) -> [usize; 2] {
+        match &self.weight {
+            BaseWeight::Frozen(tensor) => tensor.dims(),
+            BaseWeight::Trained(param) => param.dims(),
+        }
+    }
+}

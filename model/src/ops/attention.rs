@@ -1,0 +1,221 @@
+//! Causal attention with grouped heads: `softmax(q kᵀ / √h_d) v`, each query head with the KV head
+//! of its group.
+//!
+//! Source: <https://arxiv.org/abs/1706.03762>, <https://arxiv.org/abs/2305.13245>. What forward
+//! keeps for backward is FlashAttention-2's: the output and the log-sum-exp of each row
+//! (<https://arxiv.org/abs/2307.08691>).
+
+use burn::backend::autodiff::checkpoint::{base::Checkpointer, strategy::CheckpointStrategy};
+use burn::backend::autodiff::grads::Gradients;
+use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
+use burn::backend::{Autodiff, Flex};
+use burn::tensor::ops::FloatTensor;
+use burn::tensor::{Int, Tensor, backend::Backend};
+
+use super::{primitive, tensor};
+
+/// `q` `[b, s, n_h, h_d]`, `k` and `v` `[b, t, n_kv, h_d]` to `[b, s, n_h, h_d]`.
+///
+/// The `s` queries are the last of the `t` positions: query `i` sees the keys up to `t - s + i`.
+pub fn attention<B: AttentionBackend>(
+    q: Tensor<B, 4>,
+    k: Tensor<B, 4>,
+    v: Tensor<B, 4>,
+) -> Tensor<B, 4> {
+    tensor(B::causal_attention(primitive(q), primitive(k), primitive(v)).0)
+}
+
+/// The operation on a backend's own tensors.
+pub trait AttentionBackend: Backend {
+    /// The output `[b, s, n_h, h_d]` and the log-sum-exp of the scores `[b, n_h, s]`.
+    fn causal_attention(
+        q: FloatTensor<Self>,
+        k: FloatTensor<Self>,
+        v: FloatTensor<Self>,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>) {
+        let (q, k, v): (Tensor<Self, 4>, Tensor<Self, 4>, Tensor<Self, 4>) =
+            (tensor(q), tensor(k), tensor(v));
+        let groups = q.dims()[2] / k.dims()[2];
+        let scores = scores(q, &k, groups); // [b, n_h, s, t]
+        let max = scores.clone().max_dim(3);
+        let exp = (scores - max.clone()).exp();
+        let sum = exp.clone().sum_dim(3); // [b, n_h, s, 1]
+        let out = (exp / sum.clone()).matmul(heads_first(v, groups)); // [b, n_h, s, h_d]
+        let lse: Tensor<Self, 3> = (sum.log() + max).squeeze_dim(3);
+        (primitive(out.swap_dims(1, 2)), primitive(lse))
+    }
+
+    /// Gradients of `q`, `k` and `v` from `d_out` `[b, s, n_h, h_d]` and what forward returned.
+    fn causal_attention_backward(
+        saved: AttentionState<Self>,
+        d_out: FloatTensor<Self>,
+    ) -> [FloatTensor<Self>; 3] {
+        let (q, k, v): (Tensor<Self, 4>, Tensor<Self, 4>, Tensor<Self, 4>) =
+            (tensor(saved.q), tensor(saved.k), tensor(saved.v));
+        let (out, d_out): (Tensor<Self, 4>, Tensor<Self, 4>) = (tensor(saved.out), tensor(d_out));
+        let lse: Tensor<Self, 3> = tensor(saved.lse);
+        let [_, _, n_h, h_d] = q.dims();
+        let groups = n_h / k.dims()[2];
+        let scale = (h_d as f64).powf(-0.5);
+
+        let p = (scores(q.clone(), &k, groups) - lse.unsqueeze_dim(3)).exp(); // [b, n_h, s, t]
+        let along = (out * d_out.clone()).sum_dim(3).swap_dims(1, 2); // [b, n_h, s, 1]
+        let d_out = d_out.swap_dims(1, 2); // [b, n_h, s, h_d]
+        let dv = p.clone().transpose().matmul(d_out.clone()); // [b, n_h, t, h_d]
+        let dp = d_out.matmul(heads_first(v, groups).transpose()); // [b, n_h, s, t]
+        let ds = p * (dp - along) * scale;
+        let dq = ds.clone().matmul(heads_first(k, groups)).swap_dims(1, 2);
+        let dk = ds.transpose().matmul(q.swap_dims(1, 2)); // [b, n_h, t, h_d]
+        [dq, sum_groups(dk, groups), sum_groups(dv, groups)].map(primitive)
+    }
+}
+
+/// What backward needs of forward.
+#[derive(Debug, Clone)]
+pub struct AttentionState<B: Backend> {
+    /// `[b, s, n_h, h_d]`.
+    pub q: FloatTensor<B>,
+    /// `[b, t, n_kv, h_d]`.
+    pub k: FloatTensor<B>,
+    /// `[b, t, n_kv, h_d]`.
+    pub v: FloatTensor<B>,
+    /// `[b, s, n_h, h_d]`.
+    pub out: FloatTensor<B>,
+    /// `[b, n_h, s]`.
+    pub lse: FloatTensor<B>,
+}
+
+/// Scaled scores `[b, n_h, s, t]`, minus infinity above the diagonal.
+fn scores<B: Backend>(q: Tensor<B, 4>, k: &Tensor<B, 4>, groups: usize) -> Tensor<B, 4> {
+    let ([_, s, _, h_d], [_, t, _, _]) = (q.dims(), k.dims());
+    let q = q.swap_dims(1, 2).mul_scalar((h_d as f64).powf(-0.5));
+    let scores = q.matmul(heads_first(k.clone(), groups).transpose());
+    if s == 1 {
+        return scores; // the last position sees every key
+    }
+    let device = scores.device();
+    let query = Tensor::<B, 1, Int>::arange((t - s) as i64..t as i64, &device);
+    let key = Tensor::<B, 1, Int>::arange(0..t as i64, &device);
+    let later = key.unsqueeze_dim::<2>(0).greater(query.unsqueeze_dim(1)); // [s, t]
+    scores.mask_fill(later.unsqueeze(), f64::NEG_INFINITY)
+}
+
+/// `[b, t, n_kv, h_d]` to `[b, n_h, t, h_d]`: each KV head once for every query head of its group.
+fn heads_first<B: Backend>(x: Tensor<B, 4>, groups: usize) -> Tensor<B, 4> {
+    let [b, t, n_kv, h_d] = x.dims();
+    let x = x.swap_dims(1, 2).unsqueeze_dim::<5>(2); // [b, n_kv, 1, t, h_d]
+    x.expand([b, n_kv, groups, t, h_d])
+        .reshape([b, n_kv * groups, t, h_d])
+}
+
+/// `[b, n_h, t, h_d]` to `[b, t, n_kv, h_d]`: the gradients of a group belong to one KV head.
+fn sum_groups<B: Backend>(x: Tensor<B, 4>, groups: usize) -> Tensor<B, 4> {
+    let [b, n_h, t, h_d] = x.dims();
+    let x = x.reshape([b, n_h / groups, groups, t, h_d]).sum_dim(2);
+    x.squeeze_dim::<4>(2).swap_dims(1, 2)
+}
+
+impl AttentionBackend for Flex {}
+
+#[derive(Debug)]
+struct AttentionBackward;
+
+impl<B: AttentionBackend> Backward<B, 3> for AttentionBackward {
+    type State = AttentionState<B>;
+
+    fn backward(self, ops: Ops<Self::State, 3>, grads: &mut Gradients, _: &mut Checkpointer) {
+        let d_out = grads.consume::<B>(&ops.node);
+        let gradients = B::causal_attention_backward(ops.state, d_out);
+        for (node, gradient) in ops.parents.into_iter().zip(gradients) {
+            if let Some(node) = node {
+                grads.register::<B>(node.id, gradient);
+            }
+        }
+    }
+}
+
+impl<B: AttentionBackend, C: CheckpointStrategy> AttentionBackend for Autodiff<B, C> {
+    fn causal_attention(
+        q: FloatTensor<Self>,
+        k: FloatTensor<Self>,
+        v: FloatTensor<Self>,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>) {
+        let nodes = [q.node.clone(), k.node.clone(), v.node.clone()];
+        let (q, k, v) = (q.primitive, k.primitive, v.primitive);
+        let (out, lse) = B::causal_attention(q.clone(), k.clone(), v.clone());
+        let state = AttentionState {
+            q,
+            k,
+            v,
+            out: out.clone(),
+            lse: lse.clone(),
+        };
+        let out = match AttentionBackward
+            .prepare::<C>(nodes)
+            .compute_bound()
+            .stateful()
+        {
+            OpsKind::Tracked(prep) => prep.finish(state, out),
+            OpsKind::UnTracked(prep) => prep.finish(out),
+        };
+        (out, primitive(Tensor::<Self, 3>::from_inner(tensor(lse))))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::test::{Train, assert_close, grads_of, random};
+
+    /// Softmax attention, one query at a time.
+    fn by_the_book(
+        q: Tensor<Train, 4>,
+        k: Tensor<Train, 4>,
+        v: Tensor<Train, 4>,
+    ) -> Tensor<Train, 4> {
+        let ([b, s, n_h, h_d], [_, t, n_kv, _]) = (q.dims(), k.dims());
+        let mut rows = Vec::new();
+        for (i, j, h) in
+            (0..b).flat_map(|i| (0..s).flat_map(move |j| (0..n_h).map(move |h| (i, j, h))))
+        {
+            let (g, seen) = (h / (n_h / n_kv), t - s + j + 1);
+            let query = q
+                .clone()
+                .slice([i..i + 1, j..j + 1, h..h + 1, 0..h_d])
+                .reshape([1, h_d]);
+            let pick = |x: &Tensor<Train, 4>| {
+                x.clone()
+                    .slice([i..i + 1, 0..seen, g..g + 1, 0..h_d])
+                    .reshape([seen, h_d])
+            };
+            let weights = query
+                .matmul(pick(&k).transpose())
+                .div_scalar((h_d as f64).sqrt());
+            rows.push(burn::tensor::activation::softmax(weights, 1).matmul(pick(&v)));
+        }
+        Tensor::cat(rows, 0).reshape([b, s, n_h, h_d])
+    }
+
+    fn check(b: usize, s: usize, t: usize, n_h: usize, n_kv: usize, h_d: usize) {
+        let inputs = [
+            random([b * s, n_h * h_d], 1).mul_scalar(3.0),
+            random([b * t, n_kv * h_d], 2),
+            random([b * t, n_kv * h_d], 3),
+        ];
+        let run =
+            |op: fn(Tensor<Train, 4>, Tensor<Train, 4>, Tensor<Train, 4>) -> Tensor<Train, 4>| {
+                grads_of(inputs.clone(), |[q, k, v]| {
+                    let kv = |x: Tensor<Train, 2>| x.reshape([b, t, n_kv, h_d]);
+                    op(q.reshape([b, s, n_h, h_d]), kv(k), kv(v)).reshape([b * s, n_h * h_d])
+                })
+            };
+        assert_close(run(attention), run(by_the_book), 2e-5);
+    }
+
+    #[test]
+    fn output_and_gradients_equal_attention_by_the_book() {
+        check(2, 5, 5, 4, 2, 8);
+        check(1, 3, 7, 3, 1, 6);
+        check(1, 1, 9, 2, 2, 4);
+    }
+}

@@ -1,0 +1,34 @@
+//! The operations on CubeCL's backends, bare and under Burn's fusion: the reference bodies, whose
+//! element-wise runs the fusion compiles into single kernels.
+
+use burn_cubecl::{CubeBackend, CubeRuntime, FloatElement, IntElement, element::BoolElement};
+use burn_fusion::{Fusion, FusionBackend};
+
+use super::{AttentionBackend, CrossEntropyBackend, RmsNormBackend, RotaryBackend, SwigluBackend};
+
+impl<R: CubeRuntime, F: FloatElement, I: IntElement, BT: BoolElement> AttentionBackend
+    for CubeBackend<R, F, I, BT>
+{
+}
+impl<R: CubeRuntime, F: FloatElement, I: IntElement, BT: BoolElement> CrossEntropyBackend
+    for CubeBackend<R, F, I, BT>
+{
+}
+impl<R: CubeRuntime, F: FloatElement, I: IntElement, BT: BoolElement> RmsNormBackend
+    for CubeBackend<R, F, I, BT>
+{
+}
+impl<R: CubeRuntime, F: FloatElement, I: IntElement, BT: BoolElement> RotaryBackend
+    for CubeBackend<R, F, I, BT>
+{
+}
+impl<R: CubeRuntime, F: FloatElement, I: IntElement, BT: BoolElement> SwigluBackend
+    for CubeBackend<R, F, I, BT>
+{
+}
+
+impl<B: FusionBackend> AttentionBackend for Fusion<B> {}
+impl<B: FusionBackend> CrossEntropyBackend for Fusion<B> {}
+impl<B: FusionBackend> RmsNormBackend for Fusion<B> {}
+impl<B: FusionBackend> RotaryBackend for Fusion<B> {}
+impl<B: FusionBackend> SwigluBackend for Fusion<B> {}

@@ -1,0 +1,51 @@
+//! The decoder's operations, one file each: a trait method whose default body is the readable
+//! reference in plain tensor operations, its backward, and faster versions for single backends.
+//!
+//! Shapes: `n` tokens (`b · s`), `d` hidden, `n_h` heads, `n_kv` KV heads, `h_d` head dim,
+//! `i` intermediate, `v` vocabulary.
+
+mod attention;
+mod cross_entropy;
+mod rms_norm;
+mod rotary;
+mod swiglu;
+
+#[cfg(test)]
+mod test;
+
+#[cfg(feature = "gpu")]
+mod gpu;
+
+pub use attention::{AttentionBackend, attention};
+pub use cross_entropy::{CrossEntropyBackend, cross_entropy};
+pub use rms_norm::{RmsNormBackend, rms_norm};
+pub use rotary::{RotaryBackend, rotary};
+pub use swiglu::{SwigluBackend, swiglu};
+
+use burn::tensor::backend::{AutodiffBackend, Backend};
+use burn::tensor::ops::FloatTensor;
+use burn::tensor::{Tensor, TensorPrimitive};
+
+/// A backend that has every operation of the decoder.
+pub trait ModelBackend:
+    AttentionBackend + CrossEntropyBackend + RmsNormBackend + RotaryBackend + SwigluBackend
+{
+}
+
+impl<B> ModelBackend for B where
+    B: AttentionBackend + CrossEntropyBackend + RmsNormBackend + RotaryBackend + SwigluBackend
+{
+}
+
+/// A backend that can train: it differentiates, and its inner backend has the operations, too.
+pub trait TrainBackend: ModelBackend + AutodiffBackend<InnerBackend: ModelBackend> {}
+
+impl<B: ModelBackend + AutodiffBackend<InnerBackend: ModelBackend>> TrainBackend for B {}
+
+fn tensor<B: Backend, const D: usize>(primitive: FloatTensor<B>) -> Tensor<B, D> {
+    Tensor::from_primitive(TensorPrimitive::Float(primitive))
+}
+
+fn primitive<B: Backend, const D: usize>(tensor: Tensor<B, D>) -> FloatTensor<B> {
+    tensor.into_primitive().tensor()
+}

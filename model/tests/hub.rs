@@ -1,0 +1,724 @@
+//! Names to folders, against a small Hub on this machine.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::io::{BufRead, BufReader, Write};
+use std::net::{TcpListener, TcpStream};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+
+use model::error::Error;
+use model::hub::{DownloadEvent, Files, Hub};
+use serde_json::json;
+
+const MAIN: &str = "1111111111111111111111111111111111111111";
+const OLD: &str = "2222222222222222222222222222222222222222";
+const INDEX: &str = "model.safetensors.index.json";
+
+/// What the server does wrong once, with the named file.
+#[derive(Clone, Copy, PartialEq)]
+enum Fault {
+    /// Closes the connection after half of the bytes.
+    Cut,
+    /// Sends half of the bytes as if they were all.
+    Short,
+}
+
+/// The repository `acme/tiny`: files by commit, commits by revision.
+#[derive(Default)]
+struct Shelf {
+    revisions: BTreeMap<&'static str, &'static str>,
+    files: BTreeMap<(&'static str, &'static str), Vec<u8>>,
+    token: Option<&'static str>,
+    /// Everyone may list the files, nobody may have them.
+    gated: bool,
+    etag: Option<&'static str>,
+    status: Option<u16>,
+    faults: Vec<(&'static str, Fault)>,
+    requests: Vec<String>,
+}
+
+/// A server that answers as the Hub does; large files are redirected to a "CDN", as there.
+struct FakeHub {
+    endpoint: String,
+    shelf: Arc<Mutex<Shelf>>,
+    folder: tempfile::TempDir,
+}
+
+impl FakeHub {
+    fn start(files: &[(&'static str, Vec<u8>)]) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let endpoint = format!("http://{}", listener.local_addr().unwrap());
+        let mut shelf = Shelf::default();
+        shelf.revisions.insert("main", MAIN);
+        for (name, bytes) in files {
+            shelf.files.insert((MAIN, name), bytes.clone());
+        }
+        let shelf = Arc::new(Mutex::new(shelf));
+        let (served, url) = (shelf.clone(), endpoint.clone());
+        std::thread::spawn(move || {
+            for stream in listener.incoming() {
+                let (shelf, url) = (served.clone(), url.clone());
+                std::thread::spawn(move || answer(&stream.unwrap(), &shelf, &url));
+            }
+        });
+        Self {
+            endpoint,
+            shelf,
+            folder: tempfile::tempdir().unwrap(),
+        }
+    }
+
+    fn change(&self, change: impl FnOnce(&mut Shelf)) {
+        change(&mut self.shelf.lock().unwrap());
+    }
+
+    fn hub(&self) -> Hub {
+        Hub {
+            endpoint: self.endpoint.clone(),
+            cache: self.folder.path().join("hub"),
+            token: None,
+            offline: false,
+        }
+    }
+
+    fn repo_folder(&self) -> PathBuf {
+        self.folder.path().join("hub/models--acme--tiny")
+    }
+
+    /// The requests for contents since the last call, without those for the first byte only.
+    fn downloads(&self) -> Vec<String> {
+        let requests = std::mem::take(&mut self.shelf.lock().unwrap().requests);
+        let is_download =
+            |request: &String| request.contains(" bytes=") && !request.ends_with(" bytes=0-0");
+        requests.into_iter().filter(is_download).collect()
+    }
+}
+
+fn answer(stream: &TcpStream, shelf: &Mutex<Shelf>, url: &str) {
+    let mut lines = BufReader::new(stream).lines().map(Result::unwrap);
+    let path = lines.next().unwrap().split(' ').nth(1).unwrap().to_string();
+    let headers: Vec<(String, String)> = lines
+        .take_while(|line| !line.is_empty())
+        .map(|line| {
+            line.split_once(": ")
+                .map(|(name, value)| (name.to_lowercase(), value.to_string()))
+                .unwrap()
+        })
+        .collect();
+    let header = |name: &str| {
+        headers
+            .iter()
+            .find(|(known, _)| known == name)
+            .map(|(_, value)| value.as_str())
+    };
+
+    let shelf = &mut *shelf.lock().unwrap();
+    shelf
+        .requests
+        .push(format!("{path} {}", header("range").unwrap_or("")));
+    let send = |status: u16, headers: &str, length: usize, body: &[u8]| {
+        let head = format!(
+            "HTTP/1.1 {status} X\r\nConnection: close\r\nContent-Length: {length}\r\n{headers}\r\n"
+        );
+        let _ = (&mut &*stream).write_all(&[head.as_bytes(), body].concat());
+    };
+    if let Some(status) = shelf.status {
+        return send(status, "", 4, b"oops");
+    }
+    if shelf
+        .token
+        .is_some_and(|token| header("authorization") != Some(&format!("Bearer {token}")))
+    {
+        return send(401, "X-Error-Code: RepoNotFound\r\n", 0, b"");
+    }
+    let known = |revision: &str| match shelf.revisions.get(revision) {
+        Some(commit) => Some(*commit),
+        None => shelf
+            .revisions
+            .values()
+            .find(|commit| **commit == revision)
+            .copied(),
+    };
+    if let Some(revision) = path.strip_prefix("/api/models/acme/tiny/revision/") {
+        let Some(commit) = known(revision.trim_end_matches("?blobs=true")) else {
+            return send(404, "X-Error-Code: RevisionNotFound\r\n", 0, b"");
+        };
+        let files = shelf.files.iter().filter(|((of, _), _)| *of == commit);
+        let siblings: Vec<_> = files
+            .map(|((_, name), bytes)| json!({ "rfilename": name, "size": bytes.len() }))
+            .collect();
+        let body = json!({ "id": "acme/tiny", "sha": commit, "siblings": siblings }).to_string();
+        return send(200, "", body.len(), body.as_bytes());
+    }
+    let Some((place, rest)) = path
+        .strip_prefix("/acme/tiny/resolve/")
+        .map(|rest| ("hub", rest))
+        .or_else(|| path.strip_prefix("/cdn/").map(|rest| ("cdn", rest)))
+    else {
+        return send(404, "", 0, b"");
+    };
+    if shelf.gated {
+        return send(403, "X-Error-Code: GatedRepo\r\n", 0, b"");
+    }
+    let (revision, name) = rest.split_once('/').unwrap();
+    let commit = known(revision).unwrap();
+    let Some((&(_, name), bytes)) = shelf
+        .files
+        .iter()
+        .find(|((of, known), _)| *of == commit && *known == name)
+    else {
+        return send(404, "X-Error-Code: EntryNotFound\r\n", 0, b"");
+    };
+    let etag = shelf.etag.map_or_else(
+        || format!("{:x}{}", bytes.len(), name.replace(['/', '.'], "")),
+        str::to_string,
+    );
+    let about = format!("ETag: \"{etag}\"\r\nX-Repo-Commit: {commit}\r\n");
+    if place == "hub" && name.ends_with(".safetensors") {
+        let about = about.replace("ETag", "X-Linked-ETag");
+        return send(
+            302,
+            &format!("{about}Location: {url}/cdn/{rest}\r\n"),
+            0,
+            b"",
+        );
+    }
+    let (first, last) = header("range")
+        .and_then(|range| range.strip_prefix("bytes=")?.split_once('-'))
+        .unwrap();
+    let first: usize = first.parse().unwrap();
+    if first >= bytes.len() {
+        return send(416, "", 0, b"");
+    }
+    let body = &bytes[first..last.parse().map_or(bytes.len(), |last: usize| last + 1)];
+    let about = format!(
+        "{about}Content-Range: bytes {first}-{}/{}\r\n",
+        first + body.len() - 1,
+        bytes.len()
+    );
+    let fault = shelf
+        .faults
+        .iter()
+        .position(|(at, _)| *at == name && body.len() > 1);
+    match fault.map(|at| shelf.faults.remove(at).1) {
+        Some(Fault::Cut) => send(206, &about, body.len(), &body[..body.len() / 2]),
+        Some(Fault::Short) => send(206, &about, body.len() / 2, &body[..body.len() / 2]),
+        None => send(206, &about, body.len(), body),
+    }
+}
+
+fn bytes(len: usize) -> Vec<u8> {
+    (0..len).map(|i| (i * 7 + len) as u8).collect()
+}
+
+fn index(shards: &[&str]) -> Vec<u8> {
+    let map: BTreeMap<String, &str> = shards
+        .iter()
+        .enumerate()
+        .map(|(i, shard)| (format!("t{i}"), *shard))
+        .collect();
+    json!({ "weight_map": map }).to_string().into_bytes()
+}
+
+/// A model in two shards, with files that nobody should download.
+fn sharded() -> FakeHub {
+    FakeHub::start(&[
+        ("config.json", b"{}".to_vec()),
+        ("tokenizer.json", bytes(300)),
+        ("README.md", bytes(50)),
+        ("pytorch_model.bin", bytes(5000)),
+        ("original/consolidated.safetensors", bytes(5000)),
+        (
+            INDEX,
+            index(&["model-1.safetensors", "model-2.safetensors"]),
+        ),
+        ("model-1.safetensors", bytes(40_000)),
+        ("model-2.safetensors", bytes(70_001)),
+    ])
+}
+
+fn resolve(hub: &Hub, files: Files) -> Result<PathBuf, Error> {
+    hub.resolve("acme/tiny", files, &mut |_| {})
+}
+
+/// The error and its causes, as a user reads them.
+fn words(error: &Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = std::error::Error::source(error);
+    while let Some(error) = cause {
+        text += &format!(": {error}");
+        cause = error.source();
+    }
+    text
+}
+
+fn names(folder: &Path) -> Vec<String> {
+    let mut names: Vec<_> = fs::read_dir(folder)
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .collect();
+    names.sort();
+    names
+}
+
+#[test]
+fn a_folder_is_its_own_answer() {
+    let folder = tempfile::tempdir().unwrap();
+    let hub = Hub {
+        endpoint: "http://127.0.0.1:1".into(),
+        cache: folder.path().into(),
+        token: None,
+        offline: false,
+    };
+    let name = folder.path().to_str().unwrap();
+    assert_eq!(
+        hub.resolve(name, Files::Model, &mut |_| {}).unwrap(),
+        folder.path()
+    );
+    let gone = hub
+        .resolve(&format!("{name}/gone"), Files::Model, &mut |_| {})
+        .unwrap_err();
+    assert_eq!(gone.to_string(), format!("there is no folder {name}/gone"));
+    fs::write(folder.path().join("file"), "").unwrap();
+    let file = hub
+        .resolve(&format!("{name}/file"), Files::Model, &mut |_| {})
+        .unwrap_err();
+    assert!(matches!(file, Error::NotAModel { .. }));
+}
+
+#[test]
+fn a_sharded_model_is_downloaded_once_and_whole() {
+    let server = sharded();
+    let folder = resolve(&server.hub(), Files::Model).unwrap();
+    assert_eq!(folder, server.repo_folder().join("snapshots").join(MAIN));
+    let wanted = [
+        "config.json",
+        "model-1.safetensors",
+        "model-2.safetensors",
+        INDEX,
+        "tokenizer.json",
+    ];
+    assert_eq!(names(&folder), wanted);
+    assert_eq!(
+        fs::read(folder.join("model-2.safetensors")).unwrap(),
+        bytes(70_001)
+    );
+    assert_eq!(names(&server.repo_folder().join("refs")), ["main"]);
+    assert_eq!(
+        server.downloads().len(),
+        7,
+        "five files, two of them redirected"
+    );
+
+    let mut events = 0;
+    let again = server
+        .hub()
+        .resolve("acme/tiny", Files::Model, &mut |_| events += 1)
+        .unwrap();
+    assert_eq!((again, events), (folder, 0));
+    assert_eq!(server.downloads(), [""; 0]);
+}
+
+#[test]
+fn progress_adds_up_to_the_file_sizes_even_when_the_connection_breaks() {
+    let server = sharded();
+    server.change(|shelf| {
+        shelf.faults = vec![
+            ("model-1.safetensors", Fault::Cut),
+            ("tokenizer.json", Fault::Short),
+        ]
+    });
+    let mut seen: Vec<(String, u64, u64)> = Vec::new();
+    let mut finished = Vec::new();
+    let report = &mut |event: DownloadEvent<'_>| match event {
+        DownloadEvent::Started { file, total_bytes } => {
+            seen.push((file.to_string(), total_bytes, 0))
+        }
+        DownloadEvent::Advanced { bytes } => seen.last_mut().unwrap().2 += bytes,
+        DownloadEvent::Finished { file } => finished.push(file.to_string()),
+        event => panic!("{event:?}"),
+    };
+    let folder = server
+        .hub()
+        .resolve("acme/tiny", Files::Model, report)
+        .unwrap();
+    assert_eq!(
+        finished,
+        [
+            "tokenizer.json",
+            "config.json",
+            INDEX,
+            "model-1.safetensors",
+            "model-2.safetensors"
+        ]
+    );
+    assert_eq!(
+        seen.iter()
+            .map(|(file, ..)| file.clone())
+            .collect::<Vec<_>>(),
+        finished
+    );
+    for (file, total_bytes, advanced_bytes) in seen {
+        assert_eq!(advanced_bytes, total_bytes, "{file}");
+        assert_eq!(fs::metadata(folder.join(file)).unwrap().len(), total_bytes);
+    }
+    assert_eq!(
+        fs::read(folder.join("model-1.safetensors")).unwrap(),
+        bytes(40_000)
+    );
+    assert_eq!(fs::read(folder.join("tokenizer.json")).unwrap(), bytes(300));
+    let resumed = format!("/cdn/{MAIN}/model-1.safetensors bytes=20000-");
+    assert!(
+        server.downloads().contains(&resumed),
+        "the second try goes on where the first ended"
+    );
+}
+
+#[test]
+fn a_file_that_stays_too_short_is_an_error_and_not_kept() {
+    let server = sharded();
+    server.change(|shelf| shelf.faults = vec![("config.json", Fault::Short); 9]);
+    let error = resolve(&server.hub(), Files::Config).unwrap_err();
+    assert_eq!(
+        error.to_string(),
+        "config.json of acme/tiny came with 1 bytes instead of 2"
+    );
+    assert_eq!(
+        names(&server.repo_folder().join("snapshots").join(MAIN)),
+        ["tokenizer.json"]
+    );
+    assert!(matches!(
+        resolve(
+            &Hub {
+                offline: true,
+                ..server.hub()
+            },
+            Files::Config
+        ),
+        Err(Error::HubOffline { .. })
+    ));
+}
+
+#[test]
+fn partial_files_from_before_are_resumed_completed_or_dropped() {
+    let server = sharded();
+    let blobs = server.repo_folder().join("blobs");
+    fs::create_dir_all(&blobs).unwrap();
+    fs::write(
+        blobs.join("9c40model-1safetensors.part"),
+        &bytes(40_000)[..100],
+    )
+    .unwrap();
+    fs::write(blobs.join("11171model-2safetensors.part"), bytes(70_001)).unwrap();
+    fs::write(blobs.join("12ctokenizerjson.part"), bytes(301)).unwrap();
+    let folder = resolve(&server.hub(), Files::Model).unwrap();
+    assert_eq!(
+        fs::read(folder.join("model-1.safetensors")).unwrap(),
+        bytes(40_000)
+    );
+    assert_eq!(
+        fs::read(folder.join("model-2.safetensors")).unwrap(),
+        bytes(70_001)
+    );
+    assert_eq!(fs::read(folder.join("tokenizer.json")).unwrap(), bytes(300));
+    let downloads = server.downloads();
+    assert!(downloads.contains(&format!("/cdn/{MAIN}/model-1.safetensors bytes=100-")));
+    assert!(
+        !downloads
+            .iter()
+            .any(|request| request.contains("model-2.safetensors"))
+    );
+}
+
+#[test]
+fn a_damaged_file_in_the_cache_is_replaced() {
+    let server = sharded();
+    let folder = resolve(&server.hub(), Files::Model).unwrap();
+    let shard = fs::canonicalize(folder.join("model-1.safetensors")).unwrap();
+    fs::write(&shard, b"half").unwrap();
+    fs::remove_file(fs::canonicalize(folder.join("tokenizer.json")).unwrap()).unwrap();
+    resolve(&server.hub(), Files::Model).unwrap();
+    assert_eq!(
+        fs::read(folder.join("model-1.safetensors")).unwrap(),
+        bytes(40_000)
+    );
+    assert_eq!(fs::read(folder.join("tokenizer.json")).unwrap(), bytes(300));
+}
+
+#[test]
+fn without_weights_only_the_small_files_come() {
+    let server = sharded();
+    let folder = resolve(&server.hub(), Files::Config).unwrap();
+    assert_eq!(names(&folder), ["config.json", "tokenizer.json"]);
+    let offline = Hub {
+        offline: true,
+        ..server.hub()
+    };
+    assert_eq!(resolve(&offline, Files::Config).unwrap(), folder);
+    let error = resolve(&offline, Files::Model).unwrap_err();
+    let expected = "acme/tiny is not in the cache (no model.safetensors) and HF_HUB_OFFLINE is set";
+    assert_eq!(error.to_string(), expected);
+}
+
+#[test]
+fn an_adapter_needs_its_two_files() {
+    let server = FakeHub::start(&[
+        ("adapter_config.json", b"{}".to_vec()),
+        ("adapter_model.safetensors", bytes(900)),
+        ("adapter_model.bin", bytes(900)),
+        ("config.json", b"{}".to_vec()),
+    ]);
+    let folder = resolve(&server.hub(), Files::Adapter).unwrap();
+    assert_eq!(
+        names(&folder),
+        ["adapter_config.json", "adapter_model.safetensors"]
+    );
+    server.change(|shelf| drop(shelf.files.remove(&(MAIN, "adapter_model.safetensors"))));
+    let error = resolve(&server.hub(), Files::Adapter).unwrap_err();
+    let expected = "acme/tiny has no safetensors weights (adapter_model.safetensors); \
+                    it has adapter_model.bin";
+    assert_eq!(error.to_string(), expected);
+}
+
+#[test]
+fn a_revision_has_its_own_snapshot_and_shares_what_did_not_change() {
+    let server = sharded();
+    server.change(|shelf| {
+        shelf.revisions.insert("v1", OLD);
+        shelf
+            .files
+            .insert((OLD, "config.json"), b"{\"old\": 1}".to_vec());
+        shelf.files.insert((OLD, "model.safetensors"), bytes(123));
+        shelf.files.insert((OLD, "tokenizer.json"), bytes(300));
+    });
+    resolve(&server.hub(), Files::Model).unwrap();
+    server.downloads();
+    let old = server
+        .hub()
+        .resolve("acme/tiny@v1", Files::Model, &mut |_| {})
+        .unwrap();
+    assert_eq!(
+        names(&old),
+        ["config.json", "model.safetensors", "tokenizer.json"]
+    );
+    assert_eq!(fs::read(old.join("config.json")).unwrap(), b"{\"old\": 1}");
+    assert_eq!(fs::read(old.join("tokenizer.json")).unwrap(), bytes(300));
+    assert!(
+        !server
+            .downloads()
+            .iter()
+            .any(|request| request.contains("tokenizer.json"))
+    );
+    assert_eq!(names(&server.repo_folder().join("refs")), ["main", "v1"]);
+
+    let offline = Hub {
+        offline: true,
+        ..server.hub()
+    };
+    for name in ["acme/tiny@v1".to_string(), format!("acme/tiny@{OLD}")] {
+        assert_eq!(
+            offline.resolve(&name, Files::Model, &mut |_| {}).unwrap(),
+            old
+        );
+        assert_eq!(
+            server
+                .hub()
+                .resolve(&name, Files::Model, &mut |_| {})
+                .unwrap(),
+            old
+        );
+    }
+    let error = server
+        .hub()
+        .resolve("acme/tiny@v9", Files::Model, &mut |_| {})
+        .unwrap_err();
+    assert_eq!(error.to_string(), "the Hub has no revision v9 in acme/tiny");
+}
+
+#[test]
+fn a_private_model_needs_the_token_and_no_message_shows_it() {
+    let server = sharded();
+    server.change(|shelf| shelf.token = Some("hf_right"));
+    let error = resolve(&server.hub(), Files::Model).unwrap_err();
+    assert!(
+        matches!(
+            error,
+            Error::HubDenied {
+                has_token: false,
+                ..
+            }
+        ),
+        "{error}"
+    );
+    let wrong = Hub {
+        token: Some("hf_wrong".into()),
+        ..server.hub()
+    };
+    let error = resolve(&wrong, Files::Model).unwrap_err();
+    assert!(
+        matches!(
+            error,
+            Error::HubDenied {
+                has_token: true,
+                ..
+            }
+        ),
+        "{error}"
+    );
+    assert!(!format!("{error} {error:?} {wrong:?}").contains("hf_wrong"));
+    let right = Hub {
+        token: Some("hf_right".into()),
+        ..server.hub()
+    };
+    assert!(resolve(&right, Files::Model).unwrap().is_dir());
+}
+
+#[test]
+fn a_gated_model_can_be_listed_but_not_had() {
+    let server = sharded();
+    server.change(|shelf| shelf.gated = true);
+    let error = resolve(&server.hub(), Files::Config).unwrap_err();
+    let expected = "the Hub refuses access to acme/tiny: it is private, gated, or does not exist, \
+                    and there is no token";
+    assert_eq!(error.to_string(), expected);
+}
+
+#[test]
+fn missing_models_and_files_are_named() {
+    let server = sharded();
+    let error = server
+        .hub()
+        .resolve("acme/none", Files::Model, &mut |_| {})
+        .unwrap_err();
+    assert_eq!(
+        error.to_string(),
+        "there is no folder acme/none, and the Hub has no model acme/none"
+    );
+    let error = resolve(&server.hub(), Files::Adapter).unwrap_err();
+    assert_eq!(
+        error.to_string(),
+        "the Hub has no adapter_config.json in acme/tiny"
+    );
+    server.change(|shelf| drop(shelf.files.remove(&(MAIN, "model-2.safetensors"))));
+    let error = resolve(&server.hub(), Files::Model).unwrap_err();
+    assert_eq!(
+        error.to_string(),
+        "the Hub has no model-2.safetensors in acme/tiny"
+    );
+    server.change(|shelf| drop(shelf.files.remove(&(MAIN, INDEX))));
+    let error = resolve(&server.hub(), Files::Model).unwrap_err();
+    assert_eq!(
+        error.to_string(),
+        "acme/tiny has no safetensors weights (model.safetensors or model.safetensors.index.json); \
+         it has \
+         model-1.safetensors, original/consolidated.safetensors, pytorch_model.bin"
+    );
+}
+
+#[test]
+fn offline_asks_nobody() {
+    let server = sharded();
+    let offline = Hub {
+        offline: true,
+        ..server.hub()
+    };
+    let error = resolve(&offline, Files::Model).unwrap_err();
+    assert_eq!(
+        error.to_string(),
+        "acme/tiny is not in the cache (no config.json) and HF_HUB_OFFLINE is set"
+    );
+    let folder = resolve(&server.hub(), Files::Model).unwrap();
+    server.change(|shelf| shelf.requests.clear());
+    assert_eq!(resolve(&offline, Files::Model).unwrap(), folder);
+    fs::remove_file(folder.join("model-2.safetensors")).unwrap();
+    let error = resolve(&offline, Files::Model).unwrap_err();
+    assert!(matches!(error, Error::HubOffline { file, .. } if file == "model-2.safetensors"));
+    server.change(|shelf| assert_eq!(shelf.requests, [""; 0]));
+}
+
+#[test]
+fn a_hub_out_of_reach_or_out_of_order_is_replaced_by_the_cache_with_a_word() {
+    let server = sharded();
+    let unreachable = Hub {
+        endpoint: "http://127.0.0.1:1".into(),
+        ..server.hub()
+    };
+    let error = resolve(&unreachable, Files::Model).unwrap_err();
+    assert!(
+        words(&error)
+            .contains("cannot download the list of files of acme/tiny: request error: io:"),
+        "{error:?}"
+    );
+    let folder = resolve(&server.hub(), Files::Model).unwrap();
+    server.change(|shelf| shelf.status = Some(503));
+    for hub in [unreachable, server.hub()] {
+        let mut warned = Vec::new();
+        let report = &mut |event: DownloadEvent<'_>| match event {
+            DownloadEvent::CacheOnly { id, reason } => warned.push((id.to_string(), words(reason))),
+            event => panic!("{event:?}"),
+        };
+        assert_eq!(
+            hub.resolve("acme/tiny", Files::Model, report).unwrap(),
+            folder
+        );
+        assert_eq!((warned.len(), warned[0].0.as_str()), (1, "acme/tiny"));
+    }
+    server.change(|shelf| shelf.status = Some(200));
+    assert_eq!(
+        resolve(&server.hub(), Files::Model).unwrap(),
+        folder,
+        "an answer that is no JSON"
+    );
+    server.change(|shelf| shelf.status = Some(403));
+    assert!(matches!(
+        resolve(&server.hub(), Files::Model),
+        Err(Error::HubDenied { .. })
+    ));
+}
+
+#[test]
+fn shard_names_and_etags_cannot_leave_the_cache() {
+    for shard in [
+        "../../../evil.safetensors",
+        "/tmp/evil.safetensors",
+        "a/../b.safetensors",
+        "evil.sh",
+        "a\\b.safetensors",
+    ] {
+        let server = FakeHub::start(&[("config.json", b"{}".to_vec()), (INDEX, index(&[shard]))]);
+        let error = resolve(&server.hub(), Files::Model).unwrap_err();
+        assert!(
+            words(&error).contains(&format!("it lists {shard:?}")),
+            "{error}"
+        );
+        assert!(!server.repo_folder().join("refs/main").exists());
+    }
+    let server = sharded();
+    server.change(|shelf| shelf.etag = Some("../../../evil"));
+    let error = resolve(&server.hub(), Files::Model).unwrap_err();
+    assert!(words(&error).ends_with("Header ETag is invalid"), "{error}");
+    assert_eq!(names(server.folder.path()), [""; 0]);
+}
+
+#[test]
+fn runs_at_once_do_not_disturb_each_other() {
+    let server = sharded();
+    let hub = server.hub();
+    let folders: Vec<_> = std::thread::scope(|scope| {
+        let runs: Vec<_> = (0..4)
+            .map(|_| scope.spawn(|| resolve(&hub, Files::Model).unwrap()))
+            .collect();
+        runs.into_iter().map(|run| run.join().unwrap()).collect()
+    });
+    for folder in folders {
+        assert_eq!(
+            fs::read(folder.join("model-1.safetensors")).unwrap(),
+            bytes(40_000)
+        );
+        assert_eq!(
+            fs::read(folder.join("model-2.safetensors")).unwrap(),
+            bytes(70_001)
+        );
+    }
+}

@@ -1,0 +1,468 @@
+//! A weight in 4 bits: made, checked and decoded.
+
+use std::ops::Range;
+
+use rayon::prelude::*;
+
+use crate::{DoubleQuantized, Error, Format, NESTED_BLOCK_SIZE, Result};
+
+/// The smallest and the largest block size.
+const BLOCK_SIZES: [usize; 2] = [32, 4096];
+/// bitsandbytes' lower bound where it divides by an absmax.
+const MIN_ABSMAX: f32 = 1e-38;
+/// How many values a rayon task quantises or decodes at least.
+const TASK_VALUES: usize = 1 << 14;
+
+/// A weight `[out, in]` in 4 bits.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Quantized {
+    shape: [usize; 2],
+    format: Format,
+    block_size: usize,
+    codes: Vec<u8>,
+    absmax: Absmax,
+}
+
+/// The largest magnitude of each block.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Absmax {
+    /// One value per block.
+    Plain(Vec<f32>),
+    /// One 8-bit code per block.
+    Double(DoubleQuantized),
+}
+
+impl Absmax {
+    /// The absmax of one block, decoded if need be.
+    ///
+    /// # Panics
+    /// If there is no such block.
+    #[inline]
+    pub fn get(&self, block: usize) -> f32 {
+        match self {
+            Absmax::Plain(absmax) => absmax[block],
+            Absmax::Double(double) => double.get(block),
+        }
+    }
+
+    fn check(&self, blocks: usize) -> Result<()> {
+        match self {
+            Absmax::Plain(absmax) => {
+                check_len("absmax", blocks, absmax.len())?;
+                check_finite("absmax", absmax)
+            }
+            Absmax::Double(double) => {
+                let nested_blocks = blocks.div_ceil(NESTED_BLOCK_SIZE);
+                check_len("absmax", blocks, double.codes.len())?;
+                check_len("nested_absmax", nested_blocks, double.absmax.len())?;
+                check_finite("nested_offset", &[double.offset])?;
+                check_finite("nested_absmax", &double.absmax)?;
+                check_finite("nested_quant_map", &*double.code_book)
+            }
+        }
+    }
+}
+
+/// Quantises a weight of shape `[out, in]`, given row by row, on all cores.
+///
+/// # Errors
+/// If the block size is not a power of two from 32 to 4096, the shape has no values or doesn't fit
+/// the weight, a weight is infinite or NaN, or the mean absmax of a double quantization overflows.
+pub fn quantize(
+    weight: &[f32],
+    shape: [usize; 2],
+    format: Format,
+    block_size: usize,
+    double_quant: bool,
+) -> Result<Quantized> {
+    check_block_size(block_size)?;
+    let len = count_values(shape)?;
+    check_len("weight", len, weight.len())?;
+
+    let mut codes = vec![0; len.div_ceil(2)];
+    let mut absmax = vec![0.0; len.div_ceil(block_size)];
+    let finite = weight
+        .par_chunks(block_size)
+        .zip(codes.par_chunks_mut(block_size / 2))
+        .zip(&mut absmax)
+        .with_min_len(TASK_VALUES / block_size)
+        .map(|((weight, codes), absmax)| {
+            *absmax = max_magnitude(weight);
+            let finite = absmax.is_finite();
+            if finite {
+                *absmax = quantize_block(weight, *absmax, format, block_size, codes);
+            }
+            finite
+        })
+        .all(|finite| finite);
+    if !finite {
+        return Err(first_non_finite(weight, shape[1]));
+    }
+    let absmax = if double_quant {
+        Absmax::Double(DoubleQuantized::quantize(&absmax))
+    } else {
+        Absmax::Plain(absmax)
+    };
+    Quantized::new(shape, format, block_size, codes, absmax)
+}
+
+impl Quantized {
+    /// A weight of parts that were quantised before, such as those of a checkpoint.
+    ///
+    /// `codes` holds two codes a byte, the earlier one in the high nibble, over the weight
+    /// flattened row by row.
+    ///
+    /// # Errors
+    /// If the block size is not a power of two from 32 to 4096, the shape has no values, a part's
+    /// length doesn't fit them, or a value that scales weights is infinite or NaN.
+    pub fn new(
+        shape: [usize; 2],
+        format: Format,
+        block_size: usize,
+        codes: Vec<u8>,
+        absmax: Absmax,
+    ) -> Result<Self> {
+        check_block_size(block_size)?;
+        let len = count_values(shape)?;
+        check_len("codes", len.div_ceil(2), codes.len())?;
+        absmax.check(len.div_ceil(block_size))?;
+        Ok(Self {
+            shape,
+            format,
+            block_size,
+            codes,
+            absmax,
+        })
+    }
+
+    /// The shape `[out, in]`.
+    pub fn shape(&self) -> [usize; 2] {
+        self.shape
+    }
+
+    /// What the codes stand for.
+    pub fn format(&self) -> Format {
+        self.format
+    }
+
+    /// How many values share one absmax.
+    pub fn block_size(&self) -> usize {
+        self.block_size
+    }
+
+    /// The codes, two a byte, the earlier one in the high nibble.
+    pub fn codes(&self) -> &[u8] {
+        &self.codes
+    }
+
+    /// The largest magnitude of each block.
+    pub fn absmax(&self) -> &Absmax {
+        &self.absmax
+    }
+
+    /// The whole weight, row by row, decoded on all cores.
+    pub fn dequantize(&self) -> Vec<f32> {
+        let mut weight = vec![0.0; self.shape[0] * self.shape[1]];
+        weight
+            .par_chunks_mut(TASK_VALUES)
+            .enumerate()
+            .for_each(|(task, out)| {
+                self.dequantize_from(task * TASK_VALUES, out);
+            });
+        weight
+    }
+
+    /// Writes some of the rows into `out`, row by row, on the calling thread.
+    ///
+    /// # Panics
+    /// If there are no such rows, or `out` is not exactly as long as they are.
+    pub fn dequantize_rows(&self, rows: Range<usize>, out: &mut [f32]) {
+        let [out_features, in_features] = self.shape;
+        assert!(
+            rows.start <= rows.end && rows.end <= out_features,
+            "rows {rows:?} of a weight with {out_features} rows"
+        );
+        assert_eq!(
+            out.len(),
+            rows.len() * in_features,
+            "length of the output for {rows:?}"
+        );
+        self.dequantize_from(rows.start * in_features, out);
+    }
+
+    /// Writes the values from the flat index `start` on, until `out` is full.
+    fn dequantize_from(&self, mut start: usize, mut out: &mut [f32]) {
+        while !out.is_empty() {
+            let block = start / self.block_size;
+            let in_block = out.len().min((block + 1) * self.block_size - start);
+            let (now, later) = out.split_at_mut(in_block);
+            let absmax = self.absmax.get(block);
+            let values = self.format.decoded().map(|value| value * absmax);
+            decode(&self.codes, start, &values, now);
+            start += in_block;
+            out = later;
+        }
+    }
+}
+
+/// Looks up the codes from the flat index `start` on, until `out`, which is not empty, is full.
+fn decode(codes: &[u8], start: usize, values: &[f32; 16], out: &mut [f32]) {
+    let high = |byte: u8| values[usize::from(byte >> 4)];
+    let low = |byte: u8| values[usize::from(byte & 0xf)];
+    let (first, out) = out.split_at_mut(start % 2);
+    let (pairs, last) = out.as_chunks_mut::<2>();
+    let (bytes, rest) = codes[start.div_ceil(2)..].split_at(pairs.len());
+    if let [first] = first {
+        *first = low(codes[start / 2]);
+    }
+    for (pair, byte) in pairs.iter_mut().zip(bytes) {
+        *pair = [high(*byte), low(*byte)];
+    }
+    if let [last] = last {
+        *last = high(rest[0]);
+    }
+}
+
+/// The largest magnitude; infinite or NaN if one of the values is.
+fn max_magnitude(values: &[f32]) -> f32 {
+    // Without the sign, the bits of floats order as the floats do, and NaN comes last.
+    let bits = values
+        .iter()
+        .fold(0, |max, value| max.max(value.to_bits() & 0x7fff_ffff));
+    f32::from_bits(bits)
+}
+
+/// Fills the codes of one block and returns the absmax to keep.
+///
+/// bitsandbytes multiplies a whole block by the inverse absmax but divides the partial one at the
+/// end of a weight, and keeps the bounded absmax of the partial one only.
+fn quantize_block(
+    weight: &[f32],
+    absmax: f32,
+    format: Format,
+    block_size: usize,
+    codes: &mut [u8],
+) -> f32 {
+    let bounded = absmax.max(MIN_ABSMAX);
+    if weight.len() == block_size {
+        let inverse = 1.0 / bounded;
+        encode(weight, |value| value * inverse, format, codes);
+        absmax
+    } else {
+        encode(weight, |value| value / bounded, format, codes);
+        bounded
+    }
+}
+
+/// Packs the codes nearest to the scaled values; half a byte left over gets the code of zero.
+fn encode(weight: &[f32], scale: impl Fn(f32) -> f32, format: Format, codes: &mut [u8]) {
+    let code = |value: f32| format.nearest(scale(value));
+    let (pairs, last) = weight.as_chunks::<2>();
+    for (byte, [high, low]) in codes.iter_mut().zip(pairs) {
+        *byte = code(*high) << 4 | code(*low);
+    }
+    if let ([high], Some(byte)) = (last, codes.last_mut()) {
+        *byte = code(*high) << 4 | code(0.0);
+    }
+}
+
+fn check_block_size(block_size: usize) -> Result<()> {
+    let [smallest, largest] = BLOCK_SIZES;
+    if block_size.is_power_of_two() && (smallest..=largest).contains(&block_size) {
+        Ok(())
+    } else {
+        Err(Error::UnsupportedBlockSize { block_size })
+    }
+}
+
+fn count_values(shape: [usize; 2]) -> Result<usize> {
+    match shape[0].checked_mul(shape[1]) {
+        None | Some(0) => Err(Error::InvalidShape { shape }),
+        Some(len) => Ok(len),
+    }
+}
+
+fn check_len(part: &'static str, expected: usize, found: usize) -> Result<()> {
+    if found == expected {
+        Ok(())
+    } else {
+        Err(Error::WrongLength {
+            part,
+            expected,
+            found,
+        })
+    }
+}
+
+fn check_finite(part: &'static str, values: &[f32]) -> Result<()> {
+    match values.iter().position(|value| !value.is_finite()) {
+        None => Ok(()),
+        Some(index) => Err(Error::NonFinitePart {
+            part,
+            index,
+            value: values[index],
+        }),
+    }
+}
+
+fn first_non_finite(weight: &[f32], in_features: usize) -> Error {
+    let index = weight
+        .iter()
+        .position(|value| !value.is_finite())
+        .expect("a block with an absmax that is not finite has such a value");
+    let (row, column) = (index / in_features, index % in_features);
+    Error::NonFiniteWeight {
+        row,
+        column,
+        value: weight[index],
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn ramp(len: usize) -> Vec<f32> {
+        (0..len).map(|i| (i as f32 * 0.37).sin()).collect()
+    }
+
+    #[test]
+    fn the_earlier_code_is_in_the_high_nibble() {
+        let mut weight = vec![0.0; 32];
+        (weight[0], weight[3]) = (1.0, -1.0);
+        let quantized = quantize(&weight, [1, 32], Format::Nf4, 32, false).unwrap();
+        assert_eq!(quantized.codes()[..3], [0xf7, 0x70, 0x77]);
+    }
+
+    #[test]
+    fn an_odd_value_out_is_padded_with_the_code_of_zero() {
+        for (format, byte) in [(Format::Nf4, 0xf7), (Format::Fp4, 0x30)] {
+            let quantized = quantize(&[2.0], [1, 1], format, 64, false).unwrap();
+            assert_eq!(quantized.codes(), [byte]);
+            assert_eq!(quantized.dequantize(), [2.0]);
+        }
+    }
+
+    #[test]
+    fn a_value_on_a_midpoint_takes_the_lower_code() {
+        for format in [Format::Nf4, Format::Fp4] {
+            let mut weight = vec![1.0; 32];
+            weight[..15].copy_from_slice(format.midpoints());
+            let quantized = quantize(&weight, [1, 32], format, 32, false).unwrap();
+            let codes = quantized
+                .codes()
+                .iter()
+                .flat_map(|byte| [byte >> 4, byte & 0xf]);
+            assert!(codes.take(15).eq(format.ascending()[..15].iter().copied()));
+        }
+    }
+
+    #[test]
+    fn a_block_may_span_rows() {
+        let weight = ramp(3 * 48);
+        let quantized = quantize(&weight, [3, 48], Format::Nf4, 64, false).unwrap();
+        let Absmax::Plain(absmax) = quantized.absmax() else {
+            panic!("double quantised")
+        };
+        let expected: Vec<f32> = weight.chunks(64).map(max_magnitude).collect();
+        assert_eq!(*absmax, expected);
+    }
+
+    #[test]
+    fn tasks_meet_without_a_seam() {
+        // Longer than one rayon task, with an odd row length.
+        let [out, inp] = [401, 123];
+        let quantized = quantize(&ramp(out * inp), [out, inp], Format::Nf4, 32, true).unwrap();
+        let whole = quantized.dequantize();
+        let mut rows = vec![0.0; out * inp];
+        quantized.dequantize_rows(0..out, &mut rows);
+        assert_eq!(whole, rows);
+    }
+
+    #[test]
+    fn block_sizes_that_bitsandbytes_lacks_are_refused() {
+        for block_size in [0, 1, 16, 48, 63, 100, 4097, 8192] {
+            let error = quantize(&ramp(64), [1, 64], Format::Nf4, block_size, false).unwrap_err();
+            assert_eq!(
+                error.to_string(),
+                format!("block size {block_size} is not a power of two from 32 to 4096")
+            );
+        }
+    }
+
+    #[test]
+    fn shapes_that_do_not_fit_are_refused() {
+        let refused = |shape, len| {
+            quantize(&ramp(len), shape, Format::Fp4, 64, false)
+                .unwrap_err()
+                .to_string()
+        };
+        assert_eq!(
+            refused([0, 4], 0),
+            "shape [0, 4] has no values or too many to address"
+        );
+        assert!(refused([usize::MAX, 2], 4).starts_with("shape ["));
+        assert_eq!(refused([2, 3], 5), "weight has 5 values, expected 6");
+    }
+
+    #[test]
+    fn a_mean_absmax_that_overflows_is_refused() {
+        let error = quantize(&[3e38; 128], [2, 64], Format::Nf4, 64, true).unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            "nested_offset[0] is inf, expected a finite value"
+        );
+    }
+
+    #[test]
+    fn the_first_value_that_is_not_finite_is_named() {
+        let mut weight = ramp(70_000);
+        (weight[69_999], weight[350]) = (f32::NAN, f32::NEG_INFINITY);
+        let error = quantize(&weight, [700, 100], Format::Nf4, 64, false).unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            "weight[3, 50] is -inf, and only finite values can be quantised"
+        );
+    }
+
+    #[test]
+    fn parts_of_the_wrong_length_are_refused() {
+        let with = |codes: usize, absmax| {
+            Quantized::new([2, 64], Format::Nf4, 64, vec![0; codes], absmax)
+                .unwrap_err()
+                .to_string()
+        };
+        let double = |codes, absmax| {
+            Absmax::Double(DoubleQuantized {
+                codes: vec![0; codes],
+                absmax: vec![1.0; absmax],
+                offset: 0.0,
+                code_book: Box::new([0.0; 256]),
+            })
+        };
+        assert_eq!(
+            with(63, Absmax::Plain(vec![1.0; 2])),
+            "codes has 63 values, expected 64"
+        );
+        assert_eq!(
+            with(64, Absmax::Plain(vec![1.0; 3])),
+            "absmax has 3 values, expected 2"
+        );
+        assert_eq!(with(64, double(1, 1)), "absmax has 1 values, expected 2");
+        assert_eq!(
+            with(64, double(2, 2)),
+            "nested_absmax has 2 values, expected 1"
+        );
+        assert_eq!(
+            with(64, Absmax::Plain(vec![1.0, f32::NAN])),
+            "absmax[1] is NaN, expected a finite value"
+        );
+    }
+
+    #[test]
+    #[should_panic(expected = "rows 1..3 of a weight with 2 rows")]
+    fn rows_beyond_the_weight_are_a_bug() {
+        let quantized = quantize(&ramp(64), [2, 32], Format::Nf4, 32, false).unwrap();
+        quantized.dequantize_rows(1..3, &mut [0.0; 64]);
+    }
+}
