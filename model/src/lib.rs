@@ -6,6 +6,7 @@
 
 #![deny(missing_docs)]
 
+pub mod chat;
 pub mod checkpoint;
 pub mod config;
 pub mod error;
@@ -16,6 +17,7 @@ pub mod llama;
 pub mod load;
 pub mod ops;
 pub mod rope;
+pub mod tokenizer;
 pub mod weight;
 
 pub use error::{Error, Result};

@@ -71,58 +71,24 @@ impl<B: ModelBackend, P: Projection<B>> Llama<B, P> {
 }
 
 impl<B: Backend, P> Llama<B, P> {
-    /// The same model with other linear layers: `change` gets each one's name in the checkpoint
-    /// (without `.weight`) and makes the new one.
-    pub fn map_projections<Q, E>(
-        self,
-        mut change: impl FnMut(&str, P) -> Result<Q, E>,
-    ) -> Result<Llama<B, Q>, E> {
-        let mut layers = Vec::with_capacity(self.layers.len());
-        for (index, layer) in self.layers.into_iter().enumerate() {
-            let mut at = |name: &str, p| change(&format!("model.layers.{index}.{name}"), p);
-            layers.push(DecoderLayer {
-                self_attn: SelfAttention {
-                    q_proj: at("self_attn.q_proj", layer.self_attn.q_proj)?,
-                    k_proj: at("self_attn.k_proj", layer.self_attn.k_proj)?,
-                    v_proj: at("self_attn.v_proj", layer.self_attn.v_proj)?,
-                    o_proj: at("self_attn.o_proj", layer.self_attn.o_proj)?,
-                    head_dim: layer.self_attn.head_dim,
-                    backend: PhantomData,
-                },
-                mlp: Mlp {
-                    gate_proj: at("mlp.gate_proj", layer.mlp.gate_proj)?,
-                    up_proj: at("mlp.up_proj", layer.mlp.up_proj)?,
-                    down_proj: at("mlp.down_proj", layer.mlp.down_proj)?,
-                    backend: PhantomData,
-                },
-                input_layernorm: layer.input_layernorm,
-                post_attention_layernorm: layer.post_attention_layernorm,
-            });
-        }
-        Ok(Llama {
-            embed_tokens: self.embed_tokens,
-            layers,
-            norm: self.norm,
-            lm_head: self.lm_head.map(|p| change("lm_head", p)).transpose()?,
-            config: self.config,
-        })
-    }
-
     /// Every linear layer with its name in the checkpoint (without `.weight`).
-    pub fn projections(&self) -> impl Iterator<Item = (String, &P)> {
-        let layers = self.layers.iter().enumerate().flat_map(|(index, layer)| {
+    pub fn projections_mut(&mut self) -> impl Iterator<Item = (String, &mut P)> {
+        let layers = self.layers.iter_mut().enumerate();
+        let layers = layers.flat_map(|(index, layer)| {
+            let (self_attn, mlp) = (&mut layer.self_attn, &mut layer.mlp);
             let all = [
-                ("self_attn.q_proj", &layer.self_attn.q_proj),
-                ("self_attn.k_proj", &layer.self_attn.k_proj),
-                ("self_attn.v_proj", &layer.self_attn.v_proj),
-                ("self_attn.o_proj", &layer.self_attn.o_proj),
-                ("mlp.gate_proj", &layer.mlp.gate_proj),
-                ("mlp.up_proj", &layer.mlp.up_proj),
-                ("mlp.down_proj", &layer.mlp.down_proj),
+                ("self_attn.q_proj", &mut self_attn.q_proj),
+                ("self_attn.k_proj", &mut self_attn.k_proj),
+                ("self_attn.v_proj", &mut self_attn.v_proj),
+                ("self_attn.o_proj", &mut self_attn.o_proj),
+                ("mlp.gate_proj", &mut mlp.gate_proj),
+                ("mlp.up_proj", &mut mlp.up_proj),
+                ("mlp.down_proj", &mut mlp.down_proj),
             ];
             all.map(|(name, p)| (format!("model.layers.{index}.{name}"), p))
         });
-        layers.chain(self.lm_head.iter().map(|p| ("lm_head".to_owned(), p)))
+        let head = self.lm_head.iter_mut();
+        layers.chain(head.map(|p| ("lm_head".to_owned(), p)))
     }
 }
 

@@ -6,7 +6,7 @@ use burn::tensor::{Tensor, TensorData, backend::Backend};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
-use crate::checkpoint::{Checkpoint, NamedTensor};
+use crate::checkpoint::Checkpoint;
 use crate::config::LlamaConfig;
 use crate::error::Result;
 use crate::linear::Linear;
@@ -162,38 +162,5 @@ where
             },
             config: self.config.clone(),
         })
-    }
-}
-
-/// The tensors of a model with plain linear layers, as a checkpoint names them.
-pub fn to_tensors<B: Backend>(model: &Llama<B, Linear<B>>) -> Vec<NamedTensor> {
-    let mut all = vec![named("model.embed_tokens.weight", &model.embed_tokens)];
-    for (index, layer) in model.layers.iter().enumerate() {
-        let at = |name: &str| format!("model.layers.{index}.{name}.weight");
-        all.push(named(&at("input_layernorm"), &layer.input_layernorm.weight));
-        let post = &layer.post_attention_layernorm.weight;
-        all.push(named(&at("post_attention_layernorm"), post));
-    }
-    all.push(named("model.norm.weight", &model.norm.weight));
-    for (name, linear) in model.projections() {
-        all.push(named(&format!("{name}.weight"), &linear.weight));
-        if let Some(bias) = &linear.bias {
-            all.push(named(&format!("{name}.bias"), bias));
-        }
-    }
-    all
-}
-
-fn named<B: Backend, const D: usize>(name: &str, weight: &BaseWeight<B, D>) -> NamedTensor {
-    named_tensor(name, weight.val())
-}
-
-/// A tensor's values on the host, with a name.
-pub fn named_tensor<B: Backend, const D: usize>(name: &str, tensor: Tensor<B, D>) -> NamedTensor {
-    let data = tensor.into_data().convert::<f32>();
-    NamedTensor {
-        name: name.into(),
-        shape: data.shape.to_vec(),
-        values: data.into_vec().expect("converted to f32"),
     }
 }

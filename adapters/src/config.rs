@@ -1,0 +1,402 @@
+//! What a LoRA adapter is: its settings, and which layers of a model they mean.
+
+use fancy_regex::Regex;
+use model::config::LlamaConfig;
+use serde::de::{MapAccess, Visitor};
+use serde::ser::SerializeMap;
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+use crate::error::{Error, Result};
+
+/// The settings of a LoRA adapter.
+///
+/// Source: <https://arxiv.org/abs/2106.09685>; the matching rules are those of
+/// `peft/tuners/tuners_utils.py`.
+#[derive(Debug, Clone, PartialEq)]
+pub struct LoraConfig {
+    /// Width of the bottleneck, `r`.
+    pub rank: usize,
+    /// Numerator of the scaling.
+    pub alpha: f64,
+    /// Probability with which an input element of `lora_a` is dropped while training.
+    pub dropout: f64,
+    /// The layers that are adapted.
+    pub target_modules: Targets,
+    /// Layers that are not adapted even if `target_modules` names them.
+    pub exclude_modules: Option<Targets>,
+    /// Adapt only these decoder layers.
+    pub layers_to_transform: Option<Vec<usize>>,
+    /// Ranks of single layers: the first key that matches decides.
+    pub rank_pattern: Pattern<usize>,
+    /// Alphas of single layers: the first key that matches decides.
+    pub alpha_pattern: Pattern<f64>,
+    /// Scale by `alpha / √rank` instead of `alpha / rank` (<https://arxiv.org/abs/2312.03732>).
+    pub use_rslora: bool,
+    /// Modules that are trained and saved as a whole.
+    pub modules_to_save: Vec<String>,
+    /// How `lora_a` starts; `lora_b` starts as zeros.
+    pub init: LoraInit,
+}
+
+/// How `lora_a` is initialised.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum LoraInit {
+    /// Uniform within `±1/√in` (PyTorch's `kaiming_uniform_(a=√5)`).
+    Default,
+    /// Normal with deviation `1/rank`.
+    Gaussian,
+}
+
+/// Which modules are meant.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Targets {
+    /// Every linear layer of the decoder layers.
+    AllLinear,
+    /// Names, or the last parts of names.
+    Names(Vec<String>),
+    /// A regular expression that must match the whole name.
+    Regex(String),
+}
+
+/// Values for single layers, by regular expressions on the ends of their names, in order.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Pattern<T>(pub Vec<(String, T)>);
+
+/// One adapted layer: its name, its `[out, in]` and its own rank and scaling.
+#[derive(Debug, Clone, PartialEq)]
+pub struct LoraLayer {
+    /// Name in the checkpoint, without `.weight`.
+    pub name: String,
+    /// `[out, in]` of the layer.
+    pub shape: [usize; 2],
+    /// `r`.
+    pub rank: usize,
+    /// The factor on `x Aᵀ Bᵀ`.
+    pub scaling: f64,
+}
+
+impl LoraConfig {
+    /// The adapted layers of a model, in the order of the network.
+    ///
+    /// # Errors
+    /// [`Error::Fit`] lists patterns that do not compile, ranks that are 0, modules that the model
+    /// lacks, and settings that adapt nothing.
+    pub fn layers(&self, model: &LlamaConfig) -> Result<Vec<LoraLayer>> {
+        let mut problems = self.problems(model);
+        let mut layers = Vec::new();
+        for (name, shape) in linear_layers(model) {
+            match self.targets(&name) {
+                Ok(true) => layers.push(self.layer(name, shape)),
+                Ok(false) => {}
+                Err(problem) => problems.push(problem),
+            }
+        }
+        problems.dedup();
+        if problems.is_empty() && layers.is_empty() && self.modules_to_save.is_empty() {
+            problems.push(format!(
+                "target_modules = {} matches no layer (layers are named like \
+                 model.layers.0.self_attn.q_proj)",
+                self.target_modules
+            ));
+        }
+        match problems.is_empty() {
+            true => Ok(layers),
+            false => Err(Error::Fit { problems }),
+        }
+    }
+
+    fn problems(&self, model: &LlamaConfig) -> Vec<String> {
+        let mut problems = Vec::new();
+        if self.rank == 0 || self.rank_pattern.0.iter().any(|(_, rank)| *rank == 0) {
+            problems.push("rank must be at least 1".into());
+        }
+        if self.layers_to_transform.is_some() && matches!(self.target_modules, Targets::Regex(_)) {
+            problems.push("layers_to_transform does not go with a regular expression".into());
+        }
+        let last = model.num_hidden_layers;
+        for index in self.layers_to_transform.iter().flatten().filter(|i| **i >= last) {
+            problems.push(format!("layers_to_transform names layer {index} of {last} layers"));
+        }
+        if let Targets::Names(names) = &self.target_modules {
+            for name in names.iter().filter(|name| !names_a_linear(model, name)) {
+                problems.push(match name.ends_with("embed_tokens") {
+                    true => "embed_tokens cannot be a target: adapters on embeddings are not \
+                             supported, use modules_to_save"
+                        .into(),
+                    false => format!("target_modules names {name}, which the model lacks"),
+                });
+            }
+        }
+        for module in &self.modules_to_save {
+            if !module_names(model).iter().any(|name| ends_with(name, module)) {
+                problems.push(format!("modules_to_save names {module}, which the model lacks"));
+            } else if model.tie_word_embeddings && ends_with("model.embed_tokens", module) {
+                problems.push(format!(
+                    "modules_to_save names {module}, but embeddings and lm_head are tied: they \
+                     could not be saved apart"
+                ));
+            }
+        }
+        problems
+    }
+
+    fn layer(&self, name: String, shape: [usize; 2]) -> LoraLayer {
+        let rank = self.rank_pattern.find(&name).unwrap_or(self.rank);
+        let alpha = self.alpha_pattern.find(&name).unwrap_or(self.alpha);
+        let divisor = match self.use_rslora {
+            true => (rank as f64).sqrt(),
+            false => rank as f64,
+        };
+        LoraLayer {
+            name,
+            shape,
+            rank,
+            scaling: alpha / divisor,
+        }
+    }
+
+    fn targets(&self, name: &str) -> std::result::Result<bool, String> {
+        if self.saves(name) {
+            return Ok(false);
+        }
+        if let Some(exclude) = &self.exclude_modules
+            && exclude.matches(name)?
+        {
+            return Ok(false);
+        }
+        let Some(wanted) = &self.layers_to_transform else {
+            return self.target_modules.matches(name);
+        };
+        // As in PEFT, a module that is named in full is meant whatever its layer.
+        if matches!(&self.target_modules, Targets::Names(all) if all.iter().any(|n| n == name)) {
+            return Ok(true);
+        }
+        let here = layer_index(name).is_some_and(|index| wanted.contains(&index));
+        Ok(here && self.target_modules.matches(name)?)
+    }
+
+    /// Whether a module is trained and saved as a whole.
+    pub fn saves(&self, name: &str) -> bool {
+        self.modules_to_save.iter().any(|module| ends_with(name, module))
+    }
+}
+
+impl Targets {
+    fn matches(&self, name: &str) -> std::result::Result<bool, String> {
+        Ok(match self {
+            Self::AllLinear => name != "lm_head",
+            Self::Names(names) => names.iter().any(|suffix| ends_with(name, suffix)),
+            Self::Regex(pattern) => {
+                let bad = |e| format!("{pattern:?} is not a regular expression: {e}");
+                let whole = Regex::new(&format!("^(?:{pattern})$")).map_err(bad)?;
+                whole.is_match(name).map_err(bad)?
+            }
+        })
+    }
+}
+
+impl<T: Copy> Pattern<T> {
+    fn find(&self, name: &str) -> Option<T> {
+        let matches = |key: &str| {
+            let regex = Regex::new(&format!(r"^(.*\.)?({key})$"));
+            regex.is_ok_and(|regex| regex.is_match(name).unwrap_or(false))
+        };
+        self.0.iter().find(|(key, _)| matches(key)).map(|(_, value)| *value)
+    }
+}
+
+impl<T> Default for Pattern<T> {
+    fn default() -> Self {
+        Self(Vec::new())
+    }
+}
+
+/// `name` is `suffix` or ends with it after a dot.
+fn ends_with(name: &str, suffix: &str) -> bool {
+    name.strip_suffix(suffix).is_some_and(|rest| rest.is_empty() || rest.ends_with('.'))
+}
+
+fn layer_index(name: &str) -> Option<usize> {
+    name.strip_prefix("model.layers.")?.split('.').next()?.parse().ok()
+}
+
+/// Name and `[out, in]` of every linear layer, `lm_head` last.
+fn linear_layers(model: &LlamaConfig) -> Vec<(String, [usize; 2])> {
+    let mut all = Vec::new();
+    for index in 0..model.num_hidden_layers {
+        let at = |(name, shape, _)| (format!("model.layers.{index}.{name}"), shape);
+        all.extend(model.projections().map(at));
+    }
+    if !model.tie_word_embeddings {
+        all.push(("lm_head".into(), [model.vocab_size, model.hidden_size]));
+    }
+    all
+}
+
+fn names_a_linear(model: &LlamaConfig, suffix: &str) -> bool {
+    linear_layers(model).iter().any(|(name, _)| ends_with(name, suffix))
+}
+
+fn module_names(model: &LlamaConfig) -> Vec<String> {
+    let weights = model.tensors().into_iter();
+    weights.filter_map(|(name, _)| name.strip_suffix(".weight").map(str::to_owned)).collect()
+}
+
+/// The names of PEFT's `all-linear` for a Llama.
+pub const ALL_LINEAR: [&str; 7] = [
+    "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
+];
+
+impl std::fmt::Display for Targets {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::AllLinear => write!(f, "\"all-linear\""),
+            Self::Names(names) => write!(f, "{names:?}"),
+            Self::Regex(pattern) => write!(f, "{pattern:?}"),
+        }
+    }
+}
+
+/// A list of names, a regular expression, or `"all-linear"`.
+#[derive(Serialize, Deserialize)]
+#[serde(untagged, expecting = "expected a list of names, a regular expression or \"all-linear\"")]
+enum TargetsSpelling {
+    Text(String),
+    List(Vec<String>),
+}
+
+impl<'de> Deserialize<'de> for Targets {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> std::result::Result<Self, D::Error> {
+        Ok(match TargetsSpelling::deserialize(deserializer)? {
+            TargetsSpelling::Text(text) if text.eq_ignore_ascii_case("all-linear") => Self::AllLinear,
+            TargetsSpelling::Text(text) => Self::Regex(text),
+            TargetsSpelling::List(names) => Self::Names(names),
+        })
+    }
+}
+
+impl Serialize for Targets {
+    fn serialize<S: Serializer>(&self, serializer: S) -> std::result::Result<S::Ok, S::Error> {
+        match self {
+            Self::AllLinear => serializer.serialize_str("all-linear"),
+            Self::Names(names) => names.serialize(serializer),
+            Self::Regex(pattern) => serializer.serialize_str(pattern),
+        }
+    }
+}
+
+impl<T: Serialize> Serialize for Pattern<T> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> std::result::Result<S::Ok, S::Error> {
+        let mut map = serializer.serialize_map(Some(self.0.len()))?;
+        for (key, value) in &self.0 {
+            map.serialize_entry(key, value)?;
+        }
+        map.end()
+    }
+}
+
+impl<'de, T: Deserialize<'de>> Deserialize<'de> for Pattern<T> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> std::result::Result<Self, D::Error> {
+        struct Entries<T>(std::marker::PhantomData<T>);
+        impl<'de, T: Deserialize<'de>> Visitor<'de> for Entries<T> {
+            type Value = Pattern<T>;
+            fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                f.write_str("a table from module names to numbers")
+            }
+            fn visit_map<A: MapAccess<'de>>(
+                self,
+                mut map: A,
+            ) -> std::result::Result<Self::Value, A::Error> {
+                let mut entries = Vec::new();
+                while let Some(entry) = map.next_entry()? {
+                    entries.push(entry);
+                }
+                Ok(Pattern(entries))
+            }
+        }
+        deserializer.deserialize_map(Entries(std::marker::PhantomData))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn tiny(tied: bool) -> LlamaConfig {
+        LlamaConfig::from_json(&serde_json::json!({
+            "model_type": "llama", "vocab_size": 32, "hidden_size": 8, "intermediate_size": 12,
+            "num_hidden_layers": 3, "num_attention_heads": 2, "tie_word_embeddings": tied,
+        }))
+        .unwrap()
+    }
+
+    fn lora(target_modules: Targets) -> LoraConfig {
+        LoraConfig {
+            rank: 4,
+            alpha: 8.0,
+            dropout: 0.0,
+            target_modules,
+            exclude_modules: None,
+            layers_to_transform: None,
+            rank_pattern: Pattern::default(),
+            alpha_pattern: Pattern::default(),
+            use_rslora: false,
+            modules_to_save: Vec::new(),
+            init: LoraInit::Default,
+        }
+    }
+
+    fn names(config: &LoraConfig) -> Vec<String> {
+        config.layers(&tiny(false)).unwrap().into_iter().map(|layer| layer.name).collect()
+    }
+
+    #[test]
+    fn all_linear_leaves_lm_head_out() {
+        assert_eq!(names(&lora(Targets::AllLinear)).len(), 21);
+        assert_eq!(names(&lora(Targets::Names(vec!["lm_head".into()]))), ["lm_head"]);
+    }
+
+    #[test]
+    fn names_match_after_a_dot_and_expressions_as_a_whole() {
+        let suffix = names(&lora(Targets::Names(vec!["1.mlp.up_proj".into(), "v_proj".into()])));
+        assert_eq!(suffix.len(), 4);
+        let regex = names(&lora(Targets::Regex(r"model\.layers\.(0|2)\..*_proj(?<!o_proj)".into())));
+        assert_eq!(regex.len(), 12);
+        assert!(lora(Targets::Regex("q_proj".into())).layers(&tiny(false)).is_err());
+    }
+
+    #[test]
+    fn exclusion_layers_and_saved_modules_narrow_the_targets() {
+        let mut config = lora(Targets::AllLinear);
+        config.exclude_modules = Some(Targets::Names(vec!["q_proj".into()]));
+        config.layers_to_transform = Some(vec![1]);
+        config.modules_to_save = vec!["down_proj".into()];
+        assert_eq!(names(&config).len(), 5);
+    }
+
+    #[test]
+    fn the_first_pattern_that_matches_decides() {
+        let mut config = lora(Targets::AllLinear);
+        config.rank_pattern = Pattern(vec![("layers.1.mlp.up_proj".into(), 2), ("up_proj".into(), 6)]);
+        config.alpha_pattern = Pattern(vec![("up_proj".into(), 12.0)]);
+        let layers = config.layers(&tiny(false)).unwrap();
+        let of = |name: &str| layers.iter().find(|l| l.name == name).unwrap();
+        assert_eq!(of("model.layers.1.mlp.up_proj").rank, 2);
+        assert_eq!(of("model.layers.1.mlp.up_proj").scaling, 6.0);
+        assert_eq!(of("model.layers.0.mlp.up_proj").scaling, 2.0);
+        assert_eq!(of("model.layers.0.mlp.gate_proj").rank, 4);
+    }
+
+    #[test]
+    fn what_does_not_fit_is_listed_at_once() {
+        let mut config = lora(Targets::Names(vec!["qproj".into(), "embed_tokens".into()]));
+        config.modules_to_save = vec!["lm_head".into(), "embed_tokens".into()];
+        config.layers_to_transform = Some(vec![3]);
+        let text = config.layers(&tiny(true)).unwrap_err().to_string();
+        for part in ["names qproj", "embed_tokens cannot be a target", "layer 3 of 3",
+                     "modules_to_save names lm_head", "tied"] {
+            assert!(text.contains(part), "{part} is not in: {text}");
+        }
+    }
+}

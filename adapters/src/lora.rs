@@ -1,0 +1,111 @@
+//! The adapted linear layer: `y = x Wᵀ + b + s · drop(x) Aᵀ Bᵀ`.
+//!
+//! Source: <https://arxiv.org/abs/2106.09685>, `peft/tuners/lora/layer.py`.
+
+use burn::module::{Module, Param};
+use burn::tensor::{Tensor, TensorData, backend::Backend};
+use model::linear::{Linear, Projection};
+use rayon::prelude::*;
+
+/// A linear layer, with or without LoRA.
+#[derive(Module, Debug)]
+pub struct AdaptedLinear<B: Backend> {
+    /// The layer of the base model.
+    pub base: Linear<B>,
+    /// What is trained beside it.
+    pub lora: Option<Lora<B>>,
+}
+
+/// The low-rank update of one layer.
+#[derive(Module, Debug)]
+pub struct Lora<B: Backend> {
+    /// `[r, in]`.
+    pub lora_a: Param<Tensor<B, 2>>,
+    /// `[out, r]`.
+    pub lora_b: Param<Tensor<B, 2>>,
+    /// The factor on the update.
+    pub scaling: f64,
+    /// Set while training with dropout.
+    #[module(skip)]
+    pub dropout: Option<Dropout>,
+}
+
+/// Which elements are dropped: a function of the seed, so that a block computed again drops the
+/// same ones, and a resumed run goes on as the uninterrupted one would.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Dropout {
+    /// Share of the elements that become zero.
+    pub probability: f64,
+    /// Decides which.
+    pub seed: u64,
+}
+
+impl<B: Backend> Projection<B> for AdaptedLinear<B> {
+    fn forward(&self, x: Tensor<B, 2>) -> Tensor<B, 2> {
+        match &self.lora {
+            None => self.base.forward(x),
+            Some(lora) => self.base.forward(x.clone()) + lora.forward(x),
+        }
+    }
+}
+
+impl<B: Backend> Lora<B> {
+    /// `x` `[n, in]` to the update `[n, out]`.
+    pub fn forward(&self, x: Tensor<B, 2>) -> Tensor<B, 2> {
+        let x = match self.dropout {
+            Some(dropout) => {
+                let mask = dropout.mask(x.dims(), &x.device());
+                x * mask
+            }
+            None => x,
+        };
+        let narrow = x.matmul(self.lora_a.val().transpose()); // [n, r]
+        narrow.mul_scalar(self.scaling).matmul(self.lora_b.val().transpose()) // [n, out]
+    }
+}
+
+impl Dropout {
+    /// `[n, d]` of 0 and `1 / (1 - probability)`.
+    fn mask<B: Backend>(&self, [n, d]: [usize; 2], device: &B::Device) -> Tensor<B, 2> {
+        let kept = (1.0 / (1.0 - self.probability)) as f32;
+        let threshold = (self.probability * u32::MAX as f64) as u32;
+        let one = |i: usize| match (mix(self.seed.wrapping_add(i as u64)) >> 32) as u32 {
+            bits if bits < threshold => 0.0,
+            _ => kept,
+        };
+        let values: Vec<f32> = (0..n * d).into_par_iter().with_min_len(1 << 14).map(one).collect();
+        Tensor::from_data(TensorData::new(values, [n, d]), device)
+    }
+}
+
+/// The output function of SplitMix64 (Steele, Lea, Flood: Fast splittable pseudorandom number
+/// generators, 2014): neighbouring numbers become independent-looking ones.
+pub(crate) fn mix(x: u64) -> u64 {
+    let x = x.wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    let x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    let x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    x ^ (x >> 31)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use burn::backend::Flex;
+
+    #[test]
+    fn a_mask_drops_its_share_and_keeps_the_mean() {
+        let dropout = Dropout {
+            probability: 0.25,
+            seed: 3,
+        };
+        let mask: Tensor<Flex, 2> = dropout.mask([200, 500], &Default::default());
+        let values = mask.into_data().to_vec::<f32>().unwrap();
+        let dropped = values.iter().filter(|v| **v == 0.0).count() as f64 / values.len() as f64;
+        assert!((dropped - 0.25).abs() < 0.005, "{dropped}");
+        let mean = values.iter().sum::<f32>() / values.len() as f32;
+        assert!((mean - 1.0).abs() < 0.01, "{mean}");
+        let other = Dropout { seed: 4, ..dropout };
+        let other: Tensor<Flex, 2> = other.mask([200, 500], &Default::default());
+        assert_ne!(values, other.into_data().to_vec::<f32>().unwrap());
+    }
+}

@@ -1,0 +1,179 @@
+//! Adapters written by PEFT (`fixtures/make.py`): loaded, evaluated and saved again.
+
+use std::path::{Path, PathBuf};
+
+use adapters::{AdaptedLlama, LoraConfig, LoraInit, Pattern, Targets, peft, unadapted};
+use burn::backend::Flex;
+use burn::tensor::{Tensor, TensorData};
+use model::checkpoint::Checkpoint;
+use model::config::LlamaConfig;
+use model::rope::Rope;
+use safetensors::SafeTensors;
+use serde_json::Value;
+
+type B = Flex;
+
+fn root(path: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join(path)
+}
+
+fn fixture(name: &str) -> PathBuf {
+    root("tests/fixtures").join(name)
+}
+
+fn fixtures() -> Vec<PathBuf> {
+    let entries = std::fs::read_dir(fixture("")).unwrap().map(|entry| entry.unwrap().path());
+    let folders: Vec<_> = entries.filter(|path| path.is_dir()).collect();
+    assert!(folders.len() >= 8);
+    folders
+}
+
+fn base(name: &str) -> AdaptedLlama<B> {
+    let folder = root("../model/tests/fixtures/models").join(name);
+    let config = LlamaConfig::from_file(&folder.join("config.json")).unwrap();
+    let checkpoint = Checkpoint::open_folder(&folder).unwrap();
+    model::load::load(&config, &checkpoint, &Default::default(), unadapted).unwrap()
+}
+
+fn base_of(adapter: &Path) -> AdaptedLlama<B> {
+    base(std::fs::read_to_string(adapter.join("base.txt")).unwrap().trim())
+}
+
+/// The largest difference between a model's logits and those of a fixture.
+fn max_off(model: &AdaptedLlama<B>, folder: &Path) -> f32 {
+    let device = Default::default();
+    let bytes = std::fs::read(folder.join("expected.safetensors")).unwrap();
+    let file = SafeTensors::deserialize(&bytes).unwrap();
+    let (ids, logits) = (file.tensor("input_ids").unwrap(), file.tensor("logits").unwrap());
+    let [b, s] = [ids.shape()[0], ids.shape()[1]];
+    let (id_bytes, _) = ids.data().as_chunks::<8>();
+    let ids: Vec<i64> = id_bytes.iter().map(|b| i64::from_le_bytes(*b)).collect();
+    let (value_bytes, _) = logits.data().as_chunks::<4>();
+    let values: Vec<f32> = value_bytes.iter().map(|b| f32::from_le_bytes(*b)).collect();
+    let expected = Tensor::<B, 2>::from_data(TensorData::new(values, [b * s, logits.shape()[2]]), &device);
+    let positions: Vec<usize> = (0..b).flat_map(|_| 0..s).collect();
+    let rope = Rope::new(&model.config, &positions, &device);
+    let hidden = model.forward(Tensor::from_data(TensorData::new(ids, [b, s]), &device), &rope, None);
+    let logits = model.logits(hidden.reshape([b * s, model.config.hidden_size]));
+    (logits - expected).abs().max().into_scalar()
+}
+
+fn json(path: PathBuf) -> Value {
+    serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap()
+}
+
+#[test]
+fn logits_equal_those_of_peft() {
+    for folder in fixtures() {
+        let plain = base_of(&folder);
+        assert!(max_off(&plain, &folder) > 0.01, "{}: the adapter matters", folder.display());
+        let (model, _) = peft::load(plain, &folder, &Default::default()).unwrap();
+        let off = max_off(&model, &folder);
+        // f32 sums in another order
+        assert!(off < 2e-5, "{}: {off}", folder.display());
+    }
+}
+
+#[test]
+fn what_was_loaded_is_saved_again() {
+    for folder in fixtures() {
+        let (model, config) = peft::load(base_of(&folder), &folder, &Default::default()).unwrap();
+        let out = tempfile::tempdir().unwrap();
+        let theirs = json(folder.join(peft::CONFIG_FILE));
+        let name = theirs["base_model_name_or_path"].as_str().unwrap();
+        peft::save(&model, &config, name, out.path()).unwrap();
+        let read = |folder: &Path| std::fs::read(folder.join(peft::MODEL_FILE)).unwrap();
+        let (left, right) = (read(&folder), read(out.path()));
+        let left = SafeTensors::deserialize(&left).unwrap();
+        let right = SafeTensors::deserialize(&right).unwrap();
+        // PEFT adds a copy of the base's lm_head when that is adapted
+        let theirs_only = |key: &str| key.ends_with("base_layer.weight");
+        assert_eq!(left.iter().filter(|(key, _)| !theirs_only(key)).count(), right.len());
+        for (key, tensor) in left.iter().filter(|(key, _)| !theirs_only(key)) {
+            let ours = right.tensor(key).unwrap();
+            assert_eq!((tensor.shape(), tensor.data()), (ours.shape(), ours.data()), "{key}");
+        }
+        let ours = json(out.path().join(peft::CONFIG_FILE));
+        for (key, value) in ours.as_object().unwrap() {
+            let sorted = |value: &Value| match value.as_array() {
+                Some(list) => {
+                    let mut list: Vec<String> = list.iter().map(Value::to_string).collect();
+                    list.sort(); // PEFT writes sets, in any order
+                    list
+                }
+                None => vec![value.to_string()],
+            };
+            let theirs = &theirs[key.as_str()];
+            let equal = sorted(value) == sorted(theirs) || value.as_f64().is_some_and(|x| theirs.as_f64() == Some(x));
+            assert!(equal, "{}: {key} is {value}, not {theirs}", folder.display());
+        }
+    }
+}
+
+#[test]
+fn fresh_adapters_leave_the_logits_unchanged() {
+    let config = LoraConfig {
+        rank: 4,
+        alpha: 8.0,
+        dropout: 0.0,
+        target_modules: Targets::AllLinear,
+        exclude_modules: None,
+        layers_to_transform: None,
+        rank_pattern: Pattern::default(),
+        alpha_pattern: Pattern::default(),
+        use_rslora: false,
+        modules_to_save: vec!["lm_head".into()],
+        init: LoraInit::Default,
+    };
+    let folder = root("../model/tests/fixtures/models/gqa");
+    let mut model = base("gqa");
+    adapters::attach(&mut model, &config, 1, &Default::default()).unwrap();
+    assert!(max_off(&model, &folder) < 2e-5);
+    let values = adapters::read_parameters(&model);
+    let parameters = adapters::parameters(&config, &model.config).unwrap();
+    assert_eq!(values.len(), parameters.len());
+    for (name, shape) in parameters.iter().filter(|(name, _)| name.ends_with("lora_a")) {
+        let values = &values[&model::weight::param_id(name)];
+        let bound = 1.0 / (shape[1] as f32).sqrt();
+        let largest = values.iter().fold(0f32, |m, v| m.max(v.abs()));
+        assert!(largest <= bound && largest > 0.8 * bound, "{name}: {largest} of {bound}");
+    }
+}
+
+fn error(adapter: &Path, base_name: &str) -> String {
+    let loaded = peft::load(base(base_name), adapter, &Default::default());
+    loaded.map(|_| ()).unwrap_err().to_string()
+}
+
+#[test]
+fn an_adapter_of_another_model_lists_every_tensor() {
+    let text = error(&fixture("qv"), "wide_head");
+    assert!(text.contains("layers.0.self_attn.q_proj.lora_B.weight is [32, 4], expected [96, 4]"), "{text}");
+    assert!(text.contains("layers.1.self_attn.v_proj.lora_B.weight"), "{text}");
+    assert!(error(&fixture("save_head"), "tied_llama3").contains("lm_head"));
+}
+
+#[test]
+fn missing_and_unexpected_keys_and_unknown_settings_are_errors() {
+    let copy = tempfile::tempdir().unwrap();
+    let tensors = copy.path().join(peft::MODEL_FILE);
+    let config = copy.path().join(peft::CONFIG_FILE);
+    std::fs::copy(fixture("qv").join(peft::MODEL_FILE), &tensors).unwrap();
+    let set = |key: &str, value: Value| {
+        let mut json = json(fixture("qv").join(peft::CONFIG_FILE));
+        json[key] = value;
+        std::fs::write(&config, json.to_string()).unwrap();
+        error(copy.path(), "gqa")
+    };
+    let text = set("target_modules", serde_json::json!(["q_proj", "o_proj"]));
+    assert!(text.contains("o_proj.lora_A.weight is missing"), "{text}");
+    assert!(text.contains("v_proj.lora_A.weight is unexpected"), "{text}");
+    assert!(set("r", 5.into()).contains("is [4, 32], expected [5, 32]"));
+    assert!(set("use_dora", true.into()).contains("use_dora is true"));
+    assert!(set("bias", "all".into()).contains("bias is \"all\""));
+    assert!(set("peft_type", "IA3".into()).contains("IA3"));
+    assert!(set("r", "four".into()).contains("adapter_config.json"));
+    assert!(set("r", 0.into()).contains("rank"));
+    std::fs::remove_file(&tensors).unwrap();
+    assert!(set("r", 4.into()).contains("adapter_model.safetensors"));
+}
