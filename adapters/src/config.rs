@@ -129,9 +129,9 @@ impl LoraConfig {
             }
         }
         for module in &self.modules_to_save {
-            if !module_names(model).iter().any(|name| ends_with(name, module)) {
+            if !module_names(model).iter().any(|name| name.ends_with(module)) {
                 problems.push(format!("modules_to_save names {module}, which the model lacks"));
-            } else if model.tie_word_embeddings && ends_with("model.embed_tokens", module) {
+            } else if model.tie_word_embeddings && "model.embed_tokens".ends_with(module) {
                 problems.push(format!(
                     "modules_to_save names {module}, but embeddings and lm_head are tied: they \
                      could not be saved apart"
@@ -176,9 +176,10 @@ impl LoraConfig {
         Ok(here && self.target_modules.matches(name)?)
     }
 
-    /// Whether a module is trained and saved as a whole.
+    /// Whether a module is trained and saved as a whole. Unlike targets, these match without a
+    /// dot: `norm` means every norm (PEFT's `_set_trainable`).
     pub fn saves(&self, name: &str) -> bool {
-        self.modules_to_save.iter().any(|module| ends_with(name, module))
+        self.modules_to_save.iter().any(|module| name.ends_with(module))
     }
 }
 
