@@ -97,6 +97,21 @@ pub enum Error {
         /// The model's vocabulary size.
         vocab_size: usize,
     },
+    /// There is nothing to continue.
+    #[error("the prompt has no tokens")]
+    EmptyPrompt,
+    /// Numbers that no choice of a token can follow; every one is listed.
+    #[error("{}", problems.join("; "))]
+    Sampling {
+        /// One sentence a number, each naming its key.
+        problems: Vec<String>,
+    },
+    /// A model computes NaN or infinity instead of logits.
+    #[error("the model's output for token {position} of the text is not a number")]
+    LogitsNotFinite {
+        /// The number of tokens before the one that could not be chosen.
+        position: usize,
+    },
     /// A model name is neither a folder nor a Hub id.
     #[error("{name} is neither a folder nor a Hub id (owner/name or owner/name@revision)")]
     NotAModel {

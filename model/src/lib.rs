@@ -2,7 +2,8 @@
 //!
 //! - [`llama`] is the network, generic over Burn's backends and over what its linear layers are;
 //!   [`ops`] holds its operations, one file each.
-//! - [`config`], [`checkpoint`] and [`load`] read a Hugging Face model folder.
+//! - [`folder`], [`config`], [`checkpoint`] and [`load`] read a Hugging Face model folder.
+//! - [`generate`] continues a prompt with a loaded model.
 
 #![deny(missing_docs)]
 
@@ -10,6 +11,8 @@ pub mod chat;
 pub mod checkpoint;
 pub mod config;
 pub mod error;
+pub mod folder;
+pub mod generate;
 pub mod hub;
 pub mod kv_cache;
 pub mod linear;

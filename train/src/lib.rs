@@ -1,1 +1,23 @@
-//! train
+//! A fine-tuning run: its recipe, its data, its loop and its run folder.
+//!
+//! [`recipe`] says what is wanted, [`data`] reads rows, [`batch`] puts them side by side, [`step`]
+//! computes loss and gradients, [`fit`] is the loop, [`checkpoint`] lets it go on later.
+
+#![deny(missing_docs)]
+
+pub mod batch;
+pub mod checkpoint;
+pub mod data;
+mod error;
+pub mod evaluate;
+pub mod fit;
+mod metrics;
+pub mod optimizer;
+pub mod recipe;
+pub mod run_folder;
+pub mod schedule;
+pub mod session;
+pub mod step;
+pub mod trained;
+
+pub use error::{Error, Result};

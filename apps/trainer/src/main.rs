@@ -1,2 +1,61 @@
-//! t
-fn main() {}
+//! `trainer`: fine-tunes Llama models with LoRA on whatever machine is there.
+
+mod cli;
+mod commands;
+mod demo;
+mod device;
+mod encoder;
+mod failure;
+mod output;
+mod renderer;
+mod signals;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+use crate::cli::{Cli, Command};
+use crate::failure::Failure;
+use crate::output::Output;
+
+fn main() -> ExitCode {
+    keep_freed_memory();
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) if !error.use_stderr() => {
+            let _ = error.print(); // --help and --version
+            return ExitCode::SUCCESS;
+        }
+        Err(error) => return Failure::from_usage(&error).report(&Output::from_env()),
+    };
+    let output = Output::new(&cli);
+    match run(cli, &output) {
+        Ok(code) => code,
+        Err(error) => Failure::from(error).report(&output),
+    }
+}
+
+fn run(cli: Cli, output: &Output) -> anyhow::Result<ExitCode> {
+    let device = cli.device;
+    match cli.command {
+        None => demo::run(&device, cli.no_tui, output),
+        Some(Command::Train(args)) => commands::train::run(args, &device, cli.no_tui, output),
+        Some(Command::Eval(args)) => commands::eval::run(args, &device, output),
+        Some(Command::Generate(args)) => commands::generate::run(args, &device, output),
+        Some(Command::Plan(args)) => commands::plan::run(args, output),
+        Some(Command::Devices) => commands::devices::run(output),
+    }
+}
+
+/// glibc gives large buffers back to the system when they are freed and asks for them again at the
+/// next step; the page faults cost more than the arithmetic. These settings keep them.
+fn keep_freed_memory() {
+    #[cfg(all(target_os = "linux", target_env = "gnu"))]
+    // SAFETY: `mallopt` only changes settings of the allocator, before any other thread exists.
+    unsafe {
+        libc::mallopt(libc::M_MMAP_MAX, 0);
+        libc::mallopt(libc::M_TRIM_THRESHOLD, i32::MAX);
+        libc::mallopt(libc::M_TOP_PAD, 64 << 20);
+        libc::mallopt(libc::M_ARENA_MAX, 1);
+    }
+}

@@ -1,0 +1,152 @@
+//! What can be typed.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand};
+
+/// Fine-tunes Llama models with LoRA: a Hugging Face folder goes in, a PEFT adapter comes out.
+///
+/// Without a command: a demo that trains a small model in about a minute.
+#[derive(Debug, Parser)]
+#[command(name = "trainer", version, subcommand_required = false)]
+pub struct Cli {
+    /// Where to compute: auto, cpu, wgpu[:N], vulkan[:N], metal[:N] or cuda[:N]
+    #[arg(long, global = true, default_value = "auto", value_name = "D")]
+    pub device: String,
+    /// Print one JSON object on stdout
+    #[arg(long, global = true)]
+    pub json: bool,
+    /// Print results and errors only
+    #[arg(short, long, global = true, conflicts_with = "verbose")]
+    pub quiet: bool,
+    /// Print more about what is done
+    #[arg(short, long, global = true)]
+    pub verbose: bool,
+    /// Plain lines in place of the dashboard
+    #[arg(long, global = true)]
+    pub no_tui: bool,
+    #[command(subcommand)]
+    pub command: Option<Command>,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Train an adapter, or a whole model
+    Train(TrainArgs),
+    /// Measure the loss of a model on rows
+    Eval(EvalArgs),
+    /// Complete a prompt
+    Generate(GenerateArgs),
+    /// Count parameters, rows and trained tokens without training
+    Plan(RecipeArgs),
+    /// List the devices that this build can use
+    Devices,
+}
+
+/// A recipe file and the settings over it.
+#[derive(Debug, Args)]
+pub struct RecipeArgs {
+    /// A recipe in TOML; the README lists its keys
+    pub recipe: Option<PathBuf>,
+    /// model.path: a model folder or a Hub id
+    #[arg(long, value_name = "MODEL")]
+    pub model: Option<String>,
+    /// data.train: training rows (repeatable)
+    #[arg(long, value_name = "FILE")]
+    pub data: Vec<PathBuf>,
+    /// data.eval: evaluation rows (repeatable)
+    #[arg(long, value_name = "FILE")]
+    pub eval_data: Vec<PathBuf>,
+    /// output.dir: the run folder
+    #[arg(long, value_name = "DIR")]
+    pub output: Option<PathBuf>,
+    /// quantization.format
+    #[arg(long, hide = true)]
+    pub quant: Option<String>,
+    /// adapter.method: lora or full
+    #[arg(long)]
+    pub method: Option<String>,
+    /// adapter.rank
+    #[arg(long)]
+    pub rank: Option<i64>,
+    /// train.max_steps
+    #[arg(long)]
+    pub max_steps: Option<i64>,
+    /// train.epochs
+    #[arg(long)]
+    pub epochs: Option<f64>,
+    /// Any recipe key (repeatable)
+    #[arg(long, value_name = "SECTION.KEY=VALUE")]
+    pub set: Vec<String>,
+}
+
+#[derive(Debug, Args)]
+pub struct TrainArgs {
+    #[command(flatten)]
+    pub recipe: RecipeArgs,
+    /// Go on with the run in this folder, from its newest checkpoint
+    #[arg(long, value_name = "RUN", conflicts_with_all = [
+        "recipe", "model", "data", "eval_data", "output", "quant", "method", "rank", "max_steps",
+        "epochs", "set",
+    ])]
+    pub resume: Option<PathBuf>,
+    /// Print the resolved recipe and stop
+    #[arg(long)]
+    pub print_recipe: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct EvalArgs {
+    /// A model folder or a Hub id
+    #[arg(long)]
+    pub model: String,
+    /// A PEFT adapter folder or Hub id
+    #[arg(long)]
+    pub adapter: Option<String>,
+    /// The rows (repeatable)
+    #[arg(long, value_name = "FILE", required = true)]
+    pub data: Vec<PathBuf>,
+    /// Write {"row", "logprobs"} of every row to this file
+    #[arg(long, value_name = "OUT.jsonl")]
+    pub per_token: Option<PathBuf>,
+    /// A data.* key of recipes, or train.micro_batch_size (repeatable)
+    #[arg(long, value_name = "SECTION.KEY=VALUE")]
+    pub set: Vec<String>,
+}
+
+#[derive(Debug, Args)]
+pub struct GenerateArgs {
+    /// A model folder or a Hub id
+    #[arg(long)]
+    pub model: String,
+    /// A PEFT adapter folder or Hub id
+    #[arg(long)]
+    pub adapter: Option<String>,
+    /// The text to complete
+    #[arg(long, required_unless_present = "prompt_ids", conflicts_with = "prompt_ids")]
+    pub prompt: Option<String>,
+    /// Treat the prompt as a user's turn, in the model's chat template
+    #[arg(long, requires = "prompt")]
+    pub chat: bool,
+    /// Token ids to complete
+    #[arg(long, value_name = "1,2,3", value_delimiter = ',', allow_negative_numbers = true)]
+    pub prompt_ids: Option<Vec<i64>>,
+    /// Longest answer
+    #[arg(long, default_value_t = 128)]
+    pub max_new_tokens: usize,
+    /// 0 takes the likeliest token
+    #[arg(long, default_value_t = 0.0, allow_negative_numbers = true)]
+    pub temperature: f64,
+    /// Sample from the likeliest tokens with this probability together
+    #[arg(long, allow_negative_numbers = true)]
+    pub top_p: Option<f64>,
+    /// Sample from this many tokens
+    #[arg(long)]
+    pub top_k: Option<usize>,
+    /// Above 1: tokens that occurred become less likely
+    #[arg(long, default_value_t = 1.0, allow_negative_numbers = true)]
+    pub repetition_penalty: f64,
+    /// Decides the random numbers
+    #[arg(long, default_value_t = 42)]
+    pub seed: u64,
+}

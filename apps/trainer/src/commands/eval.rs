@@ -1,0 +1,97 @@
+//! `trainer eval`
+
+use std::io::Write;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use ::train::batch::EvalBatches;
+use ::train::data::prepare;
+use ::train::evaluate::{Evaluation, evaluate};
+use ::train::recipe::Recipe;
+use ::train::step::CausalLm;
+use anyhow::{Context, Result};
+use model::checkpoint::write_file;
+use model::folder::ModelFolder;
+use model::hub::Files;
+use model::ops::TrainBackend;
+use serde_json::json;
+use toml::Value;
+
+use super::{open_adapter, open_model, settings};
+use crate::cli::EvalArgs;
+use crate::device::{Device, Job};
+use crate::encoder;
+use crate::output::Output;
+
+/// Measures the loss of a model on rows.
+pub fn run(args: EvalArgs, device: &str, output: &Output) -> Result<ExitCode> {
+    let device = Device::find(device)?;
+    let recipe = read_recipe(&args)?;
+    let base = open_model(&args.model, Files::Model, output)?;
+    let adapter = args.adapter.as_deref().map(|name| open_adapter(name, output)).transpose()?;
+    let encoder = encoder::open(&base, &recipe.data)?;
+    let rows = prepare(&args.data, &recipe.data.settings(), &encoder)?;
+    let batches = EvalBatches::new(Arc::new(rows.samples), recipe.train.micro_batch_size);
+    let job = EvalJob {
+        base,
+        adapter,
+        batches,
+        per_token: args.per_token,
+    };
+    let result = device.run(job)?;
+    let json = json!({
+        "loss": result.loss,
+        "perplexity": result.perplexity,
+        "tokens": result.tokens,
+        "rows": result.rows,
+    });
+    let text = format!(
+        "loss {:.5}  perplexity {:.4}  tokens {}  rows {}",
+        result.loss, result.perplexity, result.tokens, result.rows
+    );
+    output.result(&json, &text);
+    Ok(ExitCode::SUCCESS)
+}
+
+/// `--set` means recipe keys; those of an evaluation are a recipe's.
+fn read_recipe(args: &EvalArgs) -> Result<Recipe> {
+    let mut over = vec![("model.path".to_owned(), Value::String(args.model.clone()))];
+    let path = |path: &PathBuf| Value::String(path.display().to_string());
+    over.push(("data.train".to_owned(), Value::Array(args.data.iter().map(path).collect())));
+    over.extend(settings(&args.set)?);
+    Ok(Recipe::read(None, &over)?)
+}
+
+struct EvalJob {
+    base: ModelFolder,
+    adapter: Option<PathBuf>,
+    batches: EvalBatches,
+    per_token: Option<PathBuf>,
+}
+
+impl Job for EvalJob {
+    type Output = Evaluation;
+
+    fn run<B: TrainBackend>(self, device: B::Device) -> Result<Evaluation> {
+        let model = super::load_model::<B::InnerBackend>(&self.base, self.adapter.as_deref(), &device)?;
+        let lm = CausalLm::<B::InnerBackend> {
+            model,
+            dropout: 0.0,
+            seed: 0,
+        };
+        let mut lines = Vec::new();
+        let wanted = self.per_token.is_some();
+        let result = evaluate(&lm, &self.batches, |row, logprobs| {
+            match wanted {
+                true => writeln!(lines, "{}", json!({"row": row, "logprobs": logprobs})),
+                false => Ok(()),
+            }
+        })
+        .context("cannot gather the log probabilities")?;
+        if let Some(path) = &self.per_token {
+            write_file(path, &lines)?;
+        }
+        Ok(result)
+    }
+}

@@ -1,0 +1,58 @@
+//! The commands, one file each.
+
+pub mod devices;
+pub mod eval;
+pub mod generate;
+pub mod plan;
+pub mod train;
+
+use std::path::{Path, PathBuf};
+
+use ::train::recipe::parse_setting;
+use adapters::{AdaptedLlama, peft, unadapted};
+use anyhow::Result;
+use burn::tensor::backend::Backend;
+use model::folder::ModelFolder;
+use model::hub::{self, Files};
+use toml::Value;
+
+use crate::failure::Advised;
+use crate::output::Output;
+
+/// Opens a model folder, or downloads one.
+fn open_model(name: &str, files: Files, output: &Output) -> Result<ModelFolder> {
+    let path = hub::resolve(name, files, &mut output.downloads())?;
+    Ok(ModelFolder::open(&path)?)
+}
+
+/// An adapter folder, downloaded if it is a Hub id.
+fn open_adapter(name: &str, output: &Output) -> Result<PathBuf> {
+    Ok(hub::resolve(name, Files::Adapter, &mut output.downloads())?)
+}
+
+/// Reads `--set` arguments.
+fn settings(set: &[String]) -> Result<Vec<(String, Value)>> {
+    let one = |text: &String| {
+        parse_setting(text).ok_or_else(|| {
+            Advised::usage(
+                format!("--set {text} is not of the form section.key=value"),
+                "write for example --set train.learning_rate=1e-4",
+            )
+            .into()
+        })
+    };
+    set.iter().map(one).collect()
+}
+
+/// Loads a model and the adapter that belongs on it.
+fn load_model<B: Backend>(
+    base: &ModelFolder,
+    adapter: Option<&Path>,
+    device: &B::Device,
+) -> Result<AdaptedLlama<B>> {
+    let model = model::load::load(&base.config, &base.checkpoint()?, device, unadapted)?;
+    Ok(match adapter {
+        Some(folder) => peft::load(model, folder, device)?.0,
+        None => model,
+    })
+}

@@ -1,0 +1,167 @@
+//! Errors as a user sees them: `error:`, the causes, and one line that says what to do.
+
+use std::process::ExitCode;
+
+use serde_json::json;
+
+use crate::output::Output;
+
+/// A failure, in words.
+#[derive(Debug)]
+pub struct Failure {
+    message: String,
+    causes: Vec<String>,
+    help: String,
+    code: u8,
+}
+
+/// An error with its own advice.
+#[derive(Debug, thiserror::Error)]
+#[error("{message}")]
+pub struct Advised {
+    message: String,
+    help: String,
+    code: u8,
+}
+
+impl Advised {
+    /// Something that went wrong.
+    pub fn failed(message: impl Into<String>, help: impl Into<String>) -> Self {
+        Self {
+            message: message.into(),
+            help: help.into(),
+            code: 1,
+        }
+    }
+
+    /// Something that was asked for in the wrong way.
+    pub fn usage(message: impl Into<String>, help: impl Into<String>) -> Self {
+        Self {
+            message: message.into(),
+            help: help.into(),
+            code: 2,
+        }
+    }
+}
+
+impl Failure {
+    /// What clap refuses.
+    pub fn from_usage(error: &clap::Error) -> Self {
+        let text = error.render().to_string();
+        let text = text.strip_prefix("error: ").unwrap_or(&text);
+        let (message, rest) = text.split_once("\n\n").unwrap_or((text, ""));
+        let message = message.lines().map(str::trim).collect::<Vec<_>>().join(" ");
+        let tip = rest.lines().find_map(|line| line.trim().strip_prefix("tip: "));
+        Self {
+            message,
+            causes: Vec::new(),
+            help: tip.map_or("see `trainer --help` and `trainer COMMAND --help`".into(), str::to_owned),
+            code: 2,
+        }
+    }
+
+    /// Prints the failure and gives the exit code.
+    pub fn report(&self, output: &Output) -> ExitCode {
+        eprintln!("error: {}", self.message);
+        for cause in &self.causes {
+            eprintln!("  cause: {cause}");
+        }
+        eprintln!("help: {}", self.help);
+        if output.json {
+            println!("{}", json!({"error": self.message, "causes": self.causes, "help": self.help}));
+        }
+        ExitCode::from(self.code)
+    }
+}
+
+impl From<anyhow::Error> for Failure {
+    fn from(error: anyhow::Error) -> Self {
+        let mut chain = error.chain().map(ToString::to_string);
+        let message = chain.next().unwrap_or_default();
+        let mut causes: Vec<String> = Vec::new();
+        for cause in chain {
+            // transparent errors and errors that print their source say it once
+            if !message.contains(&cause) && !causes.iter().any(|said| said.contains(&cause)) {
+                causes.push(cause);
+            }
+        }
+        let (help, code) = advice(&error);
+        Self {
+            message,
+            causes,
+            help,
+            code,
+        }
+    }
+}
+
+fn advice(error: &anyhow::Error) -> (String, u8) {
+    for cause in error.chain() {
+        if let Some(advised) = cause.downcast_ref::<Advised>() {
+            return (advised.help.clone(), advised.code);
+        }
+        if let Some(error) = cause.downcast_ref::<train::Error>() {
+            if let Some(help) = train_advice(error) {
+                let code = if matches!(error, train::Error::Recipe { .. } | train::Error::Toml { .. }) { 2 } else { 1 };
+                return (help.into(), code);
+            }
+        }
+        if let Some(error) = cause.downcast_ref::<adapters::Error>() {
+            if let Some(help) = adapter_advice(error) {
+                return (help.into(), 1);
+            }
+        }
+        if let Some(error) = cause.downcast_ref::<model::Error>() {
+            return (model_advice(error).into(), 1);
+        }
+    }
+    ("check the file or value that is named above".into(), 1)
+}
+
+fn train_advice(error: &train::Error) -> Option<&'static str> {
+    use train::Error as E;
+    Some(match error {
+        E::Recipe { .. } => "correct the keys above; `trainer train --print-recipe` shows every key with its value",
+        E::Toml { .. } => "correct the recipe; it is a TOML file",
+        E::OutputNotEmpty { .. } => "choose another --output, or go on with that run by --resume",
+        E::Damaged { .. } => "remove this checkpoint, or resume from an older one",
+        E::NotFinite { .. } => "lower train.learning_rate, or check the data; resume from the last checkpoint",
+        E::NoCheckpoint { .. } => "start the run anew with a recipe and another --output",
+        E::Adapter(error) => return adapter_advice(error),
+        E::Model(error) => return Some(model_advice(error)),
+        E::Io { .. } => "check the path, its permissions and the free space on its disk",
+        _ => "correct the row or the setting that is named above",
+    })
+}
+
+fn adapter_advice(error: &adapters::Error) -> Option<&'static str> {
+    use adapters::Error as E;
+    Some(match error {
+        E::File(error) => return Some(model_advice(error)),
+        E::Config { .. } => "use an adapter that this version supports, made for this model",
+        E::Fit { .. } => "correct the adapter.* keys of the recipe",
+        E::Tensors { .. } => "use the base model that the adapter was trained on",
+        _ => return None,
+    })
+}
+
+fn model_advice(error: &model::Error) -> &'static str {
+    use model::Error as E;
+    match error {
+        E::Io { .. } => "check the path, its permissions and the free space on its disk",
+        E::Json { .. } => "correct the file, or get it again",
+        E::Config { .. } => "use a Llama model (LlamaForCausalLM) with the config.json it came with",
+        E::MissingFile { .. } | E::NoSuchFolder { .. } => "give a complete Hugging Face model folder, or a Hub id",
+        E::Safetensors { .. } | E::Tensors { .. } => "get the weights again; they must belong to this config.json",
+        E::Tokenizer { .. } => "get tokenizer.json again",
+        E::Template { .. } | E::TurnNotRendered { .. } => "set data.chat_template to another template",
+        E::TokenOutOfRange { .. } => "give ids of this model's own tokenizer",
+        E::NotAModel { .. } => "give an existing folder, or a Hub id such as owner/name",
+        E::HubOffline { .. } => "unset HF_HUB_OFFLINE, or download the model first",
+        E::HubDenied { .. } => "set HF_TOKEN to a token that has access, and accept the model's licence on its page",
+        E::HubNotFound { .. } | E::HubNoRepository { .. } => "check the spelling of owner/name@revision",
+        E::HubNoSafetensors { .. } => "choose a repository with safetensors weights",
+        E::Hub { .. } | E::HubSize { .. } => "check the network (or HF_ENDPOINT) and try again: what is there is kept",
+        _ => "check the file or value that is named above",
+    }
+}

@@ -1,0 +1,100 @@
+//! Where words go: results to stdout, everything else to stderr.
+
+use indicatif::{ProgressBar, ProgressStyle};
+use model::hub::DownloadEvent;
+use serde_json::Value;
+
+use crate::cli::Cli;
+
+/// How much is said, and in which form.
+#[derive(Debug, Clone, Copy)]
+pub struct Output {
+    /// stdout is one JSON object.
+    pub json: bool,
+    quiet: bool,
+    verbose: bool,
+}
+
+impl Output {
+    /// As the command line asks.
+    pub fn new(cli: &Cli) -> Self {
+        Self {
+            json: cli.json,
+            quiet: cli.quiet,
+            verbose: cli.verbose,
+        }
+    }
+
+    /// For a command line that did not parse.
+    pub fn from_env() -> Self {
+        Self {
+            json: std::env::args().any(|arg| arg == "--json"),
+            quiet: false,
+            verbose: false,
+        }
+    }
+
+    /// Prints the result: the JSON object, or the text.
+    pub fn result(&self, json: &Value, text: &str) {
+        match self.json {
+            true => println!("{json}"),
+            false => println!("{text}"),
+        }
+    }
+
+    /// Says what happens.
+    pub fn note(&self, text: impl std::fmt::Display) {
+        if !self.quiet {
+            eprintln!("{text}");
+        }
+    }
+
+    /// Says what only some want to know.
+    pub fn detail(&self, text: impl std::fmt::Display) {
+        if self.verbose {
+            eprintln!("{text}");
+        }
+    }
+
+    /// Whether progress is shown.
+    pub fn is_quiet(&self) -> bool {
+        self.quiet
+    }
+
+    /// Shows downloads as they go on.
+    pub fn downloads(&self) -> impl FnMut(DownloadEvent<'_>) + use<> {
+        let output = *self;
+        let mut bar: Option<ProgressBar> = None;
+        move |event| match event {
+            DownloadEvent::Started { file, total_bytes } if !output.quiet => {
+                let style = ProgressStyle::with_template(
+                    "{msg} {wide_bar} {bytes}/{total_bytes} {bytes_per_sec} {eta}",
+                );
+                let new = ProgressBar::new(total_bytes);
+                if let Ok(style) = style {
+                    new.set_style(style);
+                }
+                new.set_message(file.to_owned());
+                bar = Some(new);
+            }
+            DownloadEvent::Advanced { bytes } => {
+                if let Some(bar) = &bar {
+                    bar.inc(bytes);
+                }
+            }
+            DownloadEvent::Finished { file } => {
+                if let Some(bar) = bar.take() {
+                    bar.finish_and_clear();
+                    output.note(format_args!("downloaded {file}"));
+                }
+            }
+            DownloadEvent::CacheOnly { id, reason } => output.note(format_args!(
+                "warning: {reason}; going on with the files of {id} that were downloaded before"
+            )),
+            DownloadEvent::Waiting { file } => {
+                output.note(format_args!("waiting for another process that downloads {file}"));
+            }
+            _ => {}
+        }
+    }
+}

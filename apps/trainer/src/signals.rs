@@ -1,0 +1,24 @@
+//! Ctrl-C and SIGTERM: the first asks the run to save and stop, the second ends it.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use burn::train::Interrupter;
+
+/// Exit code of an interrupted program.
+pub const INTERRUPTED: u8 = 130;
+
+/// A handle that Ctrl-C sets; may be called once.
+pub fn interrupter() -> Interrupter {
+    let interrupter = Interrupter::new();
+    let handle = interrupter.clone();
+    let asked = AtomicBool::new(false);
+    // If there is no handler, Ctrl-C ends the program at once, as it does without this call.
+    let _ = ctrlc::set_handler(move || {
+        if asked.swap(true, Ordering::Relaxed) {
+            std::process::exit(i32::from(INTERRUPTED));
+        }
+        eprintln!("stopping after this step (again: at once)");
+        handle.stop(Some("interrupted"));
+    });
+    interrupter
+}

@@ -1,0 +1,248 @@
+//! Checkpoints: everything that a run needs to go on as if it had not stopped.
+//!
+//! `checkpoints/step-000050/` holds the trained weights, `optimizer.safetensors` (the moments by
+//! parameter name) and `state.json`. Order of the data, schedule and random numbers follow from the
+//! step and the recipe. A checkpoint is written under another name, flushed and renamed, so that it
+//! is complete or absent; checksums tell one that was damaged later.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::path::{Path, PathBuf};
+
+use adapters::AdaptedLlama;
+use burn::tensor::{Tensor, TensorData, backend::Backend};
+use model::checkpoint::{Checkpoint, NamedTensor, write_file, write_safetensors};
+use model::folder::ModelFolder;
+use model::weight::param_id;
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+
+use crate::error::{Error, Result};
+use crate::optimizer::{AdamW, Moments};
+use crate::run_folder::{io, replace_folder};
+use crate::trained::Trained;
+
+const OPTIMIZER_FILE: &str = "optimizer.safetensors";
+const STATE_FILE: &str = "state.json";
+
+/// How far a run is.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+pub struct Progress {
+    /// Optimizer steps taken.
+    pub step: usize,
+    /// The best evaluation so far.
+    pub best: Option<Best>,
+    /// Evaluations since then.
+    pub evaluations_without_improvement: usize,
+}
+
+/// The best evaluation of a run.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct Best {
+    /// Optimizer steps taken by then.
+    pub step: usize,
+    /// Its loss.
+    pub loss: f64,
+}
+
+#[derive(Serialize, Deserialize)]
+struct StateFile {
+    progress: Progress,
+    /// SHA-256 of every other file, by its path in the checkpoint.
+    files: BTreeMap<String, String>,
+}
+
+/// The checkpoints of a run.
+#[derive(Debug, Clone)]
+pub struct Checkpoints {
+    folder: PathBuf,
+    keep: usize,
+}
+
+/// What a checkpoint is made of.
+pub struct Snapshot<'a, B: Backend> {
+    /// The model with its trained weights.
+    pub model: &'a AdaptedLlama<B>,
+    /// Which of its weights are trained.
+    pub trained: &'a Trained,
+    /// The base model's folder.
+    pub base: &'a ModelFolder,
+    /// What the adapter calls its base.
+    pub base_name: &'a str,
+    /// The optimizer.
+    pub optimizer: &'a AdamW<B>,
+    /// How far the run is.
+    pub progress: &'a Progress,
+}
+
+impl Checkpoints {
+    /// The checkpoints in a run folder, of which the newest `keep` stay.
+    pub fn new(run: &Path, keep: usize) -> Self {
+        Self {
+            folder: run.join("checkpoints"),
+            keep,
+        }
+    }
+
+    /// Writes a checkpoint and removes those that are too old.
+    ///
+    /// # Errors
+    /// Files that cannot be written; what was there before stays as it was.
+    pub fn save<B: Backend>(&self, snapshot: &Snapshot<'_, B>) -> Result<PathBuf> {
+        let name = format!("step-{:06}", snapshot.progress.step);
+        let (part, done) = (self.folder.join(format!(".{name}.part")), self.folder.join(name));
+        remove(&part)?;
+        create(&part)?;
+        snapshot.trained.save(snapshot.model, snapshot.base, snapshot.base_name, &part)?;
+        let moments = moments_to_tensors(snapshot)?;
+        write_safetensors(&part.join(OPTIMIZER_FILE), &moments)?;
+        let state = StateFile {
+            progress: snapshot.progress.clone(),
+            files: checksums(&part)?,
+        };
+        let json = serde_json::to_vec_pretty(&state).expect("a plain structure");
+        write_file(&part.join(STATE_FILE), &json)?;
+        replace_folder(&part, &done)?;
+        flush_folder(&self.folder);
+        let mut all = self.all()?;
+        all.sort_by_key(|(step, _)| std::cmp::Reverse(*step));
+        for (_, old) in all.iter().skip(self.keep.max(1)) {
+            remove(old)?;
+        }
+        Ok(done)
+    }
+
+    /// The newest checkpoint that is complete and undamaged; `skipped` hears of the others.
+    pub fn newest(&self, mut skipped: impl FnMut(&Path, &Error)) -> Result<Option<PathBuf>> {
+        let mut all = self.all()?;
+        all.sort_by_key(|(step, _)| std::cmp::Reverse(*step));
+        for (_, path) in all {
+            match read_state(&path) {
+                Ok(_) => return Ok(Some(path)),
+                Err(error) => skipped(&path, &error),
+            }
+        }
+        Ok(None)
+    }
+
+    fn all(&self) -> Result<Vec<(usize, PathBuf)>> {
+        let entries = match std::fs::read_dir(&self.folder) {
+            Ok(entries) => entries,
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
+            Err(e) => return Err(io("read", &self.folder)(e)),
+        };
+        let step = |path: &Path| path.file_name()?.to_str()?.strip_prefix("step-")?.parse().ok();
+        let paths = entries.filter_map(|entry| Some(entry.ok()?.path()));
+        Ok(paths.filter_map(|path| Some((step(&path)?, path))).collect())
+    }
+}
+
+/// Reads `state.json` of a checkpoint and compares the checksums.
+pub fn read_progress(checkpoint: &Path) -> Result<Progress> {
+    Ok(read_state(checkpoint)?.progress)
+}
+
+fn read_state(checkpoint: &Path) -> Result<StateFile> {
+    let path = checkpoint.join(STATE_FILE);
+    let bytes = std::fs::read(&path).map_err(io("read", &path))?;
+    let state: StateFile = serde_json::from_slice(&bytes).map_err(|source| Error::Json {
+        path: path.clone(),
+        source,
+    })?;
+    for (name, expected) in &state.files {
+        if checksum(&checkpoint.join(name))? != *expected {
+            return Err(Error::Damaged {
+                path: checkpoint.join(name),
+            });
+        }
+    }
+    Ok(state)
+}
+
+/// Restores the moments of a checkpoint into an optimizer.
+pub fn restore_optimizer<B: Backend>(
+    optimizer: &AdamW<B>,
+    names: &[(String, Vec<usize>)],
+    checkpoint: &Path,
+    device: &B::Device,
+) -> Result<()> {
+    let file = Checkpoint::open_file(&checkpoint.join(OPTIMIZER_FILE))?;
+    let mut state = optimizer.state();
+    state.step = read_progress(checkpoint)?.step;
+    for (name, _) in names {
+        let read = |part: &str| -> Result<Tensor<B, 1>> {
+            let values = file.read(&format!("{name}.{part}"))?;
+            let count = values.len();
+            Ok(Tensor::from_data(TensorData::new(values, [count]), device))
+        };
+        let moments = Moments {
+            first: read("exp_avg")?,
+            second: read("exp_avg_sq")?,
+        };
+        state.moments.insert(param_id(name), moments);
+    }
+    Ok(())
+}
+
+fn moments_to_tensors<B: Backend>(snapshot: &Snapshot<'_, B>) -> Result<Vec<NamedTensor>> {
+    let state = snapshot.optimizer.state();
+    let mut tensors = Vec::new();
+    for (name, shape) in snapshot.trained.parameters(&snapshot.model.config)? {
+        let Some(moments) = state.moments.get(&param_id(&name)) else {
+            continue; // no gradient has reached it yet
+        };
+        for (part, tensor) in [("exp_avg", &moments.first), ("exp_avg_sq", &moments.second)] {
+            let data = tensor.clone().into_data().convert::<f32>();
+            tensors.push(NamedTensor {
+                name: format!("{name}.{part}"),
+                shape: shape.clone(),
+                values: data.into_vec().expect("converted to f32"),
+            });
+        }
+    }
+    Ok(tensors)
+}
+
+fn checksums(folder: &Path) -> Result<BTreeMap<String, String>> {
+    let mut sums = BTreeMap::new();
+    let mut folders = vec![folder.to_path_buf()];
+    while let Some(next) = folders.pop() {
+        for entry in std::fs::read_dir(&next).map_err(io("read", &next))? {
+            let path = entry.map_err(io("read", &next))?.path();
+            if path.is_dir() {
+                folders.push(path);
+                continue;
+            }
+            let name = path.strip_prefix(folder).expect("it lies inside").components();
+            let name: Vec<_> = name.map(|part| part.as_os_str().to_string_lossy()).collect();
+            sums.insert(name.join("/"), checksum(&path)?);
+        }
+    }
+    Ok(sums)
+}
+
+fn checksum(path: &Path) -> Result<String> {
+    let mut file = File::open(path).map_err(io("open", path))?;
+    let mut hash = Sha256::new();
+    std::io::copy(&mut file, &mut hash).map_err(io("read", path))?;
+    Ok(hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
+}
+
+fn create(folder: &Path) -> Result<()> {
+    std::fs::create_dir_all(folder).map_err(io("create", folder))
+}
+
+fn remove(folder: &Path) -> Result<()> {
+    match std::fs::remove_dir_all(folder) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(io("remove", folder)(e)),
+        _ => Ok(()),
+    }
+}
+
+/// Makes a rename last through a power cut where the system can; elsewhere it is only likely to.
+fn flush_folder(folder: &Path) {
+    #[cfg(unix)]
+    if let Ok(folder) = File::open(folder) {
+        let _ = folder.sync_all();
+    }
+}

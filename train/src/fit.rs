@@ -1,0 +1,373 @@
+//! The loop: burn-train's learner, stepped by optimizer steps.
+//!
+//! burn-train's own strategy steps the schedule with every micro batch and drops the last
+//! incomplete window of an epoch; this one takes whole windows, so that an optimizer step is one
+//! item. Evaluations, checkpoints and the interrupt come between steps.
+
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
+
+use burn::data::dataloader::Progress as Shown;
+use burn::module::AutodiffModule;
+use burn::tensor::backend::AutodiffBackend;
+use burn::train::renderer::MetricsRenderer;
+use burn::train::{
+    EventProcessorTraining, InferenceStep, Interrupter, Learner, LearnerEvent,
+    LearningComponentsMarker, LearningComponentsTypes, LearningResult, SupervisedLearningStrategy,
+    SupervisedTraining, SupervisedTrainingEventProcessor, TrainLoader, TrainingComponents,
+    TrainingItem, TrainingModel, TrainingStrategy, ValidLoader,
+};
+use model::folder::ModelFolder;
+use model::ops::TrainBackend;
+
+use crate::batch::{EvalBatches, Windows};
+use crate::checkpoint::{Best, Checkpoints, Progress, Snapshot};
+use crate::error::{Error, Result};
+use crate::metrics::{DashboardMetric, EvalLoss, NoMetricFiles};
+use crate::optimizer::AdamW;
+use crate::recipe::Recipe;
+use crate::run_folder::{Line, RunFolder, peak_memory_bytes};
+use crate::schedule::Schedule;
+use crate::step::{CausalLm, EvalItem, StepItem, clip_gradients};
+use crate::trained::Trained;
+
+/// A run, ready to start or to go on.
+pub struct Run<B: TrainBackend> {
+    /// The resolved recipe.
+    pub recipe: Recipe,
+    /// The model with what is trained attached.
+    pub model: CausalLm<B>,
+    /// What is trained.
+    pub trained: Trained,
+    /// The base model's folder.
+    pub base: ModelFolder,
+    /// The optimizer, restored when the run goes on.
+    pub optimizer: AdamW<B::InnerBackend>,
+    /// The training data from the first step to take.
+    pub windows: Windows,
+    /// The evaluation data.
+    pub eval: EvalBatches,
+    /// Where results go.
+    pub folder: RunFolder,
+    /// How far the run is.
+    pub progress: Progress,
+    /// Where it computes.
+    pub device: B::Device,
+}
+
+/// What happened at the end of a run.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Outcome {
+    /// Optimizer steps taken in all.
+    pub steps: usize,
+    /// Loss of the last step.
+    pub loss: Option<f64>,
+    /// The best evaluation.
+    pub best: Option<Best>,
+    /// Why the run ended before its last step.
+    pub stopped: Option<Stopped>,
+}
+
+/// Why a run ended before its last step.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Stopped {
+    /// It was asked to; a checkpoint is saved.
+    Interrupted,
+    /// The evaluation loss stopped falling.
+    Early,
+}
+
+/// What a run tells while it goes on.
+#[derive(Debug)]
+pub enum Event<'a> {
+    /// An evaluation is done.
+    Evaluated {
+        /// Optimizer steps taken.
+        step: usize,
+        /// Mean cross entropy.
+        loss: f64,
+    },
+    /// A checkpoint is complete.
+    Saved {
+        /// Its folder.
+        checkpoint: &'a std::path::Path,
+    },
+}
+
+/// Hears what a run tells.
+pub type Report = Arc<dyn Fn(Event<'_>) + Send + Sync>;
+
+/// Trains until the last step, an interrupt or early stopping, and saves the result.
+///
+/// # Errors
+/// What cannot be written; a loss that is not finite.
+pub fn fit<B: TrainBackend, R: MetricsRenderer + 'static>(
+    run: Run<B>,
+    renderer: R,
+    interrupter: Interrupter,
+    report: Report,
+) -> Result<Outcome> {
+    let path = run.folder.path().to_path_buf();
+    let (trained, base) = (run.trained.clone(), run.base.clone());
+    let base_name = run.recipe.model.path.clone();
+    let train = &run.recipe.train;
+    let schedule = Schedule::new(train, run.windows.num_steps(), run.progress.step);
+    let learner = Learner::new(run.model.clone(), run.optimizer.clone(), schedule);
+    let (windows, eval) = (Arc::new(run.windows.clone()), Arc::new(run.eval.clone()));
+
+    let strategy = Arc::new(StepByStep {
+        checkpoints: Checkpoints::new(&path, train.keep_checkpoints),
+        optimizer: run.optimizer,
+        trained: run.trained,
+        base: run.base,
+        recipe: run.recipe,
+        windows: run.windows,
+        device: run.device,
+        state: Mutex::new(State {
+            folder: run.folder,
+            progress: run.progress,
+            loss: None,
+            stopped: None,
+            error: None,
+        }),
+        report,
+    });
+    let result = SupervisedTraining::new(&path, windows, eval)
+        .metric_train_numeric(DashboardMetric::new("Loss", None, |item| item.loss))
+        .metric_train_numeric(DashboardMetric::new("Learning rate", None, |item| item.lr))
+        .metric_train_numeric(DashboardMetric::new("Gradient norm", None, |item| item.grad_norm))
+        .metric_train_numeric(DashboardMetric::new("Speed", Some("tokens/s"), |item| {
+            item.tokens as f64 / item.seconds
+        }))
+        .metric_valid_numeric(EvalLoss::new())
+        .with_metric_logger(NoMetricFiles)
+        .with_interrupter(interrupter)
+        .renderer(renderer)
+        .with_training_strategy(TrainingStrategy::Custom(strategy.clone()))
+        .launch(learner);
+
+    let mut state = strategy.state.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(error) = state.error.take() {
+        return Err(error);
+    }
+    if state.stopped != Some(Stopped::Interrupted) {
+        trained.save(&result.model.model, &base, &base_name, &path)?;
+    }
+    Ok(Outcome {
+        steps: state.progress.step,
+        loss: state.loss,
+        best: state.progress.best,
+        stopped: state.stopped,
+    })
+}
+
+/// burn-train's learning strategy of this project.
+struct StepByStep<B: TrainBackend> {
+    recipe: Recipe,
+    trained: Trained,
+    base: ModelFolder,
+    optimizer: AdamW<B::InnerBackend>,
+    windows: Windows,
+    checkpoints: Checkpoints,
+    device: B::Device,
+    report: Report,
+    state: Mutex<State>,
+}
+
+/// What changes while the loop runs.
+struct State {
+    folder: RunFolder,
+    progress: Progress,
+    loss: Option<f64>,
+    stopped: Option<Stopped>,
+    error: Option<Error>,
+}
+
+/// The components of a learner that trains a [`CausalLm`].
+type Components<B> = LearningComponentsMarker<
+    B,
+    Schedule,
+    CausalLm<B>,
+    AdamW<<B as AutodiffBackend>::InnerBackend>,
+>;
+
+impl<B: TrainBackend> SupervisedLearningStrategy<Components<B>> for StepByStep<B> {
+    /// The default restores checkpoints on the default device; here they are restored before.
+    fn train(
+        &self,
+        learner: Learner<Components<B>>,
+        train: TrainLoader<Components<B>>,
+        valid: ValidLoader<Components<B>>,
+        mut components: TrainingComponents<Components<B>>,
+    ) -> LearningResult<<Components<B> as LearningComponentsTypes>::InferenceModel> {
+        components.event_processor.process_train(LearnerEvent::Start);
+        let (model, mut events) = self.fit(components, learner, train, valid, 1);
+        events.process_train(LearnerEvent::End(None));
+        LearningResult {
+            model: model.valid(),
+            renderer: events.renderer(),
+        }
+    }
+
+    fn fit(
+        &self,
+        components: TrainingComponents<Components<B>>,
+        mut learner: Learner<Components<B>>,
+        train: TrainLoader<Components<B>>,
+        valid: ValidLoader<Components<B>>,
+        _: usize,
+    ) -> (TrainingModel<Components<B>>, SupervisedTrainingEventProcessor<Components<B>>) {
+        let mut events = components.event_processor;
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        learner.fork(&self.device);
+        let mut windows = train.iter();
+        while state.stopped.is_none() && state.progress.step < self.windows.num_steps() {
+            let interrupted = || components.interrupter.should_stop();
+            let stepped = self.advance(&mut *windows, &mut learner, &valid, &mut events, &mut state, &interrupted);
+            if let Err(error) = stepped {
+                state.error = Some(error);
+                break;
+            }
+        }
+        (learner.model(), events)
+    }
+}
+
+impl<B: TrainBackend> StepByStep<B> {
+    /// One optimizer step and what is due after it.
+    fn advance(
+        &self,
+        windows: &mut dyn burn::data::dataloader::DataLoaderIterator<crate::batch::Window>,
+        learner: &mut Learner<Components<B>>,
+        valid: &ValidLoader<Components<B>>,
+        events: &mut SupervisedTrainingEventProcessor<Components<B>>,
+        state: &mut State,
+        interrupted: &dyn Fn() -> bool,
+    ) -> Result<()> {
+        let train = &self.recipe.train;
+        let item = self.step(windows, learner)?;
+        state.progress.step += 1;
+        state.loss = Some(item.loss);
+        let step = state.progress.step;
+        state.folder.write(&Line::Train {
+            step,
+            epoch: item.epoch,
+            loss: item.loss,
+            lr: item.lr,
+            grad_norm: item.grad_norm,
+            tokens: item.trained_tokens,
+            tokens_per_second: item.tokens as f64 / item.seconds,
+            peak_memory_bytes: peak_memory_bytes(),
+            seconds: item.seconds,
+        })?;
+        let shown = Shown::new(step, self.windows.num_steps());
+        let global = Shown::new(1, 1);
+        let shown = TrainingItem::new(item, shown, global, Some(step), Some(item.lr));
+        events.process_train(LearnerEvent::ProcessedItem(shown));
+
+        let last = step == self.windows.num_steps();
+        let due = |every: usize| match every {
+            0 => self.windows.ends_epoch(step - 1),
+            every => step.is_multiple_of(every) || last,
+        };
+        if valid.num_items() > 0 && due(train.eval_every) {
+            self.evaluate(learner, valid, events, state)?;
+        }
+        if interrupted() && !last {
+            state.stopped = Some(Stopped::Interrupted);
+        }
+        let patience = train.early_stopping_patience;
+        if patience > 0 && state.progress.evaluations_without_improvement >= patience {
+            state.stopped = Some(Stopped::Early);
+        }
+        if due(train.save_every) || state.stopped.is_some() {
+            let model = learner.model().valid().model;
+            let checkpoint = self.checkpoints.save(&Snapshot {
+                model: &model,
+                trained: &self.trained,
+                base: &self.base,
+                base_name: &self.recipe.model.path,
+                optimizer: &self.optimizer,
+                progress: &state.progress,
+            })?;
+            (self.report)(Event::Saved {
+                checkpoint: &checkpoint,
+            });
+        }
+        Ok(())
+    }
+
+    /// Forward, backward, clipping and the optimizer.
+    fn step(
+        &self,
+        windows: &mut dyn burn::data::dataloader::DataLoaderIterator<crate::batch::Window>,
+        learner: &mut Learner<Components<B>>,
+    ) -> Result<StepItem> {
+        let start = Instant::now();
+        let window = windows.next().expect("as many windows as steps");
+        let step = window.step + 1;
+        let output = learner.train_step(window);
+        let mut gradients = output.grads;
+        let max_norm = self.recipe.train.max_grad_norm;
+        let grad_norm = clip_gradients::<B, _>(&mut gradients, &learner.model(), max_norm);
+        if !output.item.loss.is_finite() || !grad_norm.is_finite() {
+            return Err(Error::NotFinite { step });
+        }
+        learner.lr_step();
+        learner.optimizer_step(gradients);
+        Ok(StepItem {
+            grad_norm,
+            lr: learner.lr_current(),
+            seconds: start.elapsed().as_secs_f64(),
+            ..output.item
+        })
+    }
+
+    fn evaluate(
+        &self,
+        learner: &Learner<Components<B>>,
+        valid: &ValidLoader<Components<B>>,
+        events: &mut SupervisedTrainingEventProcessor<Components<B>>,
+        state: &mut State,
+    ) -> Result<()> {
+        let model = learner.model().valid();
+        let mut batches = valid.iter();
+        let (mut nll, mut tokens) = (0.0, 0);
+        let mut done = 0;
+        while let Some(batch) = batches.next() {
+            let item: EvalItem = InferenceStep::step(&model, batch);
+            nll += item.nll;
+            tokens += item.trained_tokens;
+            done += 1;
+            let shown = TrainingItem::new(item, batches.progress(), Shown::new(1, 1), Some(done), None);
+            events.process_valid(LearnerEvent::ProcessedItem(shown));
+        }
+        events.process_valid(LearnerEvent::EndEpoch(1));
+        let step = state.progress.step;
+        let loss = nll / tokens as f64;
+        state.folder.write(&Line::Eval {
+            step,
+            loss,
+            perplexity: loss.exp(),
+            tokens,
+        })?;
+        (self.report)(Event::Evaluated { step, loss });
+        let improved = state.progress.best.is_none_or(|best| loss < best.loss);
+        if !improved {
+            state.progress.evaluations_without_improvement += 1;
+            return Ok(());
+        }
+        state.progress.best = Some(Best { step, loss });
+        state.progress.evaluations_without_improvement = 0;
+        self.save_best(&model, state)
+    }
+
+    /// `best/` is replaced as a whole, so that it is never a mixture of two adapters.
+    fn save_best(&self, model: &CausalLm<B::InnerBackend>, state: &State) -> Result<()> {
+        let run = state.folder.path();
+        let (part, done) = (run.join(".best.part"), run.join("best"));
+        let saved = self.trained.save(&model.model, &self.base, &self.recipe.model.path, &part)?;
+        crate::run_folder::replace_folder(&saved, &done)?;
+        std::fs::remove_dir(&part).map_err(crate::run_folder::io("remove", &part))
+    }
+}

@@ -1,0 +1,162 @@
+//! The folder of a run: `recipe.toml`, `metrics.jsonl`, and what the other parts put into it.
+
+use std::fs::{File, OpenOptions};
+use std::io::{BufRead, BufReader, Write};
+use std::path::{Path, PathBuf};
+
+use model::checkpoint::write_file;
+use serde::Serialize;
+use serde_json::Value;
+
+use crate::error::{Error, Result};
+use crate::recipe::Recipe;
+
+/// File name of the resolved recipe.
+pub const RECIPE_FILE: &str = "recipe.toml";
+/// File name of the metrics.
+pub const METRICS_FILE: &str = "metrics.jsonl";
+
+/// A line of `metrics.jsonl`.
+#[derive(Debug, Clone, Copy, Serialize)]
+#[serde(tag = "kind", rename_all = "lowercase")]
+pub enum Line {
+    /// An optimizer step.
+    Train {
+        /// From 1.
+        step: usize,
+        /// Rows seen ÷ rows in the data.
+        epoch: f64,
+        /// Mean cross entropy of the trained tokens.
+        loss: f64,
+        /// Learning rate of this step.
+        lr: f64,
+        /// Norm of all gradients, before clipping.
+        grad_norm: f64,
+        /// Trained tokens of this step.
+        tokens: usize,
+        /// All tokens, without padding, ÷ `seconds`.
+        tokens_per_second: f64,
+        /// Most memory that the process has held so far.
+        peak_memory_bytes: u64,
+        /// Wall time of this step.
+        seconds: f64,
+    },
+    /// An evaluation.
+    Eval {
+        /// Optimizer steps taken.
+        step: usize,
+        /// Mean cross entropy of the trained tokens.
+        loss: f64,
+        /// `exp(loss)`.
+        perplexity: f64,
+        /// Trained tokens.
+        tokens: usize,
+    },
+}
+
+/// The folder of a run, with its metrics open for appending.
+#[derive(Debug)]
+pub struct RunFolder {
+    path: PathBuf,
+    metrics: File,
+}
+
+impl RunFolder {
+    /// Starts a run folder.
+    ///
+    /// # Errors
+    /// [`Error::OutputNotEmpty`] if there is something in it already.
+    pub fn create(path: &Path, recipe: &Recipe) -> Result<Self> {
+        check_empty(path)?;
+        std::fs::create_dir_all(path).map_err(io("create", path))?;
+        write_file(&path.join(RECIPE_FILE), recipe.to_toml().as_bytes())?;
+        Self::open(path)
+    }
+
+    /// Continues a run folder after `step`: lines of later steps are dropped, since they will be
+    /// written again.
+    pub fn resume(path: &Path, step: usize) -> Result<Self> {
+        let metrics = path.join(METRICS_FILE);
+        let file = File::open(&metrics).map_err(io("open", &metrics))?;
+        let mut kept = String::new();
+        for line in BufReader::new(file).lines() {
+            let line = line.map_err(io("read", &metrics))?;
+            let at = serde_json::from_str::<Value>(&line).ok();
+            let at = at.and_then(|json| json["step"].as_u64());
+            if at.is_some_and(|at| at <= step as u64) {
+                kept.push_str(&line);
+                kept.push('\n');
+            }
+        }
+        write_file(&metrics, kept.as_bytes())?;
+        Self::open(path)
+    }
+
+    fn open(path: &Path) -> Result<Self> {
+        let metrics = path.join(METRICS_FILE);
+        let file = OpenOptions::new().create(true).append(true).open(&metrics);
+        Ok(Self {
+            path: path.into(),
+            metrics: file.map_err(io("open", &metrics))?,
+        })
+    }
+
+    /// The folder.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Appends a line of metrics.
+    pub fn write(&mut self, line: &Line) -> Result<()> {
+        let mut text = serde_json::to_string(line).expect("a plain structure");
+        text.push('\n');
+        let failed = io("write", &self.path.join(METRICS_FILE));
+        self.metrics.write_all(text.as_bytes()).map_err(failed)
+    }
+}
+
+/// An existing folder with something in it is not overwritten.
+pub fn check_empty(path: &Path) -> Result<()> {
+    match std::fs::read_dir(path).map(|mut entries| entries.next().is_none()) {
+        Ok(true) => Ok(()),
+        Ok(false) => Err(Error::OutputNotEmpty { path: path.into() }),
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(()),
+        Err(e) => Err(io("use", path)(e)),
+    }
+}
+
+/// Puts a complete folder in the place of another.
+pub(crate) fn replace_folder(from: &Path, to: &Path) -> Result<()> {
+    match std::fs::remove_dir_all(to) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(io("remove", to)(e)),
+        _ => {}
+    }
+    std::fs::rename(from, to).map_err(io("rename", from))
+}
+
+/// What an [`Error::Io`] needs to know beside the error.
+pub(crate) fn io(action: &'static str, path: &Path) -> impl FnOnce(std::io::Error) -> Error + use<> {
+    let path = path.to_path_buf();
+    move |source| Error::Io {
+        action,
+        path,
+        source,
+    }
+}
+
+/// Most memory that this process has held so far, in bytes; 0 where the system does not say.
+pub fn peak_memory_bytes() -> u64 {
+    #[cfg(unix)]
+    {
+        let mut usage = std::mem::MaybeUninit::<libc::rusage>::zeroed();
+        // SAFETY: `getrusage` fills in the structure that it is given.
+        let filled = unsafe { libc::getrusage(libc::RUSAGE_SELF, usage.as_mut_ptr()) };
+        if filled == 0 {
+            // SAFETY: filled in above.
+            let peak = unsafe { usage.assume_init() }.ru_maxrss as u64;
+            let unit = if cfg!(target_vendor = "apple") { 1 } else { 1024 };
+            return peak * unit;
+        }
+    }
+    0
+}

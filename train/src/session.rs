@@ -1,0 +1,156 @@
+//! From a recipe to a run that is ready to start, or to go on.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use adapters::{AdaptedLlama, peft, unadapted};
+use burn::tensor::backend::Backend;
+use model::folder::ModelFolder;
+use model::ops::TrainBackend;
+
+use crate::batch::{EvalBatches, Windows};
+use crate::checkpoint::{Progress, read_progress, restore_optimizer};
+use crate::data::Sample;
+use crate::error::{Error, Result};
+use crate::fit::Run;
+use crate::optimizer::AdamW;
+use crate::recipe::{ModelInit, Recipe};
+use crate::run_folder::RunFolder;
+use crate::step::CausalLm;
+use crate::trained::Trained;
+
+/// The rows of a run.
+#[derive(Debug, Clone)]
+pub struct Rows {
+    /// Trained on.
+    pub train: Arc<Vec<Sample>>,
+    /// Evaluated on; may be empty.
+    pub eval: Arc<Vec<Sample>>,
+}
+
+/// What a recipe trains; the settings of `adapter.init_from` are taken over into the recipe.
+///
+/// # Errors
+/// [`Error::Recipe`] if the recipe asks for other settings than that adapter has.
+pub fn trained(recipe: &mut Recipe) -> Result<Trained> {
+    if recipe.adapter.is_full() {
+        return Ok(Trained::Full);
+    }
+    if let Some(folder) = &recipe.adapter.init_from {
+        let theirs = peft::read_config(folder)?;
+        let asked = recipe.adapter.clone();
+        let place = folder.display().to_string();
+        recipe.adapter.set_lora(&theirs);
+        let ours = &recipe.adapter;
+        let checks = [
+            ("rank", asked.rank == ours.rank),
+            ("alpha", asked.alpha == ours.alpha),
+            ("use_rslora", asked.use_rslora == ours.use_rslora),
+            ("rank_pattern", asked.rank_pattern == ours.rank_pattern),
+            ("alpha_pattern", asked.alpha_pattern == ours.alpha_pattern),
+        ];
+        let differ = |(key, same): &(&str, bool)| !same && recipe.given.contains(&format!("adapter.{key}"));
+        let problem = |(key, _): &(&str, bool)| {
+            format!("adapter.{key} differs from that of adapter.init_from ({place})")
+        };
+        let problems: Vec<_> = checks.iter().filter(|check| differ(check)).map(problem).collect();
+        if !problems.is_empty() {
+            return Err(Error::Recipe { problems });
+        }
+        // These two do not change what the tensors mean.
+        if recipe.given.contains("adapter.dropout") {
+            recipe.adapter.dropout = asked.dropout;
+        }
+    }
+    Ok(Trained::Lora(recipe.adapter.lora()))
+}
+
+/// Loads the base model of a recipe.
+pub fn load_base<B: Backend>(
+    recipe: &Recipe,
+    base: &ModelFolder,
+    device: &B::Device,
+) -> Result<AdaptedLlama<B>> {
+    Ok(match recipe.model.init {
+        ModelInit::Random => model::load::init(&base.config, recipe.train.seed, device, unadapted),
+        ModelInit::Pretrained => {
+            model::load::load(&base.config, &base.checkpoint()?, device, unadapted)?
+        }
+    })
+}
+
+/// Prepares a new run in an empty folder.
+///
+/// Nothing is written before the model and its adapter are there.
+pub fn start<B: TrainBackend>(
+    recipe: Recipe,
+    trained: Trained,
+    base: ModelFolder,
+    rows: Rows,
+    output: &Path,
+    device: B::Device,
+) -> Result<Run<B>> {
+    let mut model = load_base::<B>(&recipe, &base, &device)?;
+    match &recipe.adapter.init_from {
+        Some(folder) => model = peft::load(model, folder, &device)?.0,
+        None => trained.attach(&mut model, recipe.train.seed, &device)?,
+    }
+    let folder = RunFolder::create(output, &recipe)?;
+    let optimizer = AdamW::new(&recipe.train);
+    let progress = Progress::default();
+    Ok(assemble(recipe, trained, base, rows, device, model, optimizer, folder, progress))
+}
+
+/// Prepares a run to go on from a checkpoint.
+pub fn resume<B: TrainBackend>(
+    recipe: Recipe,
+    trained: Trained,
+    base: ModelFolder,
+    rows: Rows,
+    run: &Path,
+    checkpoint: &Path,
+    device: B::Device,
+) -> Result<Run<B>> {
+    let mut model = load_base::<B>(&recipe, &base, &device)?;
+    if trained == Trained::Full {
+        trained.attach(&mut model, recipe.train.seed, &device)?;
+    }
+    let model = trained.restore(model, checkpoint, &device)?;
+    let optimizer = AdamW::new(&recipe.train);
+    let names = trained.parameters(&base.config)?;
+    restore_optimizer(&optimizer, &names, checkpoint, &device)?;
+    let progress = read_progress(checkpoint)?;
+    let folder = RunFolder::resume(run, progress.step)?;
+    Ok(assemble(recipe, trained, base, rows, device, model, optimizer, folder, progress))
+}
+
+#[expect(clippy::too_many_arguments, reason = "it puts a plain structure together")]
+fn assemble<B: TrainBackend>(
+    recipe: Recipe,
+    trained: Trained,
+    base: ModelFolder,
+    rows: Rows,
+    device: B::Device,
+    model: AdaptedLlama<B>,
+    optimizer: AdamW<B::InnerBackend>,
+    folder: RunFolder,
+    progress: Progress,
+) -> Run<B> {
+    let train = &recipe.train;
+    Run {
+        model: CausalLm {
+            model,
+            dropout: recipe.adapter.dropout,
+            seed: train.seed,
+        },
+        windows: Windows::new(rows.train, &recipe.data, train, progress.step),
+        eval: EvalBatches::new(rows.eval, train.micro_batch_size),
+        recipe,
+        trained,
+        base,
+        optimizer,
+        folder,
+        progress,
+        device,
+    }
+}

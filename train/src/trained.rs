@@ -1,0 +1,113 @@
+//! What a run trains and leaves behind: a LoRA adapter, or the whole model.
+
+use std::path::{Path, PathBuf};
+
+use adapters::{AdaptedLlama, LoraConfig, peft};
+use burn::tensor::backend::Backend;
+use model::checkpoint::{Checkpoint, MODEL_FILE, NamedTensor, write_safetensors};
+use model::config::LlamaConfig;
+use model::folder::ModelFolder;
+use model::weight::param_id;
+
+use crate::error::{Error, Result};
+
+/// What is trained.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Trained {
+    /// A LoRA adapter; saved in PEFT's format.
+    Lora(LoraConfig),
+    /// Every weight; saved as a Hugging Face model folder.
+    Full,
+}
+
+impl Trained {
+    /// The folder inside a run or checkpoint that holds it.
+    pub fn folder_name(&self) -> &'static str {
+        match self {
+            Self::Lora(_) => "adapter",
+            Self::Full => "model",
+        }
+    }
+
+    /// Name and shape of every trained tensor.
+    pub fn parameters(&self, config: &LlamaConfig) -> Result<Vec<(String, Vec<usize>)>> {
+        Ok(match self {
+            Self::Lora(lora) => adapters::parameters(lora, config)?,
+            Self::Full => config.tensors(),
+        })
+    }
+
+    /// Number of trained weights.
+    pub fn num_params(&self, config: &LlamaConfig) -> Result<u64> {
+        let parameters = self.parameters(config)?;
+        let size = |shape: &[usize]| shape.iter().map(|n| *n as u64).product::<u64>();
+        Ok(parameters.iter().map(|(_, shape)| size(shape)).sum())
+    }
+
+    /// Makes what is trained of a plain model: fresh adapters, or trainable weights.
+    pub fn attach<B: Backend>(
+        &self,
+        model: &mut AdaptedLlama<B>,
+        seed: u64,
+        device: &B::Device,
+    ) -> Result<()> {
+        match self {
+            Self::Lora(lora) => adapters::attach(model, lora, seed, device)?,
+            Self::Full => adapters::train_all(model),
+        }
+        Ok(())
+    }
+
+    /// Writes the adapter, or the model with the files of its base folder, to `into/adapter` or
+    /// `into/model`.
+    pub fn save<B: Backend>(
+        &self,
+        model: &AdaptedLlama<B>,
+        base: &ModelFolder,
+        base_name: &str,
+        into: &Path,
+    ) -> Result<PathBuf> {
+        let folder = into.join(self.folder_name());
+        match self {
+            Self::Lora(lora) => peft::save(model, lora, base_name, &folder)?,
+            Self::Full => {
+                std::fs::create_dir_all(&folder).map_err(|source| Error::Io {
+                    action: "create",
+                    path: folder.clone(),
+                    source,
+                })?;
+                let mut values = adapters::read_parameters(model);
+                let tensor = |(name, shape): (String, Vec<usize>)| NamedTensor {
+                    values: values.remove(&param_id(&name)).expect("every weight is trained"),
+                    name,
+                    shape,
+                };
+                let tensors: Vec<_> = model.config.tensors().into_iter().map(tensor).collect();
+                write_safetensors(&folder.join(MODEL_FILE), &tensors)?;
+                base.copy_assets(&folder)?;
+            }
+        }
+        Ok(folder)
+    }
+
+    /// Overwrites the trained weights of `model` with those that [`Trained::save`] wrote.
+    pub fn restore<B: Backend>(
+        &self,
+        model: AdaptedLlama<B>,
+        from: &Path,
+        device: &B::Device,
+    ) -> Result<AdaptedLlama<B>> {
+        let folder = from.join(self.folder_name());
+        match self {
+            Self::Lora(_) => Ok(peft::load(model, &folder, device)?.0),
+            Self::Full => {
+                let file = Checkpoint::open_file(&folder.join(MODEL_FILE))?;
+                let tensors = model.config.tensors();
+                file.check(&tensors, |_| false)?;
+                let read = |(name, _): &(String, _)| Ok((param_id(name), file.read(name)?));
+                let values = tensors.iter().map(read).collect::<Result<_>>()?;
+                Ok(adapters::write_parameters(model, values))
+            }
+        }
+    }
+}
