@@ -5,6 +5,7 @@
 //! `i` intermediate, `v` vocabulary.
 
 mod attention;
+mod cpu;
 mod cross_entropy;
 mod rms_norm;
 mod rotary;
@@ -16,11 +17,25 @@ mod test;
 #[cfg(feature = "gpu")]
 mod gpu;
 
-pub use attention::{AttentionBackend, attention};
+pub use attention::{AttentionBackend, AttentionState, attention};
 pub use cross_entropy::{CrossEntropyBackend, cross_entropy};
 pub use rms_norm::{RmsNormBackend, rms_norm};
 pub use rotary::{RotaryBackend, rotary};
 pub use swiglu::{SwigluBackend, swiglu};
+
+/// The operations in plain tensor operations: what the fused versions are checked and timed against.
+pub mod reference {
+    pub use super::attention::reference as attention;
+    pub use super::attention::reference_backward as attention_backward;
+    pub use super::cross_entropy::reference as cross_entropy;
+    pub use super::cross_entropy::reference_backward as cross_entropy_backward;
+    pub use super::cross_entropy::reference_with_gradient as cross_entropy_with_gradient;
+    pub use super::rms_norm::reference as rms_norm;
+    pub use super::rms_norm::reference_backward as rms_norm_backward;
+    pub use super::rotary::reference as rotary;
+    pub use super::swiglu::reference as swiglu;
+    pub use super::swiglu::reference_backward as swiglu_backward;
+}
 
 use burn::tensor::backend::{AutodiffBackend, Backend};
 use burn::tensor::ops::FloatTensor;

@@ -6,10 +6,11 @@
 use burn::backend::autodiff::checkpoint::{base::Checkpointer, strategy::CheckpointStrategy};
 use burn::backend::autodiff::grads::Gradients;
 use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
-use burn::backend::{Autodiff, Flex};
+use burn::backend::{Autodiff, Flex, flex::FlexTensor};
 use burn::tensor::ops::FloatTensor;
 use burn::tensor::{Tensor, backend::Backend};
 
+use super::cpu::{self, vectorized};
 use super::{primitive, tensor};
 
 /// `x` `[n, heads, h_d]`, `cos` and `sin` `[n, h_d/2]` to `[n, heads, h_d]`.
@@ -35,23 +36,65 @@ pub trait RotaryBackend: Backend {
         sin: FloatTensor<Self>,
         inverse: bool,
     ) -> FloatTensor<Self> {
-        let x: Tensor<Self, 3> = tensor(x);
-        let (cos, sin): (Tensor<Self, 2>, Tensor<Self, 2>) = (tensor(cos), tensor(sin));
-        let [_, _, h_d] = x.dims();
-        let cos = cos.unsqueeze_dim::<3>(1); // [n, 1, h_d/2]
-        let sin = sin.unsqueeze_dim::<3>(1);
-        let sin = if inverse { sin.neg() } else { sin };
-        let first = x.clone().narrow(2, 0, h_d / 2); // [n, heads, h_d/2]
-        let second = x.narrow(2, h_d / 2, h_d / 2);
-        let turned = vec![
-            first.clone() * cos.clone() - second.clone() * sin.clone(),
-            second * cos + first * sin,
-        ];
-        primitive(Tensor::cat(turned, 2))
+        reference::<Self>(x, cos, sin, inverse)
     }
 }
 
-impl RotaryBackend for Flex {}
+/// [`RotaryBackend::rotary`] in plain tensor operations.
+pub fn reference<B: Backend>(
+    x: FloatTensor<B>,
+    cos: FloatTensor<B>,
+    sin: FloatTensor<B>,
+    inverse: bool,
+) -> FloatTensor<B> {
+    let x: Tensor<B, 3> = tensor(x);
+    let (cos, sin): (Tensor<B, 2>, Tensor<B, 2>) = (tensor(cos), tensor(sin));
+    let [_, _, h_d] = x.dims();
+    let cos = cos.unsqueeze_dim::<3>(1); // [n, 1, h_d/2]
+    let sin = sin.unsqueeze_dim::<3>(1);
+    let sin = if inverse { sin.neg() } else { sin };
+    let first = x.clone().narrow(2, 0, h_d / 2); // [n, heads, h_d/2]
+    let second = x.narrow(2, h_d / 2, h_d / 2);
+    let turned = vec![
+        first.clone() * cos.clone() - second.clone() * sin.clone(),
+        second * cos + first * sin,
+    ];
+    primitive(Tensor::cat(turned, 2))
+}
+
+impl RotaryBackend for Flex {
+    fn rotary(x: FlexTensor, cos: FlexTensor, sin: FlexTensor, inverse: bool) -> FlexTensor {
+        if !cpu::all_f32([&x, &cos, &sin]) {
+            return reference::<Flex>(x, cos, sin, inverse);
+        }
+        let [_, heads, h_d] = cpu::dims(&x);
+        let (cos, sin) = (cpu::contiguous(cos), cpu::contiguous(sin));
+        let (cos, sin) = (cpu::slice(&cos), cpu::slice(&sin));
+        let tokens = (cpu::CHUNK / (heads * h_d)).max(1); // of a chunk
+        let [x] = cpu::update([x], [tokens * heads * h_d], |i, [x]| {
+            let start = i * tokens * (h_d / 2);
+            turn(x, heads, &cos[start..], &sin[start..], h_d / 2, inverse);
+        });
+        x
+    }
+}
+
+vectorized! {
+    /// Turns whole tokens `[heads, 2 · half]`; `cos` and `sin` begin with those of the first one.
+    fn turn(x: &mut [f32], heads: usize, cos: &[f32], sin: &[f32], half: usize, inverse: bool) {
+        let sign = if inverse { -1.0 } else { 1.0 };
+        let angles = cos.chunks_exact(half).zip(sin.chunks_exact(half));
+        for (token, (cos, sin)) in x.chunks_exact_mut(heads * 2 * half).zip(angles) {
+            for head in token.chunks_exact_mut(2 * half) {
+                let (first, second) = head.split_at_mut(half);
+                for (((a, b), c), s) in first.iter_mut().zip(second).zip(cos).zip(sin) {
+                    let s = sign * s;
+                    (*a, *b) = (*a * c - *b * s, *b * c + *a * s);
+                }
+            }
+        }
+    }
+}
 
 #[derive(Debug)]
 struct RotaryBackward;
@@ -94,7 +137,7 @@ impl<B: RotaryBackend, C: CheckpointStrategy> RotaryBackend for Autodiff<B, C> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::ops::test::{Inner, Train, assert_close, grads_of, random};
+    use crate::ops::test::{Inner, Train, assert_close, assert_near, grads_of, noise, random};
 
     fn tables() -> (Tensor<Inner, 2>, Tensor<Inner, 2>) {
         let angles = random([6, 4], 3).mul_scalar(9.0);
@@ -134,5 +177,19 @@ mod tests {
         let back: Tensor<Inner, 3> =
             tensor(Inner::rotary(turned, primitive(cos), primitive(sin), true));
         assert_close(vec![back.reshape([6, 24])], vec![x.reshape([6, 24])], 1e-6);
+    }
+
+    #[test]
+    fn fused_equals_reference() {
+        for (n, heads, h_d) in [(1, 9, 64), (3, 1, 24), (65, 3, 80), (200, 2, 6)] {
+            let case = format!("{n}, {heads}, {h_d}");
+            let x = noise([n, heads, h_d], 2.0, 1);
+            let (cos, sin) = (noise([n, h_d / 2], 1.0, 2), noise([n, h_d / 2], 1.0, 3));
+            for inverse in [false, true] {
+                let y = Flex::rotary(x.clone(), cos.clone(), sin.clone(), inverse);
+                let y_reference = reference::<Flex>(x.clone(), cos.clone(), sin.clone(), inverse);
+                assert_near(&y, &y_reference, 1e-6, &case);
+            }
+        }
     }
 }

@@ -5,11 +5,12 @@
 use burn::backend::autodiff::checkpoint::{base::Checkpointer, strategy::CheckpointStrategy};
 use burn::backend::autodiff::grads::Gradients;
 use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
-use burn::backend::{Autodiff, Flex};
+use burn::backend::{Autodiff, Flex, flex::FlexTensor};
 use burn::tensor::activation::{sigmoid, silu};
 use burn::tensor::ops::FloatTensor;
 use burn::tensor::{Tensor, backend::Backend};
 
+use super::cpu::{self, CHUNK, exp, vectorized};
 use super::{primitive, tensor};
 
 /// `gate` and `up` `[n, i]` to `[n, i]`.
@@ -21,8 +22,7 @@ pub fn swiglu<B: SwigluBackend>(gate: Tensor<B, 2>, up: Tensor<B, 2>) -> Tensor<
 pub trait SwigluBackend: Backend {
     /// See [`swiglu`].
     fn swiglu(gate: FloatTensor<Self>, up: FloatTensor<Self>) -> FloatTensor<Self> {
-        let (gate, up): (Tensor<Self, 2>, Tensor<Self, 2>) = (tensor(gate), tensor(up));
-        primitive(silu(gate) * up)
+        reference::<Self>(gate, up)
     }
 
     /// Gradients of `gate` and `up` from `dy`, all `[n, i]`.
@@ -31,16 +31,80 @@ pub trait SwigluBackend: Backend {
         up: FloatTensor<Self>,
         dy: FloatTensor<Self>,
     ) -> (FloatTensor<Self>, FloatTensor<Self>) {
-        let (gate, up): (Tensor<Self, 2>, Tensor<Self, 2>) = (tensor(gate), tensor(up));
-        let dy: Tensor<Self, 2> = tensor(dy);
-        let s = sigmoid(gate.clone());
-        let silu = gate * s.clone();
-        let d_silu = s.clone() + silu.clone() * (s.neg().add_scalar(1.0));
-        (primitive(dy.clone() * up * d_silu), primitive(dy * silu))
+        reference_backward::<Self>(gate, up, dy)
     }
 }
 
-impl SwigluBackend for Flex {}
+/// [`SwigluBackend::swiglu`] in plain tensor operations.
+pub fn reference<B: Backend>(gate: FloatTensor<B>, up: FloatTensor<B>) -> FloatTensor<B> {
+    let (gate, up): (Tensor<B, 2>, Tensor<B, 2>) = (tensor(gate), tensor(up));
+    primitive(silu(gate) * up)
+}
+
+/// [`SwigluBackend::swiglu_backward`] in plain tensor operations.
+pub fn reference_backward<B: Backend>(
+    gate: FloatTensor<B>,
+    up: FloatTensor<B>,
+    dy: FloatTensor<B>,
+) -> (FloatTensor<B>, FloatTensor<B>) {
+    let (gate, up): (Tensor<B, 2>, Tensor<B, 2>) = (tensor(gate), tensor(up));
+    let dy: Tensor<B, 2> = tensor(dy);
+    let s = sigmoid(gate.clone());
+    let silu = gate * s.clone();
+    let d_silu = s.clone() + silu.clone() * (s.neg().add_scalar(1.0));
+    (primitive(dy.clone() * up * d_silu), primitive(dy * silu))
+}
+
+impl SwigluBackend for Flex {
+    fn swiglu(gate: FlexTensor, up: FlexTensor) -> FlexTensor {
+        if !cpu::all_f32([&gate, &up]) {
+            return reference::<Flex>(gate, up);
+        }
+        let up = cpu::contiguous(up);
+        let up = cpu::slice(&up);
+        let [y] = cpu::update([gate], [CHUNK], |i, [gate]| {
+            forward_chunk(gate, &up[i * CHUNK..][..gate.len()]);
+        });
+        y
+    }
+
+    fn swiglu_backward(
+        gate: FlexTensor,
+        up: FlexTensor,
+        dy: FlexTensor,
+    ) -> (FlexTensor, FlexTensor) {
+        if !cpu::all_f32([&gate, &up, &dy]) {
+            return reference_backward::<Flex>(gate, up, dy);
+        }
+        let up = cpu::contiguous(up);
+        let up = cpu::slice(&up);
+        let [d_gate, d_up] = cpu::update([gate, dy], [CHUNK; 2], |i, [gate, dy]| {
+            backward_chunk(gate, &up[i * CHUNK..][..gate.len()], dy);
+        });
+        (d_gate, d_up)
+    }
+}
+
+vectorized! {
+    /// Turns `gate` into `y`.
+    fn forward_chunk(gate: &mut [f32], up: &[f32]) {
+        for (gate, up) in gate.iter_mut().zip(up) {
+            *gate = *gate / (1.0 + exp(-*gate)) * up;
+        }
+    }
+}
+
+vectorized! {
+    /// Turns `gate` into its gradient and `dy` into that of `up`.
+    fn backward_chunk(gate: &mut [f32], up: &[f32], dy: &mut [f32]) {
+        for ((gate, up), dy) in gate.iter_mut().zip(up).zip(dy) {
+            let s = 1.0 / (1.0 + exp(-*gate));
+            let silu = *gate * s;
+            *gate = *dy * up * (s + silu * (1.0 - s));
+            *dy *= silu;
+        }
+    }
+}
 
 #[derive(Debug)]
 struct SwigluBackward;
@@ -81,7 +145,8 @@ impl<B: SwigluBackend, C: CheckpointStrategy> SwigluBackend for Autodiff<B, C> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::ops::test::{assert_close, grads_of, random};
+    use crate::ops::test::{assert_close, assert_near, grads_of, noise, random, values};
+    use burn::tensor::DType;
 
     #[test]
     fn gradients_equal_those_of_the_formula() {
@@ -91,5 +156,54 @@ mod tests {
             gate.clone() / gate.neg().exp().add_scalar(1.0) * up
         });
         assert_close(fused, plain, 1e-5);
+    }
+
+    #[test]
+    fn fused_equals_reference() {
+        for (n, i, scale) in [
+            (1, 1536, 4.0),
+            (3, 7, 1.0),
+            (65, 333, 80.0),
+            (200, 100, 300.0),
+        ] {
+            let case = format!("{n} by {i} up to {scale}");
+            let inputs = || {
+                (
+                    noise([n, i], scale, 1),
+                    noise([n, i], 1.0, 2),
+                    noise([n, i], 1.0, 3),
+                )
+            };
+            let (gate, up, dy) = inputs();
+            let y = Flex::swiglu(gate.clone(), up.clone());
+            assert_near(
+                &y,
+                &reference::<Flex>(gate.clone(), up.clone()),
+                1e-6,
+                &case,
+            );
+            let (d_gate, d_up) = Flex::swiglu_backward(gate.clone(), up.clone(), dy.clone());
+            let expected = reference_backward::<Flex>(gate, up, dy);
+            assert_near(&d_gate, &expected.0, 1e-6, &case);
+            assert_near(&d_up, &expected.1, 1e-6, &case);
+            let (gate, up, dy) = inputs();
+            let in_place = Flex::swiglu_backward(gate, up, dy);
+            assert_eq!(values(&in_place.0), values(&d_gate));
+            assert_eq!(values(&in_place.1), values(&d_up));
+        }
+    }
+
+    #[test]
+    fn other_float_types_take_the_reference() {
+        let double = |x| {
+            let x: Tensor<Flex, 2> = tensor(x);
+            primitive(x.cast(DType::F64))
+        };
+        let (gate, up) = (noise([3, 5], 4.0, 1), noise([3, 5], 1.0, 2));
+        let y = Flex::swiglu(double(gate.clone()), double(up.clone()));
+        assert_eq!(y.dtype(), DType::F64);
+        let y: Tensor<Flex, 2> = tensor(y);
+        let y = primitive(y.cast(DType::F32));
+        assert_near(&y, &Flex::swiglu(gate, up), 1e-6, "rounded");
     }
 }

@@ -1,9 +1,11 @@
 //! What the tests of the operations share.
 
-use burn::backend::{Autodiff, Flex};
+use burn::backend::{Autodiff, Flex, flex::FlexTensor};
 use burn::tensor::{Tensor, TensorData};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
+
+use super::primitive;
 
 pub type Inner = Flex;
 pub type Train = Autodiff<Flex>;
@@ -40,5 +42,46 @@ pub fn assert_close(left: Vec<Tensor<Inner, 2>>, right: Vec<Tensor<Inner, 2>>, t
         assert!(scale > 0.0, "tensor {i} is all zero");
         let off = (left - right).abs().max().into_scalar();
         assert!(off <= tolerance * scale, "tensor {i}: {off} of {scale}");
+    }
+}
+
+/// Numbers from `-scale` to `scale` that depend on `seed` alone.
+pub fn noise<const D: usize>(shape: [usize; D], scale: f64, seed: u64) -> FlexTensor {
+    let values = random([1, shape.iter().product()], seed).mul_scalar(scale);
+    primitive(values.reshape(shape))
+}
+
+/// The elements in row-major order.
+pub fn values(x: &FlexTensor) -> Vec<f32> {
+    let data = x.clone().into_data();
+    data.to_vec().expect("32-bit floats")
+}
+
+/// Checks that a fused version's output has the reference's shape and, relative to the largest
+/// element, its elements.
+pub fn assert_near(fused: &FlexTensor, reference: &FlexTensor, tolerance: f32, case: &str) {
+    assert_eq!(fused.layout().shape(), reference.layout().shape(), "{case}");
+    let (fused, reference) = (values(fused), values(reference));
+    let largest = reference.iter().fold(0.0, |m: f32, x| m.max(x.abs()));
+    assert!(largest > 0.0, "{case}: all zero");
+    for (i, (x, y)) in fused.iter().zip(&reference).enumerate() {
+        let off = (x - y).abs();
+        assert!(
+            off <= tolerance * largest,
+            "{case}, element {i}: {x} for {y}, largest {largest}"
+        );
+    }
+}
+
+/// Checks that repeating `f` gives the same bits.
+pub fn assert_repeats(f: impl Fn() -> Vec<FlexTensor>) {
+    let bits = || -> Vec<Vec<u32>> {
+        let outputs = f();
+        let bits = |x| values(x).into_iter().map(f32::to_bits).collect();
+        outputs.iter().map(bits).collect()
+    };
+    let first = bits();
+    for _ in 0..5 {
+        assert!(bits() == first, "the results differ");
     }
 }

@@ -1,0 +1,221 @@
+//! The fused operations of the CPU beside their references, in the sizes of SmolLM2-135M.
+//!
+//! `cargo bench --workspace --bench ops`. Without `mallopt` (the trainer's `main` calls it) the C
+//! library returns large tensors to the system each time, which the largest cases would measure.
+
+use burn::backend::Flex;
+use burn::backend::flex::FlexTensor;
+use burn::tensor::{Distribution, Int, Tensor};
+use divan::Bencher;
+use model::ops::{
+    AttentionBackend, AttentionState, CrossEntropyBackend, RmsNormBackend, RotaryBackend,
+    SwigluBackend, reference,
+};
+
+const TOKENS: usize = 1024;
+const HIDDEN: usize = 576;
+const INTERMEDIATE: usize = 1536;
+const HEADS: usize = 9;
+const KV_HEADS: usize = 3;
+const HEAD_DIM: usize = 64;
+const VOCABULARY: usize = 49152;
+
+fn main() {
+    divan::main();
+}
+
+fn random<const D: usize>(shape: [usize; D]) -> FlexTensor {
+    let distribution = Distribution::Normal(0.0, 1.0);
+    let x = Tensor::<Flex, D>::random(shape, distribution, &Default::default());
+    x.into_primitive().tensor()
+}
+
+mod rms_norm {
+    use super::*;
+
+    fn inputs() -> [FlexTensor; 3] {
+        [
+            random([TOKENS, HIDDEN]),
+            random([HIDDEN]),
+            random([TOKENS, HIDDEN]),
+        ]
+    }
+
+    #[divan::bench]
+    fn fused(bencher: Bencher) {
+        let [x, w, _] = inputs();
+        bencher.bench(|| Flex::rms_norm(x.clone(), w.clone(), 1e-5));
+    }
+
+    #[divan::bench]
+    fn plain(bencher: Bencher) {
+        let [x, w, _] = inputs();
+        bencher.bench(|| reference::rms_norm::<Flex>(x.clone(), w.clone(), 1e-5));
+    }
+
+    #[divan::bench(args = [false, true])]
+    fn backward_fused(bencher: Bencher, with_weight: bool) {
+        let [x, w, dy] = inputs();
+        bencher
+            .bench(|| Flex::rms_norm_backward(x.clone(), w.clone(), dy.clone(), 1e-5, with_weight));
+    }
+
+    #[divan::bench(args = [false, true])]
+    fn backward_plain(bencher: Bencher, with_weight: bool) {
+        let [x, w, dy] = inputs();
+        bencher.bench(|| {
+            let (x, w, dy) = (x.clone(), w.clone(), dy.clone());
+            reference::rms_norm_backward::<Flex>(x, w, dy, 1e-5, with_weight)
+        });
+    }
+}
+
+mod rotary {
+    use super::*;
+
+    fn inputs() -> [FlexTensor; 3] {
+        let table = || random([TOKENS, HEAD_DIM / 2]);
+        [random([TOKENS, HEADS, HEAD_DIM]), table(), table()]
+    }
+
+    #[divan::bench]
+    fn fused(bencher: Bencher) {
+        let [x, cos, sin] = inputs();
+        bencher.bench(|| Flex::rotary(x.clone(), cos.clone(), sin.clone(), false));
+    }
+
+    #[divan::bench]
+    fn plain(bencher: Bencher) {
+        let [x, cos, sin] = inputs();
+        bencher.bench(|| reference::rotary::<Flex>(x.clone(), cos.clone(), sin.clone(), false));
+    }
+}
+
+mod swiglu {
+    use super::*;
+
+    fn inputs() -> [FlexTensor; 3] {
+        [(); 3].map(|()| random([TOKENS, INTERMEDIATE]))
+    }
+
+    #[divan::bench]
+    fn fused(bencher: Bencher) {
+        let [gate, up, _] = inputs();
+        bencher.bench(|| Flex::swiglu(gate.clone(), up.clone()));
+    }
+
+    #[divan::bench]
+    fn plain(bencher: Bencher) {
+        let [gate, up, _] = inputs();
+        bencher.bench(|| reference::swiglu::<Flex>(gate.clone(), up.clone()));
+    }
+
+    #[divan::bench]
+    fn backward_fused(bencher: Bencher) {
+        let [gate, up, dy] = inputs();
+        bencher.bench(|| Flex::swiglu_backward(gate.clone(), up.clone(), dy.clone()));
+    }
+
+    #[divan::bench]
+    fn backward_plain(bencher: Bencher) {
+        let [gate, up, dy] = inputs();
+        bencher.bench(|| reference::swiglu_backward::<Flex>(gate.clone(), up.clone(), dy.clone()));
+    }
+}
+
+mod cross_entropy {
+    use super::*;
+
+    fn logits() -> FlexTensor {
+        random([TOKENS, VOCABULARY])
+    }
+
+    fn targets() -> FlexTensor {
+        Tensor::<Flex, 1, Int>::arange(0..TOKENS as i64, &Default::default()).into_primitive()
+    }
+
+    #[divan::bench(sample_count = 10)]
+    fn fused(bencher: Bencher) {
+        let (logits, targets) = (logits(), targets());
+        bencher.bench(|| Flex::cross_entropy(logits.clone(), targets.clone()));
+    }
+
+    #[divan::bench(sample_count = 5)]
+    fn plain(bencher: Bencher) {
+        let (logits, targets) = (logits(), targets());
+        bencher.bench(|| reference::cross_entropy::<Flex>(logits.clone(), targets.clone()));
+    }
+
+    /// In place, as in training: each run has its own logits.
+    #[divan::bench(sample_count = 10, sample_size = 1)]
+    fn with_gradient_fused(bencher: Bencher) {
+        let inputs = || (logits(), targets());
+        let run = |(logits, targets)| Flex::cross_entropy_with_gradient(logits, targets);
+        bencher.with_inputs(inputs).bench_values(run);
+    }
+
+    #[divan::bench(sample_count = 3, sample_size = 1)]
+    fn with_gradient_plain(bencher: Bencher) {
+        let (logits, targets) = (logits(), targets());
+        bencher.bench(|| {
+            reference::cross_entropy_with_gradient::<Flex>(logits.clone(), targets.clone())
+        });
+    }
+
+    #[divan::bench(sample_count = 10, sample_size = 1)]
+    fn backward_fused(bencher: Bencher) {
+        let inputs = || (logits(), random([TOKENS]));
+        let run = |(gradient, d_nll)| Flex::cross_entropy_backward(gradient, d_nll);
+        bencher.with_inputs(inputs).bench_values(run);
+    }
+
+    #[divan::bench(sample_count = 5, sample_size = 1)]
+    fn backward_plain(bencher: Bencher) {
+        let inputs = || (logits(), random([TOKENS]));
+        let run = |(gradient, d_nll)| reference::cross_entropy_backward::<Flex>(gradient, d_nll);
+        bencher.with_inputs(inputs).bench_values(run);
+    }
+}
+
+/// Arguments: sequences, queries of each, positions of each.
+mod attention {
+    use super::*;
+
+    const TRAINING: [[usize; 3]; 2] = [[4, 256, 256], [1, 2048, 2048]];
+    const ALL: [[usize; 3]; 3] = [TRAINING[0], TRAINING[1], [1, 1, 2048]];
+
+    fn inputs([b, s, t]: [usize; 3]) -> [FlexTensor; 4] {
+        let (q, k) = ([b, s, HEADS, HEAD_DIM], [b, t, KV_HEADS, HEAD_DIM]);
+        [random(q), random(k), random(k), random(q)]
+    }
+
+    fn saved(sizes: [usize; 3]) -> (AttentionState<Flex>, FlexTensor) {
+        let [q, k, v, d_out] = inputs(sizes);
+        let (out, lse) = Flex::causal_attention(q.clone(), k.clone(), v.clone());
+        (AttentionState { q, k, v, out, lse }, d_out)
+    }
+
+    #[divan::bench(args = ALL)]
+    fn fused(bencher: Bencher, sizes: [usize; 3]) {
+        let [q, k, v, _] = inputs(sizes);
+        bencher.bench(|| Flex::causal_attention(q.clone(), k.clone(), v.clone()));
+    }
+
+    #[divan::bench(args = ALL, max_time = 5)]
+    fn plain(bencher: Bencher, sizes: [usize; 3]) {
+        let [q, k, v, _] = inputs(sizes);
+        bencher.bench(|| reference::attention::<Flex>(q.clone(), k.clone(), v.clone()));
+    }
+
+    #[divan::bench(args = TRAINING)]
+    fn backward_fused(bencher: Bencher, sizes: [usize; 3]) {
+        let (saved, d_out) = saved(sizes);
+        bencher.bench(|| Flex::causal_attention_backward(saved.clone(), d_out.clone()));
+    }
+
+    #[divan::bench(args = TRAINING, max_time = 5)]
+    fn backward_plain(bencher: Bencher, sizes: [usize; 3]) {
+        let (saved, d_out) = saved(sizes);
+        bencher.bench(|| reference::attention_backward::<Flex>(saved.clone(), d_out.clone()));
+    }
+}
