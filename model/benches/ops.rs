@@ -1,7 +1,8 @@
 //! The fused operations of the CPU beside their references, in the sizes of SmolLM2-135M.
 //!
-//! `cargo bench --workspace --bench ops`. Without `mallopt` (the trainer's `main` calls it) the C
-//! library returns large tensors to the system each time, which the largest cases would measure.
+//! `cargo bench --workspace --profile dev --bench ops`, which shares what `cargo test` compiled.
+//! With `GLIBC_TUNABLES=glibc.malloc.hugetlb=1` before it, glibc keeps large tensors' memory instead
+//! of returning it to the system each time.
 
 use burn::backend::Flex;
 use burn::backend::flex::FlexTensor;
@@ -28,6 +29,11 @@ fn random<const D: usize>(shape: [usize; D]) -> FlexTensor {
     let distribution = Distribution::Normal(0.0, 1.0);
     let x = Tensor::<Flex, D>::random(shape, distribution, &Default::default());
     x.into_primitive().tensor()
+}
+
+/// The same elements in memory of their own, for what works in place.
+fn copy(x: &FlexTensor) -> FlexTensor {
+    FlexTensor::from_data(x.clone().into_data())
 }
 
 mod rms_norm {
@@ -149,7 +155,8 @@ mod cross_entropy {
     /// In place, as in training: each run has its own logits.
     #[divan::bench(sample_count = 10, sample_size = 1)]
     fn with_gradient_fused(bencher: Bencher) {
-        let inputs = || (logits(), targets());
+        let (logits, targets) = (logits(), targets());
+        let inputs = || (copy(&logits), targets.clone());
         let run = |(logits, targets)| Flex::cross_entropy_with_gradient(logits, targets);
         bencher.with_inputs(inputs).bench_values(run);
     }
@@ -164,14 +171,16 @@ mod cross_entropy {
 
     #[divan::bench(sample_count = 10, sample_size = 1)]
     fn backward_fused(bencher: Bencher) {
-        let inputs = || (logits(), random([TOKENS]));
+        let (gradient, d_nll) = (logits(), random([TOKENS]));
+        let inputs = || (copy(&gradient), d_nll.clone());
         let run = |(gradient, d_nll)| Flex::cross_entropy_backward(gradient, d_nll);
         bencher.with_inputs(inputs).bench_values(run);
     }
 
     #[divan::bench(sample_count = 5, sample_size = 1)]
     fn backward_plain(bencher: Bencher) {
-        let inputs = || (logits(), random([TOKENS]));
+        let (gradient, d_nll) = (logits(), random([TOKENS]));
+        let inputs = || (copy(&gradient), d_nll.clone());
         let run = |(gradient, d_nll)| reference::cross_entropy_backward::<Flex>(gradient, d_nll);
         bencher.with_inputs(inputs).bench_values(run);
     }

@@ -181,7 +181,7 @@ impl<'a> Chunk<'a> {
 }
 
 /// Sums and maxima run in this many lanes, because one chain of additions cannot be vectorised.
-const LANES: usize = 32;
+const LANES: usize = 16;
 
 /// `Σ f(elements at i)` over equally long rows.
 #[inline(always)]
@@ -197,7 +197,7 @@ pub(super) fn sum<const N: usize>(rows: [&[f32]; N], f: impl Fn([f32; N]) -> f32
     for (lane, total) in lanes.iter_mut().enumerate().take(rows[0].1.len()) {
         *total += f(rows.map(|(_, rest)| rest[lane]));
     }
-    fold(lanes)
+    fold(lanes, |a, b| a + b)
 }
 
 /// Replaces each element by `f` of it and returns the sum of the new ones.
@@ -215,16 +215,16 @@ pub(super) fn replace_and_sum(row: &mut [f32], f: impl Fn(f32) -> f32) -> f32 {
         *x = f(*x);
         *total += *x;
     }
-    fold(lanes)
+    fold(lanes, |a, b| a + b)
 }
 
-/// Adds in pairs, which keeps the rounding error small.
+/// The lanes in one, in pairs: vectorised, and the rounding error of a sum stays small.
 #[inline(always)]
-fn fold(mut lanes: [f32; LANES]) -> f32 {
+fn fold(mut lanes: [f32; LANES], f: impl Fn(f32, f32) -> f32) -> f32 {
     let mut width = LANES / 2;
     while width > 0 {
         for i in 0..width {
-            lanes[i] += lanes[i + width];
+            lanes[i] = f(lanes[i], lanes[i + width]);
         }
         width /= 2;
     }
@@ -240,15 +240,16 @@ pub(super) fn dot(a: &[f32], b: &[f32]) -> f32 {
 /// The largest element, minus infinity if there is none.
 #[inline(always)]
 pub(super) fn max(row: &[f32]) -> f32 {
+    let larger = |a: f32, b: f32| if b > a { b } else { a };
     let mut lanes = [f32::NEG_INFINITY; LANES];
-    let mut chunks = row.chunks_exact(LANES);
-    for chunk in &mut chunks {
-        for (lane, x) in lanes.iter_mut().zip(chunk) {
-            *lane = if *x > *lane { *x } else { *lane };
-        }
+    let (whole, rest) = row.as_chunks::<LANES>();
+    for block in whole {
+        lanes = std::array::from_fn(|i| larger(lanes[i], block[i]));
     }
-    let rest = chunks.remainder().iter().chain(&lanes);
-    rest.fold(f32::NEG_INFINITY, |m, x| if *x > m { *x } else { m })
+    for (lane, x) in lanes.iter_mut().zip(rest) {
+        *lane = larger(*lane, *x);
+    }
+    fold(lanes, larger)
 }
 
 /// `eˣ` within 2e-7 of its value, without branches; 0 where that is below the smallest normal
