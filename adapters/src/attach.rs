@@ -57,15 +57,13 @@ pub fn set_dropout<B: Backend>(model: &mut AdaptedLlama<B>, probability: f64, se
 }
 
 /// `lora_a` random, `lora_b` zero: the adapted layer starts as the base layer.
-fn fresh<B: Backend>(
-    layer: &LoraLayer,
-    init: LoraInit,
-    seed: u64,
-    device: &B::Device,
-) -> Lora<B> {
+fn fresh<B: Backend>(layer: &LoraLayer, init: LoraInit, seed: u64, device: &B::Device) -> Lora<B> {
     let [out, r#in] = layer.shape;
     let name = |part: &str| format!("{}.{part}", layer.name);
-    let a = TensorData::new(fresh_a(&name("lora_a"), layer, init, seed), [layer.rank, r#in]);
+    let a = TensorData::new(
+        fresh_a(&name("lora_a"), layer, init, seed),
+        [layer.rank, r#in],
+    );
     Lora {
         lora_a: named_param(&name("lora_a"), Tensor::from_data(a, device)),
         lora_b: named_param(&name("lora_b"), Tensor::zeros([out, layer.rank], device)),
@@ -82,20 +80,40 @@ fn fresh_a(name: &str, layer: &LoraLayer, init: LoraInit, seed: u64) -> Vec<f32>
         LoraInit::Default => {
             let mut rng = ChaCha8Rng::seed_from_u64(seed ^ param_id(name).val());
             let bound = 1.0 / (r#in as f32).sqrt();
-            (0..count).map(|_| rng.random_range(-bound..bound)).collect()
+            (0..count)
+                .map(|_| rng.random_range(-bound..bound))
+                .collect()
         }
     }
 }
 
 /// Trains the modules that `chosen` picks by name as a whole.
 fn unfreeze<B: Backend>(model: &mut AdaptedLlama<B>, chosen: impl Fn(&str) -> bool) {
-    unfreeze_weight(&mut model.embed_tokens, "model.embed_tokens", "weight", &chosen);
+    unfreeze_weight(
+        &mut model.embed_tokens,
+        "model.embed_tokens",
+        "weight",
+        &chosen,
+    );
     unfreeze_weight(&mut model.norm.weight, "model.norm", "weight", &chosen);
     for (index, layer) in model.layers.iter_mut().enumerate() {
         let at = |name: &str| format!("model.layers.{index}.{name}");
-        let (before, after) = (&mut layer.input_layernorm, &mut layer.post_attention_layernorm);
-        unfreeze_weight(&mut before.weight, &at("input_layernorm"), "weight", &chosen);
-        unfreeze_weight(&mut after.weight, &at("post_attention_layernorm"), "weight", &chosen);
+        let (before, after) = (
+            &mut layer.input_layernorm,
+            &mut layer.post_attention_layernorm,
+        );
+        unfreeze_weight(
+            &mut before.weight,
+            &at("input_layernorm"),
+            "weight",
+            &chosen,
+        );
+        unfreeze_weight(
+            &mut after.weight,
+            &at("post_attention_layernorm"),
+            "weight",
+            &chosen,
+        );
     }
     for (name, linear) in model.projections_mut() {
         unfreeze_weight(&mut linear.base.weight, &name, "weight", &chosen);

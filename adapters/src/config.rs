@@ -115,8 +115,15 @@ impl LoraConfig {
             problems.push("layers_to_transform does not go with a regular expression".into());
         }
         let last = model.num_hidden_layers;
-        for index in self.layers_to_transform.iter().flatten().filter(|i| **i >= last) {
-            problems.push(format!("layers_to_transform names layer {index} of {last} layers"));
+        for index in self
+            .layers_to_transform
+            .iter()
+            .flatten()
+            .filter(|i| **i >= last)
+        {
+            problems.push(format!(
+                "layers_to_transform names layer {index} of {last} layers"
+            ));
         }
         if let Targets::Names(names) = &self.target_modules {
             for name in names.iter().filter(|name| !names_a_linear(model, name)) {
@@ -129,8 +136,13 @@ impl LoraConfig {
             }
         }
         for module in &self.modules_to_save {
-            if !module_names(model).iter().any(|name| name.ends_with(module)) {
-                problems.push(format!("modules_to_save names {module}, which the model lacks"));
+            if !module_names(model)
+                .iter()
+                .any(|name| name.ends_with(module))
+            {
+                problems.push(format!(
+                    "modules_to_save names {module}, which the model lacks"
+                ));
             } else if model.tie_word_embeddings && "model.embed_tokens".ends_with(module) {
                 problems.push(format!(
                     "modules_to_save names {module}, but embeddings and lm_head are tied: they \
@@ -179,7 +191,9 @@ impl LoraConfig {
     /// Whether a module is trained and saved as a whole. Unlike targets, these match without a
     /// dot: `norm` means every norm (PEFT's `_set_trainable`).
     pub fn saves(&self, name: &str) -> bool {
-        self.modules_to_save.iter().any(|module| name.ends_with(module))
+        self.modules_to_save
+            .iter()
+            .any(|module| name.ends_with(module))
     }
 }
 
@@ -203,7 +217,10 @@ impl<T: Copy> Pattern<T> {
             let regex = Regex::new(&format!(r"^(.*\.)?({key})$"));
             regex.is_ok_and(|regex| regex.is_match(name).unwrap_or(false))
         };
-        self.0.iter().find(|(key, _)| matches(key)).map(|(_, value)| *value)
+        self.0
+            .iter()
+            .find(|(key, _)| matches(key))
+            .map(|(_, value)| *value)
     }
 }
 
@@ -215,11 +232,16 @@ impl<T> Default for Pattern<T> {
 
 /// `name` is `suffix` or ends with it after a dot.
 fn ends_with(name: &str, suffix: &str) -> bool {
-    name.strip_suffix(suffix).is_some_and(|rest| rest.is_empty() || rest.ends_with('.'))
+    name.strip_suffix(suffix)
+        .is_some_and(|rest| rest.is_empty() || rest.ends_with('.'))
 }
 
 fn layer_index(name: &str) -> Option<usize> {
-    name.strip_prefix("model.layers.")?.split('.').next()?.parse().ok()
+    name.strip_prefix("model.layers.")?
+        .split('.')
+        .next()?
+        .parse()
+        .ok()
 }
 
 /// Name and `[out, in]` of every linear layer, `lm_head` last.
@@ -236,17 +258,27 @@ fn linear_layers(model: &LlamaConfig) -> Vec<(String, [usize; 2])> {
 }
 
 fn names_a_linear(model: &LlamaConfig, suffix: &str) -> bool {
-    linear_layers(model).iter().any(|(name, _)| ends_with(name, suffix))
+    linear_layers(model)
+        .iter()
+        .any(|(name, _)| ends_with(name, suffix))
 }
 
 fn module_names(model: &LlamaConfig) -> Vec<String> {
     let weights = model.tensors().into_iter();
-    weights.filter_map(|(name, _)| name.strip_suffix(".weight").map(str::to_owned)).collect()
+    weights
+        .filter_map(|(name, _)| name.strip_suffix(".weight").map(str::to_owned))
+        .collect()
 }
 
 /// The names of PEFT's `all-linear` for a Llama.
 pub const ALL_LINEAR: [&str; 7] = [
-    "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
+    "q_proj",
+    "k_proj",
+    "v_proj",
+    "o_proj",
+    "gate_proj",
+    "up_proj",
+    "down_proj",
 ];
 
 impl std::fmt::Display for Targets {
@@ -261,7 +293,10 @@ impl std::fmt::Display for Targets {
 
 /// A list of names, a regular expression, or `"all-linear"`.
 #[derive(Serialize, Deserialize)]
-#[serde(untagged, expecting = "expected a list of names, a regular expression or \"all-linear\"")]
+#[serde(
+    untagged,
+    expecting = "expected a list of names, a regular expression or \"all-linear\""
+)]
 enum TargetsSpelling {
     Text(String),
     List(Vec<String>),
@@ -270,7 +305,9 @@ enum TargetsSpelling {
 impl<'de> Deserialize<'de> for Targets {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> std::result::Result<Self, D::Error> {
         Ok(match TargetsSpelling::deserialize(deserializer)? {
-            TargetsSpelling::Text(text) if text.eq_ignore_ascii_case("all-linear") => Self::AllLinear,
+            TargetsSpelling::Text(text) if text.eq_ignore_ascii_case("all-linear") => {
+                Self::AllLinear
+            }
             TargetsSpelling::Text(text) => Self::Regex(text),
             TargetsSpelling::List(names) => Self::Names(names),
         })
@@ -349,22 +386,39 @@ mod tests {
     }
 
     fn names(config: &LoraConfig) -> Vec<String> {
-        config.layers(&tiny(false)).unwrap().into_iter().map(|layer| layer.name).collect()
+        config
+            .layers(&tiny(false))
+            .unwrap()
+            .into_iter()
+            .map(|layer| layer.name)
+            .collect()
     }
 
     #[test]
     fn all_linear_leaves_lm_head_out() {
         assert_eq!(names(&lora(Targets::AllLinear)).len(), 21);
-        assert_eq!(names(&lora(Targets::Names(vec!["lm_head".into()]))), ["lm_head"]);
+        assert_eq!(
+            names(&lora(Targets::Names(vec!["lm_head".into()]))),
+            ["lm_head"]
+        );
     }
 
     #[test]
     fn names_match_after_a_dot_and_expressions_as_a_whole() {
-        let suffix = names(&lora(Targets::Names(vec!["1.mlp.up_proj".into(), "v_proj".into()])));
+        let suffix = names(&lora(Targets::Names(vec![
+            "1.mlp.up_proj".into(),
+            "v_proj".into(),
+        ])));
         assert_eq!(suffix.len(), 4);
-        let regex = names(&lora(Targets::Regex(r"model\.layers\.(0|2)\..*_proj(?<!o_proj)".into())));
+        let regex = names(&lora(Targets::Regex(
+            r"model\.layers\.(0|2)\..*_proj(?<!o_proj)".into(),
+        )));
         assert_eq!(regex.len(), 12);
-        assert!(lora(Targets::Regex("q_proj".into())).layers(&tiny(false)).is_err());
+        assert!(
+            lora(Targets::Regex("q_proj".into()))
+                .layers(&tiny(false))
+                .is_err()
+        );
     }
 
     #[test]
@@ -379,7 +433,10 @@ mod tests {
     #[test]
     fn the_first_pattern_that_matches_decides() {
         let mut config = lora(Targets::AllLinear);
-        config.rank_pattern = Pattern(vec![("layers.1.mlp.up_proj".into(), 2), ("up_proj".into(), 6)]);
+        config.rank_pattern = Pattern(vec![
+            ("layers.1.mlp.up_proj".into(), 2),
+            ("up_proj".into(), 6),
+        ]);
         config.alpha_pattern = Pattern(vec![("up_proj".into(), 12.0)]);
         let layers = config.layers(&tiny(false)).unwrap();
         let of = |name: &str| layers.iter().find(|l| l.name == name).unwrap();
@@ -395,8 +452,13 @@ mod tests {
         config.modules_to_save = vec!["lm_head".into(), "embed_tokens".into()];
         config.layers_to_transform = Some(vec![3]);
         let text = config.layers(&tiny(true)).unwrap_err().to_string();
-        for part in ["names qproj", "embed_tokens cannot be a target", "layer 3 of 3",
-                     "modules_to_save names lm_head", "tied"] {
+        for part in [
+            "names qproj",
+            "embed_tokens cannot be a target",
+            "layer 3 of 3",
+            "modules_to_save names lm_head",
+            "tied",
+        ] {
             assert!(text.contains(part), "{part} is not in: {text}");
         }
     }

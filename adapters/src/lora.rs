@@ -60,7 +60,9 @@ impl<B: Backend> Lora<B> {
             None => x,
         };
         let narrow = x.matmul(self.lora_a.val().transpose()); // [n, r]
-        narrow.mul_scalar(self.scaling).matmul(self.lora_b.val().transpose()) // [n, out]
+        narrow
+            .mul_scalar(self.scaling)
+            .matmul(self.lora_b.val().transpose()) // [n, out]
     }
 }
 
@@ -73,7 +75,11 @@ impl Dropout {
             bits if bits < threshold => 0.0,
             _ => kept,
         };
-        let values: Vec<f32> = (0..n * d).into_par_iter().with_min_len(1 << 14).map(one).collect();
+        let values: Vec<f32> = (0..n * d)
+            .into_par_iter()
+            .with_min_len(1 << 14)
+            .map(one)
+            .collect();
         Tensor::from_data(TensorData::new(values, [n, d]), device)
     }
 }

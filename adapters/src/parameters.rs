@@ -23,7 +23,9 @@ pub fn parameters(config: &LoraConfig, model: &LlamaConfig) -> Result<Vec<(Strin
         all.push((format!("{}.lora_b", layer.name), vec![out, layer.rank]));
     }
     let saved = model.tensors().into_iter().filter(|(name, _)| {
-        let module = name.rsplit_once('.').map_or(name.as_str(), |(module, _)| module);
+        let module = name
+            .rsplit_once('.')
+            .map_or(name.as_str(), |(module, _)| module);
         config.saves(module)
     });
     all.extend(saved);
@@ -36,7 +38,8 @@ pub fn read_parameters<B: Backend>(model: &AdaptedLlama<B>) -> HashMap<ParamId, 
     impl<B: Backend> ModuleVisitor<B> for Read {
         fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<B, D>>) {
             let data = param.val().into_data().convert::<f32>();
-            self.0.insert(param.id, data.into_vec().expect("converted to f32"));
+            self.0
+                .insert(param.id, data.into_vec().expect("converted to f32"));
         }
     }
     let mut read = Read(HashMap::new());

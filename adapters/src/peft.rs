@@ -119,7 +119,10 @@ pub fn read_config(folder: &Path) -> Result<LoraConfig> {
             .target_modules
             .unwrap_or_else(|| Targets::Names(vec!["q_proj".into(), "v_proj".into()])),
         exclude_modules: peft.exclude_modules,
-        layers_to_transform: peft.layers_to_transform.map(many).filter(|all| !all.is_empty()),
+        layers_to_transform: peft
+            .layers_to_transform
+            .map(many)
+            .filter(|all| !all.is_empty()),
         rank_pattern: peft.rank_pattern,
         alpha_pattern: peft.alpha_pattern,
         use_rslora: peft.use_rslora,
@@ -135,7 +138,9 @@ pub fn read_config(folder: &Path) -> Result<LoraConfig> {
         }),
         (other, _) => Err(Error::Config {
             path,
-            problems: vec![format!("peft_type is {other:?}: only \"LORA\" is supported")],
+            problems: vec![format!(
+                "peft_type is {other:?}: only \"LORA\" is supported"
+            )],
         }),
     }
 }
@@ -149,7 +154,9 @@ fn unsupported(object: &Map<String, Value>) -> Vec<String> {
             || value.as_object().is_some_and(Map::is_empty)
     };
     let set = MUST_BE.iter().filter_map(|(key, wanted)| {
-        let value = object.get(*key).filter(|value| !neutral(key, value, wanted))?;
+        let value = object
+            .get(*key)
+            .filter(|value| !neutral(key, value, wanted))?;
         Some(format!("{key} is {value}: this is not supported"))
     });
     set.collect()
@@ -175,11 +182,15 @@ pub fn load<B: Backend>(
     };
     let parameters = parameters(&config, &model.config).map_err(in_config)?;
     let file = Checkpoint::open_file(&folder.join(MODEL_FILE))?;
-    let wanted: Vec<_> = parameters.iter().map(|(name, shape)| (key(name), shape.clone())).collect();
-    file.check(&wanted, is_base_copy).map_err(|error| match error {
-        model::Error::Tensors { path, problems } => Error::Tensors { path, problems },
-        other => Error::File(other),
-    })?;
+    let wanted: Vec<_> = parameters
+        .iter()
+        .map(|(name, shape)| (key(name), shape.clone()))
+        .collect();
+    file.check(&wanted, is_base_copy)
+        .map_err(|error| match error {
+            model::Error::Tensors { path, problems } => Error::Tensors { path, problems },
+            other => Error::File(other),
+        })?;
     attach(&mut model, &config, 0, device)?;
     let read = |(name, _): &(String, _)| Ok((param_id(name), file.read(&key(name))?));
     let values = parameters.iter().map(read).collect::<Result<_>>()?;
@@ -203,11 +214,15 @@ pub fn save<B: Backend>(
         source,
     })?;
     let mut values = read_parameters(model);
-    let tensors = parameters(config, &model.config)?.into_iter().map(|(name, shape)| NamedTensor {
-        values: values.remove(&param_id(&name)).expect("every parameter is on the model"),
-        name: key(&name),
-        shape,
-    });
+    let tensors = parameters(config, &model.config)?
+        .into_iter()
+        .map(|(name, shape)| NamedTensor {
+            values: values
+                .remove(&param_id(&name))
+                .expect("every parameter is on the model"),
+            name: key(&name),
+            shape,
+        });
     write_safetensors(&folder.join(MODEL_FILE), &tensors.collect::<Vec<_>>())?;
     let json = serde_json::to_string_pretty(&config_json(config, base_model));
     let json = json.expect("a JSON value can be written");
@@ -222,7 +237,9 @@ fn is_base_copy(key: &str) -> bool {
 
 /// Key of a parameter in PEFT's file.
 fn key(name: &str) -> String {
-    let (module, part) = name.rsplit_once('.').expect("parameters are named module.part");
+    let (module, part) = name
+        .rsplit_once('.')
+        .expect("parameters are named module.part");
     let part = match part {
         "lora_a" => "lora_A.weight",
         "lora_b" => "lora_B.weight",
@@ -243,7 +260,9 @@ fn config_json(config: &LoraConfig, base_model: &str) -> Value {
         false => json!(x),
     };
     let alphas = config.alpha_pattern.0.iter();
-    let alphas: Map<_, _> = alphas.map(|(name, alpha)| (name.clone(), number(*alpha))).collect();
+    let alphas: Map<_, _> = alphas
+        .map(|(name, alpha)| (name.clone(), number(*alpha)))
+        .collect();
     let init = match config.init {
         LoraInit::Default => json!(true),
         LoraInit::Gaussian => json!("gaussian"),

@@ -3,7 +3,6 @@
 use std::path::{Path, PathBuf};
 
 use adapters::{AdaptedLlama, LoraConfig, LoraInit, Pattern, Targets, peft, unadapted};
-use burn::backend::Flex;
 use burn::tensor::{Tensor, TensorData};
 use model::checkpoint::Checkpoint;
 use model::config::LlamaConfig;
@@ -11,7 +10,11 @@ use model::rope::Rope;
 use safetensors::SafeTensors;
 use serde_json::Value;
 
-type B = Flex;
+/// The tests run on the processor, or with `--features wgpu` on the first graphics adapter.
+#[cfg(not(feature = "wgpu"))]
+type B = burn::backend::Flex;
+#[cfg(feature = "wgpu")]
+type B = burn::backend::Wgpu;
 
 fn root(path: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join(path)
@@ -22,7 +25,9 @@ fn fixture(name: &str) -> PathBuf {
 }
 
 fn fixtures() -> Vec<PathBuf> {
-    let entries = std::fs::read_dir(fixture("")).unwrap().map(|entry| entry.unwrap().path());
+    let entries = std::fs::read_dir(fixture(""))
+        .unwrap()
+        .map(|entry| entry.unwrap().path());
     let folders: Vec<_> = entries.filter(|path| path.is_dir()).collect();
     assert!(folders.len() >= 8);
     folders
@@ -36,7 +41,11 @@ fn base(name: &str) -> AdaptedLlama<B> {
 }
 
 fn base_of(adapter: &Path) -> AdaptedLlama<B> {
-    base(std::fs::read_to_string(adapter.join("base.txt")).unwrap().trim())
+    base(
+        std::fs::read_to_string(adapter.join("base.txt"))
+            .unwrap()
+            .trim(),
+    )
 }
 
 /// The largest difference between a model's logits and those of a fixture.
@@ -44,16 +53,24 @@ fn max_off(model: &AdaptedLlama<B>, folder: &Path) -> f32 {
     let device = Default::default();
     let bytes = std::fs::read(folder.join("expected.safetensors")).unwrap();
     let file = SafeTensors::deserialize(&bytes).unwrap();
-    let (ids, logits) = (file.tensor("input_ids").unwrap(), file.tensor("logits").unwrap());
+    let (ids, logits) = (
+        file.tensor("input_ids").unwrap(),
+        file.tensor("logits").unwrap(),
+    );
     let [b, s] = [ids.shape()[0], ids.shape()[1]];
     let (id_bytes, _) = ids.data().as_chunks::<8>();
     let ids: Vec<i64> = id_bytes.iter().map(|b| i64::from_le_bytes(*b)).collect();
     let (value_bytes, _) = logits.data().as_chunks::<4>();
     let values: Vec<f32> = value_bytes.iter().map(|b| f32::from_le_bytes(*b)).collect();
-    let expected = Tensor::<B, 2>::from_data(TensorData::new(values, [b * s, logits.shape()[2]]), &device);
+    let expected =
+        Tensor::<B, 2>::from_data(TensorData::new(values, [b * s, logits.shape()[2]]), &device);
     let positions: Vec<usize> = (0..b).flat_map(|_| 0..s).collect();
     let rope = Rope::new(&model.config, &positions, &device);
-    let hidden = model.forward(Tensor::from_data(TensorData::new(ids, [b, s]), &device), &rope, None);
+    let hidden = model.forward(
+        Tensor::from_data(TensorData::new(ids, [b, s]), &device),
+        &rope,
+        None,
+    );
     let logits = model.logits(hidden.reshape([b * s, model.config.hidden_size]));
     (logits - expected).abs().max().into_scalar()
 }
@@ -66,7 +83,11 @@ fn json(path: PathBuf) -> Value {
 fn logits_equal_those_of_peft() {
     for folder in fixtures() {
         let plain = base_of(&folder);
-        assert!(max_off(&plain, &folder) > 0.01, "{}: the adapter matters", folder.display());
+        assert!(
+            max_off(&plain, &folder) > 0.01,
+            "{}: the adapter matters",
+            folder.display()
+        );
         let (model, _) = peft::load(plain, &folder, &Default::default()).unwrap();
         let off = max_off(&model, &folder);
         // f32 sums in another order
@@ -88,10 +109,17 @@ fn what_was_loaded_is_saved_again() {
         let right = SafeTensors::deserialize(&right).unwrap();
         // PEFT adds a copy of the base's lm_head when that is adapted
         let theirs_only = |key: &str| key.ends_with("base_layer.weight");
-        assert_eq!(left.iter().filter(|(key, _)| !theirs_only(key)).count(), right.len());
+        assert_eq!(
+            left.iter().filter(|(key, _)| !theirs_only(key)).count(),
+            right.len()
+        );
         for (key, tensor) in left.iter().filter(|(key, _)| !theirs_only(key)) {
             let ours = right.tensor(key).unwrap();
-            assert_eq!((tensor.shape(), tensor.data()), (ours.shape(), ours.data()), "{key}");
+            assert_eq!(
+                (tensor.shape(), tensor.data()),
+                (ours.shape(), ours.data()),
+                "{key}"
+            );
         }
         let ours = json(out.path().join(peft::CONFIG_FILE));
         for (key, value) in ours.as_object().unwrap() {
@@ -104,8 +132,13 @@ fn what_was_loaded_is_saved_again() {
                 None => vec![value.to_string()],
             };
             let theirs = &theirs[key.as_str()];
-            let equal = sorted(value) == sorted(theirs) || value.as_f64().is_some_and(|x| theirs.as_f64() == Some(x));
-            assert!(equal, "{}: {key} is {value}, not {theirs}", folder.display());
+            let equal = sorted(value) == sorted(theirs)
+                || value.as_f64().is_some_and(|x| theirs.as_f64() == Some(x));
+            assert!(
+                equal,
+                "{}: {key} is {value}, not {theirs}",
+                folder.display()
+            );
         }
     }
 }
@@ -132,11 +165,17 @@ fn fresh_adapters_leave_the_logits_unchanged() {
     let values = adapters::read_parameters(&model);
     let parameters = adapters::parameters(&config, &model.config).unwrap();
     assert_eq!(values.len(), parameters.len());
-    for (name, shape) in parameters.iter().filter(|(name, _)| name.ends_with("lora_a")) {
+    for (name, shape) in parameters
+        .iter()
+        .filter(|(name, _)| name.ends_with("lora_a"))
+    {
         let values = &values[&model::weight::param_id(name)];
         let bound = 1.0 / (shape[1] as f32).sqrt();
         let largest = values.iter().fold(0f32, |m, v| m.max(v.abs()));
-        assert!(largest <= bound && largest > 0.8 * bound, "{name}: {largest} of {bound}");
+        assert!(
+            largest <= bound && largest > 0.8 * bound,
+            "{name}: {largest} of {bound}"
+        );
     }
 }
 
@@ -148,8 +187,14 @@ fn error(adapter: &Path, base_name: &str) -> String {
 #[test]
 fn an_adapter_of_another_model_lists_every_tensor() {
     let text = error(&fixture("qv"), "wide_head");
-    assert!(text.contains("layers.0.self_attn.q_proj.lora_B.weight is [32, 4], expected [96, 4]"), "{text}");
-    assert!(text.contains("layers.1.self_attn.v_proj.lora_B.weight"), "{text}");
+    assert!(
+        text.contains("layers.0.self_attn.q_proj.lora_B.weight is [32, 4], expected [96, 4]"),
+        "{text}"
+    );
+    assert!(
+        text.contains("layers.1.self_attn.v_proj.lora_B.weight"),
+        "{text}"
+    );
     assert!(error(&fixture("save_head"), "tied_llama3").contains("lm_head"));
 }
 
@@ -167,7 +212,10 @@ fn missing_and_unexpected_keys_and_unknown_settings_are_errors() {
     };
     let text = set("target_modules", serde_json::json!(["q_proj", "o_proj"]));
     assert!(text.contains("o_proj.lora_A.weight is missing"), "{text}");
-    assert!(text.contains("v_proj.lora_A.weight is unexpected"), "{text}");
+    assert!(
+        text.contains("v_proj.lora_A.weight is unexpected"),
+        "{text}"
+    );
     assert!(set("r", 5.into()).contains("is [4, 32], expected [5, 32]"));
     assert!(set("use_dora", true.into()).contains("use_dora is true"));
     assert!(set("bias", "all".into()).contains("bias is \"all\""));

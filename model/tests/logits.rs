@@ -2,7 +2,6 @@
 
 use std::path::{Path, PathBuf};
 
-use burn::backend::Flex;
 use burn::tensor::{Int, Tensor, TensorData};
 use model::checkpoint::{Checkpoint, MODEL_FILE};
 use model::config::LlamaConfig;
@@ -12,7 +11,11 @@ use model::llama::Llama;
 use model::rope::Rope;
 use safetensors::SafeTensors;
 
-type B = Flex;
+/// The tests run on the processor, or with `--features wgpu` on the first graphics adapter.
+#[cfg(not(feature = "wgpu"))]
+type B = burn::backend::Flex;
+#[cfg(feature = "wgpu")]
+type B = burn::backend::Wgpu;
 
 fn fixtures() -> Vec<PathBuf> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/models");

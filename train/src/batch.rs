@@ -34,7 +34,11 @@ impl MicroBatch {
     /// Puts rows side by side.
     pub fn new<'a>(rows: impl IntoIterator<Item = &'a Sample>) -> Self {
         let rows: Vec<&Sample> = rows.into_iter().collect();
-        let s = rows.iter().map(|row| row.input_ids.len()).max().unwrap_or(0);
+        let s = rows
+            .iter()
+            .map(|row| row.input_ids.len())
+            .max()
+            .unwrap_or(0);
         let mut batch = Self {
             input_ids: vec![0; rows.len() * s],
             shape: [rows.len(), s],
@@ -83,7 +87,10 @@ impl MicroBatch {
 
     /// The trained tokens `[m]`.
     pub fn targets<B: Backend>(&self, device: &B::Device) -> Tensor<B, 1, Int> {
-        Tensor::from_data(TensorData::new(self.targets.clone(), [self.targets.len()]), device)
+        Tensor::from_data(
+            TensorData::new(self.targets.clone(), [self.targets.len()]),
+            device,
+        )
     }
 
     /// `m`.
@@ -152,7 +159,9 @@ impl Windows {
         let rows_per_step = train.micro_batch_size * train.gradient_accumulation_steps;
         let by_epochs = ((rows.len() as f64 * train.epochs).round() as usize).max(1);
         Self {
-            total_rows: train.max_steps.map_or(by_epochs, |steps| steps * rows_per_step),
+            total_rows: train
+                .max_steps
+                .map_or(by_epochs, |steps| steps * rows_per_step),
             rows,
             micro_batch_size: train.micro_batch_size,
             rows_per_step,
@@ -305,7 +314,10 @@ impl<B: Backend> DataLoader<B, MicroBatch> for EvalBatches {
     }
 
     fn slice(&self, start: usize, end: usize) -> Arc<dyn DataLoader<B, MicroBatch>> {
-        Arc::new(Self::new(Arc::new(self.rows[start..end].to_vec()), self.micro_batch_size))
+        Arc::new(Self::new(
+            Arc::new(self.rows[start..end].to_vec()),
+            self.micro_batch_size,
+        ))
     }
 }
 
@@ -316,7 +328,9 @@ mod tests {
     fn rows(lengths: &[usize]) -> Arc<Vec<Sample>> {
         let row = |(index, length): (usize, &usize)| Sample {
             input_ids: (0..*length).map(|i| (10 * index + i) as u32).collect(),
-            labels: (0..*length).map(|i| if i < 2 { -100 } else { (10 * index + i) as i32 }).collect(),
+            labels: (0..*length)
+                .map(|i| if i < 2 { -100 } else { (10 * index + i) as i32 })
+                .collect(),
         };
         Arc::new(lengths.iter().enumerate().map(row).collect())
     }
@@ -350,8 +364,16 @@ mod tests {
             ..TrainSection::default()
         };
         let all = windows(rows(&[3, 4, 5]), train, false);
-        let lengths = |w: &Window| w.micro_batches.iter().map(|b| b.shape()[1]).collect::<Vec<_>>();
-        assert_eq!(all.iter().map(lengths).collect::<Vec<_>>(), [[4, 5], [5, 4], [5, 5]]);
+        let lengths = |w: &Window| {
+            w.micro_batches
+                .iter()
+                .map(|b| b.shape()[1])
+                .collect::<Vec<_>>()
+        };
+        assert_eq!(
+            all.iter().map(lengths).collect::<Vec<_>>(),
+            [[4, 5], [5, 4], [5, 5]]
+        );
         assert_eq!(all[2].epoch, 4.0);
     }
 
@@ -365,7 +387,10 @@ mod tests {
         let sizes: Vec<_> = all.iter().map(|w| w.micro_batches[0].shape()[0]).collect();
         assert_eq!(sizes, [4, 4, 2]);
         let loader = Windows::new(rows(&[3; 5]), &DataSection::default(), &train, 0);
-        assert_eq!([0, 1, 2].map(|step| loader.ends_epoch(step)), [false, true, true]);
+        assert_eq!(
+            [0, 1, 2].map(|step| loader.ends_epoch(step)),
+            [false, true, true]
+        );
     }
 
     #[test]
@@ -375,7 +400,12 @@ mod tests {
             ..TrainSection::default()
         };
         let all = windows(rows(&[3, 4, 5, 6, 7, 8]), train.clone(), true);
-        let resumed = Windows::new(rows(&[3, 4, 5, 6, 7, 8]), &DataSection::default(), &train, 3);
+        let resumed = Windows::new(
+            rows(&[3, 4, 5, 6, 7, 8]),
+            &DataSection::default(),
+            &train,
+            3,
+        );
         let rest: Vec<_> = DataLoader::<burn::backend::Flex, Window>::iter(&resumed).collect();
         assert_eq!(rest, all[3..]);
         assert_ne!(all[0].micro_batches[0].input_ids[0..4], [0, 1, 2, 0]);

@@ -90,10 +90,15 @@ impl Checkpoints {
     /// Files that cannot be written; what was there before stays as it was.
     pub fn save<B: Backend>(&self, snapshot: &Snapshot<'_, B>) -> Result<PathBuf> {
         let name = format!("step-{:06}", snapshot.progress.step);
-        let (part, done) = (self.folder.join(format!(".{name}.part")), self.folder.join(name));
+        let (part, done) = (
+            self.folder.join(format!(".{name}.part")),
+            self.folder.join(name),
+        );
         remove(&part)?;
         create(&part)?;
-        snapshot.trained.save(snapshot.model, snapshot.base, snapshot.base_name, &part)?;
+        snapshot
+            .trained
+            .save(snapshot.model, snapshot.base, snapshot.base_name, &part)?;
         let moments = moments_to_tensors(snapshot)?;
         write_safetensors(&part.join(OPTIMIZER_FILE), &moments)?;
         let state = StateFile {
@@ -131,9 +136,17 @@ impl Checkpoints {
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
             Err(e) => return Err(io("read", &self.folder)(e)),
         };
-        let step = |path: &Path| path.file_name()?.to_str()?.strip_prefix("step-")?.parse().ok();
+        let step = |path: &Path| {
+            path.file_name()?
+                .to_str()?
+                .strip_prefix("step-")?
+                .parse()
+                .ok()
+        };
         let paths = entries.filter_map(|entry| Some(entry.ok()?.path()));
-        Ok(paths.filter_map(|path| Some((step(&path)?, path))).collect())
+        Ok(paths
+            .filter_map(|path| Some((step(&path)?, path)))
+            .collect())
     }
 }
 
@@ -213,8 +226,13 @@ fn checksums(folder: &Path) -> Result<BTreeMap<String, String>> {
                 folders.push(path);
                 continue;
             }
-            let name = path.strip_prefix(folder).expect("it lies inside").components();
-            let name: Vec<_> = name.map(|part| part.as_os_str().to_string_lossy()).collect();
+            let name = path
+                .strip_prefix(folder)
+                .expect("it lies inside")
+                .components();
+            let name: Vec<_> = name
+                .map(|part| part.as_os_str().to_string_lossy())
+                .collect();
             sums.insert(name.join("/"), checksum(&path)?);
         }
     }
@@ -225,7 +243,11 @@ fn checksum(path: &Path) -> Result<String> {
     let mut file = File::open(path).map_err(io("open", path))?;
     let mut hash = Sha256::new();
     std::io::copy(&mut file, &mut hash).map_err(io("read", path))?;
-    Ok(hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
+    Ok(hash
+        .finalize()
+        .iter()
+        .map(|byte| format!("{byte:02x}"))
+        .collect())
 }
 
 fn create(folder: &Path) -> Result<()> {

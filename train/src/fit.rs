@@ -135,7 +135,9 @@ pub fn fit<B: TrainBackend, R: MetricsRenderer + 'static>(
     let result = SupervisedTraining::new(&path, windows, eval)
         .metric_train_numeric(DashboardMetric::new("Loss", None, |item| item.loss))
         .metric_train_numeric(DashboardMetric::new("Learning rate", None, |item| item.lr))
-        .metric_train_numeric(DashboardMetric::new("Gradient norm", None, |item| item.grad_norm))
+        .metric_train_numeric(DashboardMetric::new("Gradient norm", None, |item| {
+            item.grad_norm
+        }))
         .metric_train_numeric(DashboardMetric::new("Speed", Some("tokens/s"), |item| {
             item.tokens as f64 / item.seconds
         }))
@@ -146,7 +148,10 @@ pub fn fit<B: TrainBackend, R: MetricsRenderer + 'static>(
         .with_training_strategy(TrainingStrategy::Custom(strategy.clone()))
         .launch(learner);
 
-    let mut state = strategy.state.lock().unwrap_or_else(PoisonError::into_inner);
+    let mut state = strategy
+        .state
+        .lock()
+        .unwrap_or_else(PoisonError::into_inner);
     if let Some(error) = state.error.take() {
         return Err(error);
     }
@@ -184,12 +189,8 @@ struct State {
 }
 
 /// The components of a learner that trains a [`CausalLm`].
-type Components<B> = LearningComponentsMarker<
-    B,
-    Schedule,
-    CausalLm<B>,
-    AdamW<<B as AutodiffBackend>::InnerBackend>,
->;
+type Components<B> =
+    LearningComponentsMarker<B, Schedule, CausalLm<B>, AdamW<<B as AutodiffBackend>::InnerBackend>>;
 
 impl<B: TrainBackend> SupervisedLearningStrategy<Components<B>> for StepByStep<B> {
     /// The default restores checkpoints on the default device; here they are restored before.
@@ -200,7 +201,9 @@ impl<B: TrainBackend> SupervisedLearningStrategy<Components<B>> for StepByStep<B
         valid: ValidLoader<Components<B>>,
         mut components: TrainingComponents<Components<B>>,
     ) -> LearningResult<<Components<B> as LearningComponentsTypes>::InferenceModel> {
-        components.event_processor.process_train(LearnerEvent::Start);
+        components
+            .event_processor
+            .process_train(LearnerEvent::Start);
         let (model, mut events) = self.fit(components, learner, train, valid, 1);
         events.process_train(LearnerEvent::End(None));
         LearningResult {
@@ -216,14 +219,24 @@ impl<B: TrainBackend> SupervisedLearningStrategy<Components<B>> for StepByStep<B
         train: TrainLoader<Components<B>>,
         valid: ValidLoader<Components<B>>,
         _: usize,
-    ) -> (TrainingModel<Components<B>>, SupervisedTrainingEventProcessor<Components<B>>) {
+    ) -> (
+        TrainingModel<Components<B>>,
+        SupervisedTrainingEventProcessor<Components<B>>,
+    ) {
         let mut events = components.event_processor;
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         learner.fork(&self.device);
         let mut windows = train.iter();
         while state.stopped.is_none() && state.progress.step < self.windows.num_steps() {
             let interrupted = || components.interrupter.should_stop();
-            let stepped = self.advance(&mut *windows, &mut learner, &valid, &mut events, &mut state, &interrupted);
+            let stepped = self.advance(
+                &mut *windows,
+                &mut learner,
+                &valid,
+                &mut events,
+                &mut state,
+                &interrupted,
+            );
             if let Err(error) = stepped {
                 state.error = Some(error);
                 break;
@@ -339,7 +352,8 @@ impl<B: TrainBackend> StepByStep<B> {
             nll += item.nll;
             tokens += item.trained_tokens;
             done += 1;
-            let shown = TrainingItem::new(item, batches.progress(), Shown::new(1, 1), Some(done), None);
+            let shown =
+                TrainingItem::new(item, batches.progress(), Shown::new(1, 1), Some(done), None);
             events.process_valid(LearnerEvent::ProcessedItem(shown));
         }
         events.process_valid(LearnerEvent::EndEpoch(1));
@@ -366,7 +380,9 @@ impl<B: TrainBackend> StepByStep<B> {
     fn save_best(&self, model: &CausalLm<B::InnerBackend>, state: &State) -> Result<()> {
         let run = state.folder.path();
         let (part, done) = (run.join(".best.part"), run.join("best"));
-        let saved = self.trained.save(&model.model, &self.base, &self.recipe.model.path, &part)?;
+        let saved = self
+            .trained
+            .save(&model.model, &self.base, &self.recipe.model.path, &part)?;
         crate::run_folder::replace_folder(&saved, &done)?;
         std::fs::remove_dir(&part).map_err(crate::run_folder::io("remove", &part))
     }

@@ -58,7 +58,8 @@ impl Metric for DashboardMetric {
 
     fn update(&mut self, item: &StepItem, _: &MetricMetadata) -> SerializedEntry {
         let format = FormatOptions::new(self.name()).precision(4);
-        self.state.update((self.read)(item), item.trained_tokens, format)
+        self.state
+            .update((self.read)(item), item.trained_tokens, format)
     }
 
     fn clear(&mut self) {
@@ -141,7 +142,12 @@ pub struct NoMetricFiles;
 impl MetricLogger for NoMetricFiles {
     fn log(&mut self, _: MetricsUpdate, _: usize, _: &Split) {}
 
-    fn read_numeric(&mut self, name: &str, _: usize, _: &Split) -> Result<Vec<NumericEntry>, String> {
+    fn read_numeric(
+        &mut self,
+        name: &str,
+        _: usize,
+        _: &Split,
+    ) -> Result<Vec<NumericEntry>, String> {
         Err(format!("{name} is not kept"))
     }
 

@@ -136,7 +136,11 @@ impl<B: Backend> Update<'_, B> {
         });
         let first = first.mul_scalar(beta1) + grad.clone().mul_scalar(1.0 - beta1);
         let second = second.mul_scalar(beta2) + (grad.clone() * grad).mul_scalar(1.0 - beta2);
-        let denominator = second.clone().sqrt().div_scalar(self.root).add_scalar(self.eps);
+        let denominator = second
+            .clone()
+            .sqrt()
+            .div_scalar(self.root)
+            .add_scalar(self.eps);
         let change = (first.clone() / denominator).mul_scalar(self.step_size);
         self.moments.insert(id, Moments { first, second });
         param.mul_scalar(self.decay) - change

@@ -397,49 +397,108 @@ impl Recipe {
             }
         };
         let (model, adapter, data, train) = (&self.model, &self.adapter, &self.data, &self.train);
-        check(!model.path.is_empty(), "model.path is missing: give a model folder or a Hub id");
+        check(
+            !model.path.is_empty(),
+            "model.path is missing: give a model folder or a Hub id",
+        );
         let random = model.init == ModelInit::Random;
-        check(!random || adapter.is_full(), "model.init = \"random\" needs adapter.method = \"full\"");
+        check(
+            !random || adapter.is_full(),
+            "model.init = \"random\" needs adapter.method = \"full\"",
+        );
         let format = &self.quantization.format;
-        check(format == "none", &format!("quantization.format = {format:?} is not supported: only \"none\" is"));
+        check(
+            format == "none",
+            &format!("quantization.format = {format:?} is not supported: only \"none\" is"),
+        );
 
         let method = &adapter.method;
         let known = adapter.is_full() || method == "lora";
-        check(known, &format!("adapter.method = {method:?} is not supported: expected \"lora\" or \"full\""));
+        check(
+            known,
+            &format!("adapter.method = {method:?} is not supported: expected \"lora\" or \"full\""),
+        );
         check(adapter.rank >= 1, "adapter.rank must be at least 1");
-        check(adapter.alpha.is_finite(), "adapter.alpha must be a finite number");
-        check((0.0..1.0).contains(&adapter.dropout), "adapter.dropout must be from 0 to below 1");
-        check(!adapter.use_dora, "adapter.use_dora = true is not supported");
+        check(
+            adapter.alpha.is_finite(),
+            "adapter.alpha must be a finite number",
+        );
+        check(
+            (0.0..1.0).contains(&adapter.dropout),
+            "adapter.dropout must be from 0 to below 1",
+        );
+        check(
+            !adapter.use_dora,
+            "adapter.use_dora = true is not supported",
+        );
         let continues = adapter.init_from.is_some();
-        check(!(continues && adapter.is_full()), "adapter.init_from does not go with adapter.method = \"full\"");
+        check(
+            !(continues && adapter.is_full()),
+            "adapter.init_from does not go with adapter.method = \"full\"",
+        );
 
-        check(!data.train.is_empty(), "data.train is missing: give a file or folder of training rows");
+        check(
+            !data.train.is_empty(),
+            "data.train is missing: give a file or folder of training rows",
+        );
         check(data.max_length >= 2, "data.max_length must be at least 2");
         check(!data.packing, "data.packing = true is not supported");
-        check((0.0..1.0).contains(&data.eval_fraction), "data.eval_fraction must be from 0 to below 1");
+        check(
+            (0.0..1.0).contains(&data.eval_fraction),
+            "data.eval_fraction must be from 0 to below 1",
+        );
 
-        check(train.epochs > 0.0 && train.epochs.is_finite(), "train.epochs must be above 0");
-        check(train.max_steps != Some(0), "train.max_steps must be at least 1");
-        check(train.micro_batch_size >= 1, "train.micro_batch_size must be at least 1");
+        check(
+            train.epochs > 0.0 && train.epochs.is_finite(),
+            "train.epochs must be above 0",
+        );
+        check(
+            train.max_steps != Some(0),
+            "train.max_steps must be at least 1",
+        );
+        check(
+            train.micro_batch_size >= 1,
+            "train.micro_batch_size must be at least 1",
+        );
         check(
             train.gradient_accumulation_steps >= 1,
             "train.gradient_accumulation_steps must be at least 1",
         );
         let optimizer = &train.optimizer;
-        check(optimizer == "adamw", &format!("train.optimizer = {optimizer:?} is not supported: only \"adamw\" is"));
+        check(
+            optimizer == "adamw",
+            &format!("train.optimizer = {optimizer:?} is not supported: only \"adamw\" is"),
+        );
         let positive = |x: f64| x >= 0.0 && x.is_finite();
-        check(positive(train.learning_rate), "train.learning_rate must be 0 or above");
-        check(positive(train.weight_decay), "train.weight_decay must be 0 or above");
+        check(
+            positive(train.learning_rate),
+            "train.learning_rate must be 0 or above",
+        );
+        check(
+            positive(train.weight_decay),
+            "train.weight_decay must be 0 or above",
+        );
         let betas = train.betas.iter().all(|beta| (0.0..1.0).contains(beta));
         check(betas, "train.betas must both be from 0 to below 1");
-        check(train.eps > 0.0 && train.eps.is_finite(), "train.eps must be above 0");
-        check((0.0..=1.0).contains(&train.warmup_ratio), "train.warmup_ratio must be from 0 to 1");
-        check(positive(train.max_grad_norm), "train.max_grad_norm must be 0 (off) or above");
+        check(
+            train.eps > 0.0 && train.eps.is_finite(),
+            "train.eps must be above 0",
+        );
+        check(
+            (0.0..=1.0).contains(&train.warmup_ratio),
+            "train.warmup_ratio must be from 0 to 1",
+        );
+        check(
+            positive(train.max_grad_norm),
+            "train.max_grad_norm must be 0 (off) or above",
+        );
         check(train.log_every >= 1, "train.log_every must be at least 1");
         let recompute = &train.recompute;
         check(
             recompute == "auto" || recompute == "none",
-            &format!("train.recompute = {recompute:?} is not supported: expected \"auto\" or \"none\""),
+            &format!(
+                "train.recompute = {recompute:?} is not supported: expected \"auto\" or \"none\""
+            ),
         );
         problems
     }
@@ -466,8 +525,13 @@ pub fn parse_setting(text: &str) -> Option<(String, Value)> {
         return None;
     }
     let parsed = format!("x = {value}").parse::<Table>().ok();
-    let parsed = parsed.filter(|table| table.len() == 1).and_then(|mut table| table.remove("x"));
-    Some((key.to_owned(), parsed.unwrap_or_else(|| Value::String(value.to_owned()))))
+    let parsed = parsed
+        .filter(|table| table.len() == 1)
+        .and_then(|mut table| table.remove("x"));
+    Some((
+        key.to_owned(),
+        parsed.unwrap_or_else(|| Value::String(value.to_owned())),
+    ))
 }
 
 /// Reads key by key, so that one bad key does not hide the next.
@@ -483,9 +547,13 @@ impl Reader {
         for (section, value) in table {
             match value {
                 Value::Table(table) => keys.extend(
-                    table.into_iter().map(|(key, value)| (section.clone(), key, value, self.place.clone())),
+                    table
+                        .into_iter()
+                        .map(|(key, value)| (section.clone(), key, value, self.place.clone())),
                 ),
-                _ => self.problems.push(format!("{}: {section} must be a section", self.place)),
+                _ => self
+                    .problems
+                    .push(format!("{}: {section} must be a section", self.place)),
             }
         }
         for (key, value) in settings {
@@ -528,8 +596,8 @@ fn set<T: Serialize + DeserializeOwned>(
     let current = Value::try_from(&*section).map_err(|e| e.to_string())?;
     let mut table = current.as_table().cloned().unwrap_or_default();
     table.insert(key.to_owned(), value);
-    *section = Value::Table(table).try_into().map_err(|e: toml::de::Error| {
-        e.message().trim().lines().collect::<Vec<_>>().join(", ")
-    })?;
+    *section = Value::Table(table)
+        .try_into()
+        .map_err(|e: toml::de::Error| e.message().trim().lines().collect::<Vec<_>>().join(", "))?;
     Ok(())
 }

@@ -135,7 +135,10 @@ pub(crate) fn replace_folder(from: &Path, to: &Path) -> Result<()> {
 }
 
 /// What an [`Error::Io`] needs to know beside the error.
-pub(crate) fn io(action: &'static str, path: &Path) -> impl FnOnce(std::io::Error) -> Error + use<> {
+pub(crate) fn io(
+    action: &'static str,
+    path: &Path,
+) -> impl FnOnce(std::io::Error) -> Error + use<> {
     let path = path.to_path_buf();
     move |source| Error::Io {
         action,
@@ -154,7 +157,11 @@ pub fn peak_memory_bytes() -> u64 {
         if filled == 0 {
             // SAFETY: filled in above.
             let peak = unsafe { usage.assume_init() }.ru_maxrss as u64;
-            let unit = if cfg!(target_vendor = "apple") { 1 } else { 1024 };
+            let unit = if cfg!(target_vendor = "apple") {
+                1
+            } else {
+                1024
+            };
             return peak * unit;
         }
     }

@@ -86,13 +86,19 @@ mod tests {
 
     fn close(left: &[f64], right: &[f64]) {
         assert_eq!(left.len(), right.len());
-        assert!(left.iter().zip(right).all(|(l, r)| (l - r).abs() < 1e-12), "{left:?}");
+        assert!(
+            left.iter().zip(right).all(|(l, r)| (l - r).abs() < 1e-12),
+            "{left:?}"
+        );
     }
 
     #[test]
     fn rates_follow_transformers() {
         let root = 0.5f64.sqrt();
-        close(&rates(LrSchedule::Linear, Some(2), 6), &[0.0, 0.5, 1.0, 0.75, 0.5, 0.25]);
+        close(
+            &rates(LrSchedule::Linear, Some(2), 6),
+            &[0.0, 0.5, 1.0, 0.75, 0.5, 0.25],
+        );
         close(
             &rates(LrSchedule::Cosine, Some(2), 6),
             &[0.0, 0.5, 1.0, 0.5 + root / 2.0, 0.5, 0.5 - root / 2.0],

@@ -49,11 +49,16 @@ pub fn trained(recipe: &mut Recipe) -> Result<Trained> {
             ("rank_pattern", asked.rank_pattern == ours.rank_pattern),
             ("alpha_pattern", asked.alpha_pattern == ours.alpha_pattern),
         ];
-        let differ = |(key, same): &(&str, bool)| !same && recipe.given.contains(&format!("adapter.{key}"));
+        let differ =
+            |(key, same): &(&str, bool)| !same && recipe.given.contains(&format!("adapter.{key}"));
         let problem = |(key, _): &(&str, bool)| {
             format!("adapter.{key} differs from that of adapter.init_from ({place})")
         };
-        let problems: Vec<_> = checks.iter().filter(|check| differ(check)).map(problem).collect();
+        let problems: Vec<_> = checks
+            .iter()
+            .filter(|check| differ(check))
+            .map(problem)
+            .collect();
         if !problems.is_empty() {
             return Err(Error::Recipe { problems });
         }
@@ -98,7 +103,9 @@ pub fn start<B: TrainBackend>(
     let folder = RunFolder::create(output, &recipe)?;
     let optimizer = AdamW::new(&recipe.train);
     let progress = Progress::default();
-    Ok(assemble(recipe, trained, base, rows, device, model, optimizer, folder, progress))
+    Ok(assemble(
+        recipe, trained, base, rows, device, model, optimizer, folder, progress,
+    ))
 }
 
 /// Prepares a run to go on from a checkpoint.
@@ -121,10 +128,15 @@ pub fn resume<B: TrainBackend>(
     restore_optimizer(&optimizer, &names, checkpoint, &device)?;
     let progress = read_progress(checkpoint)?;
     let folder = RunFolder::resume(run, progress.step)?;
-    Ok(assemble(recipe, trained, base, rows, device, model, optimizer, folder, progress))
+    Ok(assemble(
+        recipe, trained, base, rows, device, model, optimizer, folder, progress,
+    ))
 }
 
-#[expect(clippy::too_many_arguments, reason = "it puts a plain structure together")]
+#[expect(
+    clippy::too_many_arguments,
+    reason = "it puts a plain structure together"
+)]
 fn assemble<B: TrainBackend>(
     recipe: Recipe,
     trained: Trained,

@@ -110,7 +110,10 @@ impl<B: TrainBackend> CausalLm<B> {
             let logits = self.model.logits(part.clone()); // [end - start, v]
             let nll = ops::cross_entropy(logits, targets.clone().slice([start..end])).sum();
             let mut grads = nll.clone().mul_scalar(weight).backward();
-            d_hidden.push(part.grad_remove(&mut grads).expect("the hidden states are tracked"));
+            d_hidden.push(
+                part.grad_remove(&mut grads)
+                    .expect("the hidden states are tracked"),
+            );
             gradients.accumulate(self, GradientsParams::from_grads(grads, self));
             total = total + nll.inner();
         }
@@ -141,7 +144,9 @@ impl<B: ModelBackend> CausalLm<B> {
             ops::cross_entropy(logits, targets.clone().slice([start..end])).into_data()
         };
         let parts = chunks(m, self.model.config.vocab_size).map(part);
-        parts.flat_map(|data| data.iter::<f32>().collect::<Vec<_>>()).collect()
+        parts
+            .flat_map(|data| data.iter::<f32>().collect::<Vec<_>>())
+            .collect()
     }
 
     fn device(&self) -> B::Device {
@@ -152,7 +157,9 @@ impl<B: ModelBackend> CausalLm<B> {
 /// Ranges of tokens whose logits exist together.
 fn chunks(m: usize, vocab_size: usize) -> impl Iterator<Item = (usize, usize)> {
     let size = (LOGITS_AT_A_TIME / vocab_size).max(1);
-    (0..m).step_by(size).map(move |start| (start, (start + size).min(m)))
+    (0..m)
+        .step_by(size)
+        .map(move |start| (start, (start + size).min(m)))
 }
 
 /// What an evaluation reports for a batch.
@@ -197,7 +204,9 @@ pub fn clip_gradients<B: TrainBackend, M: AutodiffModule<B>>(
         sum: None,
     };
     module.visit(&mut squares);
-    let norm = squares.sum.map_or(0.0, |sum| f64::from(sum.into_scalar_f32()).sqrt());
+    let norm = squares
+        .sum
+        .map_or(0.0, |sum| f64::from(sum.into_scalar_f32()).sqrt());
     if max_norm > 0.0 && norm > max_norm {
         let factor = max_norm / (norm + 1e-6);
         module.visit(&mut Scale { gradients, factor });
@@ -231,7 +240,8 @@ impl<B: TrainBackend> ModuleVisitor<B> for Scale<'_> {
     fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<B, D>>) {
         if let Some(gradient) = self.gradients.remove::<B::InnerBackend, D>(param.id) {
             let scaled = gradient.mul_scalar(self.factor);
-            self.gradients.register::<B::InnerBackend, D>(param.id, scaled);
+            self.gradients
+                .register::<B::InnerBackend, D>(param.id, scaled);
         }
     }
 }
@@ -243,6 +253,9 @@ trait ScalarF32 {
 
 impl<B: Backend> ScalarF32 for Tensor<B, 1> {
     fn into_scalar_f32(self) -> f32 {
-        self.into_data().iter::<f32>().next().expect("a scalar has one element")
+        self.into_data()
+            .iter::<f32>()
+            .next()
+            .expect("a scalar has one element")
     }
 }

@@ -78,7 +78,9 @@ impl Trained {
                 })?;
                 let mut values = adapters::read_parameters(model);
                 let tensor = |(name, shape): (String, Vec<usize>)| NamedTensor {
-                    values: values.remove(&param_id(&name)).expect("every weight is trained"),
+                    values: values
+                        .remove(&param_id(&name))
+                        .expect("every weight is trained"),
                     name,
                     shape,
                 };

@@ -123,13 +123,22 @@ pub struct GenerateArgs {
     #[arg(long)]
     pub adapter: Option<String>,
     /// The text to complete
-    #[arg(long, required_unless_present = "prompt_ids", conflicts_with = "prompt_ids")]
+    #[arg(
+        long,
+        required_unless_present = "prompt_ids",
+        conflicts_with = "prompt_ids"
+    )]
     pub prompt: Option<String>,
     /// Treat the prompt as a user's turn, in the model's chat template
     #[arg(long, requires = "prompt")]
     pub chat: bool,
     /// Token ids to complete
-    #[arg(long, value_name = "1,2,3", value_delimiter = ',', allow_negative_numbers = true)]
+    #[arg(
+        long,
+        value_name = "1,2,3",
+        value_delimiter = ',',
+        allow_negative_numbers = true
+    )]
     pub prompt_ids: Option<Vec<i64>>,
     /// Longest answer
     #[arg(long, default_value_t = 128)]

@@ -103,7 +103,11 @@ pub fn list() -> (Vec<Listed>, Vec<String>) {
         Ok(cards) => devices.extend(cards),
         Err(reason) => lacking.push(reason),
     }
-    if cfg!(not(any(feature = "wgpu", feature = "vulkan", feature = "metal"))) {
+    if cfg!(not(any(
+        feature = "wgpu",
+        feature = "vulkan",
+        feature = "metal"
+    ))) {
         lacking.push("graphics adapters: built without wgpu (build with --features wgpu)".into());
     }
     (devices, lacking)
@@ -115,7 +119,10 @@ fn unknown(name: &str) -> anyhow::Error {
 }
 
 /// A backend that this build lacks.
-#[cfg_attr(all(feature = "wgpu", feature = "cuda"), expect(dead_code, reason = "nothing is lacking"))]
+#[cfg_attr(
+    all(feature = "wgpu", feature = "cuda"),
+    expect(dead_code, reason = "nothing is lacking")
+)]
 fn not_compiled(backend: &str) -> anyhow::Error {
     Advised::failed(
         format!("--device {backend} is not compiled into this build"),
@@ -127,7 +134,9 @@ fn not_compiled(backend: &str) -> anyhow::Error {
 fn processor_name() -> String {
     let info = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
     let line = info.lines().find(|line| line.starts_with("model name"));
-    let name = line.and_then(|line| line.split_once(':')).map(|(_, name)| name.trim());
+    let name = line
+        .and_then(|line| line.split_once(':'))
+        .map(|(_, name)| name.trim());
     let cores = std::thread::available_parallelism().map_or(1, |n| n.get());
     format!("{} ({cores} cores)", name.unwrap_or(std::env::consts::ARCH))
 }
@@ -136,7 +145,12 @@ fn memory_bytes() -> Option<u64> {
     #[cfg(unix)]
     {
         // SAFETY: `sysconf` only reads.
-        let (pages, size) = unsafe { (libc::sysconf(libc::_SC_PHYS_PAGES), libc::sysconf(libc::_SC_PAGESIZE)) };
+        let (pages, size) = unsafe {
+            (
+                libc::sysconf(libc::_SC_PHYS_PAGES),
+                libc::sysconf(libc::_SC_PAGESIZE),
+            )
+        };
         (pages > 0 && size > 0).then(|| pages as u64 * size as u64)
     }
     #[cfg(not(unix))]
@@ -153,7 +167,11 @@ mod graphics {
 
     /// The adapters of the system's own API, in the order in which Burn counts them.
     fn adapters() -> Vec<(WgpuDevice, Adapter)> {
-        let api = if cfg!(target_vendor = "apple") { Backends::METAL } else { Backends::VULKAN };
+        let api = if cfg!(target_vendor = "apple") {
+            Backends::METAL
+        } else {
+            Backends::VULKAN
+        };
         let found = pollster::block_on(Instance::default().enumerate_adapters(api));
         let mut counts = [0; 3];
         let mut next = |kind: usize| {
@@ -175,8 +193,13 @@ mod graphics {
 
     pub fn find(backend: &str, index: usize) -> anyhow::Result<Device> {
         let compiled = match backend {
-            "vulkan" => cfg!(any(feature = "vulkan", feature = "wgpu")) && cfg!(not(target_vendor = "apple")),
-            "metal" => cfg!(any(feature = "metal", feature = "wgpu")) && cfg!(target_vendor = "apple"),
+            "vulkan" => {
+                cfg!(any(feature = "vulkan", feature = "wgpu"))
+                    && cfg!(not(target_vendor = "apple"))
+            }
+            "metal" => {
+                cfg!(any(feature = "metal", feature = "wgpu")) && cfg!(target_vendor = "apple")
+            }
             _ => true,
         };
         if !compiled {
@@ -259,7 +282,12 @@ mod cuda {
     use crate::failure::Advised;
 
     const DRIVERS: [&str; 3] = ["libcuda.so.1", "libcuda.so", "nvcuda.dll"];
-    const COMPILERS: [&str; 4] = ["libnvrtc.so", "libnvrtc.so.13", "libnvrtc.so.12", "nvrtc64_120_0.dll"];
+    const COMPILERS: [&str; 4] = [
+        "libnvrtc.so",
+        "libnvrtc.so.13",
+        "libnvrtc.so.12",
+        "nvrtc64_120_0.dll",
+    ];
 
     /// Asks the driver itself: Burn's own way in panics where there is no driver.
     pub fn list() -> Result<Vec<Listed>, String> {
@@ -269,8 +297,10 @@ mod cuda {
             let open = |name: &&str| Library::new(*name).ok();
             let driver = DRIVERS.iter().find_map(open);
             let driver = driver.ok_or("cuda: no driver library (looked for libcuda.so.1)")?;
-            let missing = |e: libloading::Error| format!("cuda: the driver library is incomplete ({e})");
-            let init: Symbol<unsafe extern "C" fn(u32) -> c_int> = driver.get(b"cuInit").map_err(missing)?;
+            let missing =
+                |e: libloading::Error| format!("cuda: the driver library is incomplete ({e})");
+            let init: Symbol<unsafe extern "C" fn(u32) -> c_int> =
+                driver.get(b"cuInit").map_err(missing)?;
             let count: Symbol<unsafe extern "C" fn(*mut c_int) -> c_int> =
                 driver.get(b"cuDeviceGetCount").map_err(missing)?;
             let name: Symbol<unsafe extern "C" fn(*mut c_char, c_int, c_int) -> c_int> =
@@ -279,7 +309,9 @@ mod cuda {
                 driver.get(b"cuDeviceTotalMem_v2").map_err(missing)?;
             let status = init(0);
             if status != 0 {
-                return Err(format!("cuda: the driver does not start (cuInit returned {status})"));
+                return Err(format!(
+                    "cuda: the driver does not start (cuInit returned {status})"
+                ));
             }
             let mut total = 0;
             if count(&mut total) != 0 || total == 0 {
@@ -309,23 +341,38 @@ mod cuda {
     /// The run-time compiler and its headers, without which no kernel can be built.
     fn check_toolkit() -> Result<(), Advised> {
         // SAFETY: loading the compiler library runs only its own initialisation.
-        let compiler = COMPILERS.iter().any(|name| unsafe { Library::new(*name) }.is_ok());
+        let compiler = COMPILERS
+            .iter()
+            .any(|name| unsafe { Library::new(*name) }.is_ok());
         let given = std::env::var_os("CUDA_PATH").map(|path| Path::new(&path).join("include"));
-        let usual = ["/usr/local/cuda/include", "/opt/cuda/include", "/usr/include"];
-        let headers = given.into_iter().chain(usual.map(Into::into)).any(|p| p.join("cuda_fp16.h").exists());
+        let usual = [
+            "/usr/local/cuda/include",
+            "/opt/cuda/include",
+            "/usr/include",
+        ];
+        let headers = given
+            .into_iter()
+            .chain(usual.map(Into::into))
+            .any(|p| p.join("cuda_fp16.h").exists());
         let lacking = match (compiler, headers) {
             (true, true) => return Ok(()),
             (false, _) => "cuda: no run-time compiler (looked for libnvrtc.so)",
             (_, false) => "cuda: no headers (looked for cuda_fp16.h in $CUDA_PATH/include)",
         };
-        Err(Advised::failed(lacking, "install the CUDA toolkit and set CUDA_PATH to it, or use another --device"))
+        Err(Advised::failed(
+            lacking,
+            "install the CUDA toolkit and set CUDA_PATH to it, or use another --device",
+        ))
     }
 
     pub fn find(index: usize) -> anyhow::Result<Device> {
         let help = "install NVIDIA's driver, or use another --device; `trainer devices` lists what is here";
         let cards = list().map_err(|reason| Advised::failed(reason, help))?;
         if index >= cards.len() {
-            let message = format!("there is no cuda:{index}: the driver finds {} cards", cards.len());
+            let message = format!(
+                "there is no cuda:{index}: the driver finds {} cards",
+                cards.len()
+            );
             return Err(Advised::failed(message, help).into());
         }
         check_toolkit()?;

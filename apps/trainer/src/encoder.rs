@@ -17,7 +17,9 @@ pub fn open(folder: &ModelFolder, data: &DataSection) -> Result<Encoder> {
         None => folder.chat_template()?,
         Some(name) => Some(named_template(name)?),
     };
-    let end_markers = tokenizer.as_ref().map_or(Vec::new(), |tokenizer| folder.end_markers(tokenizer));
+    let end_markers = tokenizer
+        .as_ref()
+        .map_or(Vec::new(), |tokenizer| folder.end_markers(tokenizer));
     Ok(Encoder {
         tokenizer,
         template,
@@ -36,7 +38,10 @@ fn named_template(name: &str) -> Result<ChatTemplate> {
     if !path.exists() {
         return Err(Advised::usage(
             format!("data.chat_template = {name:?} is neither a file nor a built-in template"),
-            format!("give a jinja file, or one of {}", ChatTemplate::BUILTIN.join(", ")),
+            format!(
+                "give a jinja file, or one of {}",
+                ChatTemplate::BUILTIN.join(", ")
+            ),
         )
         .into());
     }

@@ -51,11 +51,16 @@ impl Failure {
         let text = text.strip_prefix("error: ").unwrap_or(&text);
         let (message, rest) = text.split_once("\n\n").unwrap_or((text, ""));
         let message = message.lines().map(str::trim).collect::<Vec<_>>().join(" ");
-        let tip = rest.lines().find_map(|line| line.trim().strip_prefix("tip: "));
+        let tip = rest
+            .lines()
+            .find_map(|line| line.trim().strip_prefix("tip: "));
         Self {
             message,
             causes: Vec::new(),
-            help: tip.map_or("see `trainer --help` and `trainer COMMAND --help`".into(), str::to_owned),
+            help: tip.map_or(
+                "see `trainer --help` and `trainer COMMAND --help`".into(),
+                str::to_owned,
+            ),
             code: 2,
         }
     }
@@ -68,7 +73,10 @@ impl Failure {
         }
         eprintln!("help: {}", self.help);
         if output.json {
-            println!("{}", json!({"error": self.message, "causes": self.causes, "help": self.help}));
+            println!(
+                "{}",
+                json!({"error": self.message, "causes": self.causes, "help": self.help})
+            );
         }
         ExitCode::from(self.code)
     }
@@ -102,7 +110,14 @@ fn advice(error: &anyhow::Error) -> (String, u8) {
         }
         if let Some(error) = cause.downcast_ref::<train::Error>() {
             if let Some(help) = train_advice(error) {
-                let code = if matches!(error, train::Error::Recipe { .. } | train::Error::Toml { .. }) { 2 } else { 1 };
+                let code = if matches!(
+                    error,
+                    train::Error::Recipe { .. } | train::Error::Toml { .. }
+                ) {
+                    2
+                } else {
+                    1
+                };
                 return (help.into(), code);
             }
         }
@@ -121,11 +136,15 @@ fn advice(error: &anyhow::Error) -> (String, u8) {
 fn train_advice(error: &train::Error) -> Option<&'static str> {
     use train::Error as E;
     Some(match error {
-        E::Recipe { .. } => "correct the keys above; `trainer train --print-recipe` shows every key with its value",
+        E::Recipe { .. } => {
+            "correct the keys above; `trainer train --print-recipe` shows every key with its value"
+        }
         E::Toml { .. } => "correct the recipe; it is a TOML file",
         E::OutputNotEmpty { .. } => "choose another --output, or go on with that run by --resume",
         E::Damaged { .. } => "remove this checkpoint, or resume from an older one",
-        E::NotFinite { .. } => "lower train.learning_rate, or check the data; resume from the last checkpoint",
+        E::NotFinite { .. } => {
+            "lower train.learning_rate, or check the data; resume from the last checkpoint"
+        }
         E::NoCheckpoint { .. } => "start the run anew with a recipe and another --output",
         E::Adapter(error) => return adapter_advice(error),
         E::Model(error) => return Some(model_advice(error)),
@@ -150,18 +169,32 @@ fn model_advice(error: &model::Error) -> &'static str {
     match error {
         E::Io { .. } => "check the path, its permissions and the free space on its disk",
         E::Json { .. } => "correct the file, or get it again",
-        E::Config { .. } => "use a Llama model (LlamaForCausalLM) with the config.json it came with",
-        E::MissingFile { .. } | E::NoSuchFolder { .. } => "give a complete Hugging Face model folder, or a Hub id",
-        E::Safetensors { .. } | E::Tensors { .. } => "get the weights again; they must belong to this config.json",
+        E::Config { .. } => {
+            "use a Llama model (LlamaForCausalLM) with the config.json it came with"
+        }
+        E::MissingFile { .. } | E::NoSuchFolder { .. } => {
+            "give a complete Hugging Face model folder, or a Hub id"
+        }
+        E::Safetensors { .. } | E::Tensors { .. } => {
+            "get the weights again; they must belong to this config.json"
+        }
         E::Tokenizer { .. } => "get tokenizer.json again",
-        E::Template { .. } | E::TurnNotRendered { .. } => "set data.chat_template to another template",
+        E::Template { .. } | E::TurnNotRendered { .. } => {
+            "set data.chat_template to another template"
+        }
         E::TokenOutOfRange { .. } => "give ids of this model's own tokenizer",
         E::NotAModel { .. } => "give an existing folder, or a Hub id such as owner/name",
         E::HubOffline { .. } => "unset HF_HUB_OFFLINE, or download the model first",
-        E::HubDenied { .. } => "set HF_TOKEN to a token that has access, and accept the model's licence on its page",
-        E::HubNotFound { .. } | E::HubNoRepository { .. } => "check the spelling of owner/name@revision",
+        E::HubDenied { .. } => {
+            "set HF_TOKEN to a token that has access, and accept the model's licence on its page"
+        }
+        E::HubNotFound { .. } | E::HubNoRepository { .. } => {
+            "check the spelling of owner/name@revision"
+        }
         E::HubNoSafetensors { .. } => "choose a repository with safetensors weights",
-        E::Hub { .. } | E::HubSize { .. } => "check the network (or HF_ENDPOINT) and try again: what is there is kept",
+        E::Hub { .. } | E::HubSize { .. } => {
+            "check the network (or HF_ENDPOINT) and try again: what is there is kept"
+        }
         _ => "check the file or value that is named above",
     }
 }

@@ -92,7 +92,9 @@ impl Output {
                 "warning: {reason}; going on with the files of {id} that were downloaded before"
             )),
             DownloadEvent::Waiting { file } => {
-                output.note(format_args!("waiting for another process that downloads {file}"));
+                output.note(format_args!(
+                    "waiting for another process that downloads {file}"
+                ));
             }
             _ => {}
         }

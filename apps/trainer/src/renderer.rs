@@ -65,7 +65,11 @@ impl Lines {
     fn eta(&mut self, step: usize, total: usize) -> Option<Duration> {
         let (since, first) = *self.started.get_or_insert((Instant::now(), step));
         let taken = step.checked_sub(first).filter(|taken| *taken > 0)?;
-        Some(since.elapsed().mul_f64((total - step) as f64 / taken as f64))
+        Some(
+            since
+                .elapsed()
+                .mul_f64((total - step) as f64 / taken as f64),
+        )
     }
 }
 
@@ -86,9 +90,15 @@ impl MetricsRendererTraining for Renderer {
                 if let MetricState::Numeric(entry, number) = state {
                     let value = match number {
                         NumericEntry::Value(value) => value,
-                        NumericEntry::Aggregated { aggregated_value, .. } => aggregated_value,
+                        NumericEntry::Aggregated {
+                            aggregated_value, ..
+                        } => aggregated_value,
                     };
-                    let name = lines.names.get(&entry.metric_id).cloned().unwrap_or_default();
+                    let name = lines
+                        .names
+                        .get(&entry.metric_id)
+                        .cloned()
+                        .unwrap_or_default();
                     lines.values.push((name, value));
                 }
             }
@@ -105,7 +115,9 @@ impl MetricsRendererTraining for Renderer {
         match self {
             Self::Dashboard(tui) => tui.render_train(item, indicators),
             Self::Lines(lines) => {
-                let Some(progress) = &item.progress else { return };
+                let Some(progress) = &item.progress else {
+                    return;
+                };
                 let (step, total) = (progress.items_processed, progress.items_total);
                 let eta = lines.eta(step, total);
                 if !lines.quiet && (step.is_multiple_of(lines.log_every) || step == total) {
@@ -165,7 +177,9 @@ impl MetricsRenderer for Renderer {
         match self {
             Self::Dashboard(tui) => tui.register_metric(definition),
             Self::Lines(lines) => {
-                lines.names.insert(definition.metric_id.clone(), definition.name);
+                lines
+                    .names
+                    .insert(definition.metric_id.clone(), definition.name);
             }
         }
     }

@@ -12,8 +12,17 @@ use crate::output::Output;
 pub fn run(output: &Output) -> Result<ExitCode> {
     let (devices, lacking) = device::list();
     let line = |d: &device::Listed| {
-        let memory = d.memory_bytes.map(|bytes| format!(", {:.1} GiB", bytes as f64 / (1u64 << 30) as f64));
-        format!("{:8} {} ({}, {}{})", d.id, d.name, d.backend, d.kind, memory.unwrap_or_default())
+        let memory = d
+            .memory_bytes
+            .map(|bytes| format!(", {:.1} GiB", bytes as f64 / (1u64 << 30) as f64));
+        format!(
+            "{:8} {} ({}, {}{})",
+            d.id,
+            d.name,
+            d.backend,
+            d.kind,
+            memory.unwrap_or_default()
+        )
     };
     let text: Vec<_> = devices.iter().map(line).collect();
     output.result(&json!({"devices": devices}), &text.join("\n"));

@@ -29,7 +29,11 @@ pub fn run(args: EvalArgs, device: &str, output: &Output) -> Result<ExitCode> {
     let device = Device::find(device)?;
     let recipe = read_recipe(&args)?;
     let base = open_model(&args.model, Files::Model, output)?;
-    let adapter = args.adapter.as_deref().map(|name| open_adapter(name, output)).transpose()?;
+    let adapter = args
+        .adapter
+        .as_deref()
+        .map(|name| open_adapter(name, output))
+        .transpose()?;
     let encoder = encoder::open(&base, &recipe.data)?;
     let rows = prepare(&args.data, &recipe.data.settings(), &encoder)?;
     let batches = EvalBatches::new(Arc::new(rows.samples), recipe.train.micro_batch_size);
@@ -58,7 +62,10 @@ pub fn run(args: EvalArgs, device: &str, output: &Output) -> Result<ExitCode> {
 fn read_recipe(args: &EvalArgs) -> Result<Recipe> {
     let mut over = vec![("model.path".to_owned(), Value::String(args.model.clone()))];
     let path = |path: &PathBuf| Value::String(path.display().to_string());
-    over.push(("data.train".to_owned(), Value::Array(args.data.iter().map(path).collect())));
+    over.push((
+        "data.train".to_owned(),
+        Value::Array(args.data.iter().map(path).collect()),
+    ));
     over.extend(settings(&args.set)?);
     Ok(Recipe::read(None, &over)?)
 }
@@ -74,7 +81,8 @@ impl Job for EvalJob {
     type Output = Evaluation;
 
     fn run<B: TrainBackend>(self, device: B::Device) -> Result<Evaluation> {
-        let model = super::load_model::<B::InnerBackend>(&self.base, self.adapter.as_deref(), &device)?;
+        let model =
+            super::load_model::<B::InnerBackend>(&self.base, self.adapter.as_deref(), &device)?;
         let lm = CausalLm::<B::InnerBackend> {
             model,
             dropout: 0.0,
@@ -82,11 +90,9 @@ impl Job for EvalJob {
         };
         let mut lines = Vec::new();
         let wanted = self.per_token.is_some();
-        let result = evaluate(&lm, &self.batches, |row, logprobs| {
-            match wanted {
-                true => writeln!(lines, "{}", json!({"row": row, "logprobs": logprobs})),
-                false => Ok(()),
-            }
+        let result = evaluate(&lm, &self.batches, |row, logprobs| match wanted {
+            true => writeln!(lines, "{}", json!({"row": row, "logprobs": logprobs})),
+            false => Ok(()),
         })
         .context("cannot gather the log probabilities")?;
         if let Some(path) = &self.per_token {

@@ -33,7 +33,11 @@ pub fn run(args: GenerateArgs, device: &str, output: &Output) -> Result<ExitCode
     }
     let device = Device::find(device)?;
     let base = open_model(&args.model, Files::Model, output)?;
-    let adapter = args.adapter.as_deref().map(|name| open_adapter(name, output)).transpose()?;
+    let adapter = args
+        .adapter
+        .as_deref()
+        .map(|name| open_adapter(name, output))
+        .transpose()?;
     let tokenizer = base.tokenizer()?;
     let prompt = prompt_ids(&args, &base, tokenizer.as_ref())?;
     let generation = device.run(GenerateJob {
@@ -58,7 +62,12 @@ pub fn run(args: GenerateArgs, device: &str, output: &Output) -> Result<ExitCode
     });
     let shown = match &tokenizer {
         Some(_) => text,
-        None => generation.token_ids.iter().map(u32::to_string).collect::<Vec<_>>().join(","),
+        None => generation
+            .token_ids
+            .iter()
+            .map(u32::to_string)
+            .collect::<Vec<_>>()
+            .join(","),
     };
     output.result(&json, &shown);
     Ok(ExitCode::SUCCESS)
@@ -72,15 +81,23 @@ fn prompt_ids(
     if let Some(ids) = &args.prompt_ids {
         let vocab_size = base.config.vocab_size;
         let id = |id: &i64| {
-            let valid = u32::try_from(*id).ok().filter(|id| (*id as usize) < vocab_size);
-            valid.ok_or(model::Error::TokenOutOfRange { id: *id, vocab_size })
+            let valid = u32::try_from(*id)
+                .ok()
+                .filter(|id| (*id as usize) < vocab_size);
+            valid.ok_or(model::Error::TokenOutOfRange {
+                id: *id,
+                vocab_size,
+            })
         };
         return Ok(ids.iter().map(id).collect::<model::Result<_>>()?);
     }
     let prompt = args.prompt.as_deref().unwrap_or_default();
     let Some(tokenizer) = tokenizer else {
         return Err(Advised::failed(
-            format!("{} has no tokenizer.json, which --prompt needs", base.path.display()),
+            format!(
+                "{} has no tokenizer.json, which --prompt needs",
+                base.path.display()
+            ),
             "give token ids by --prompt-ids, or add the model's tokenizer.json",
         )
         .into());
@@ -90,12 +107,19 @@ fn prompt_ids(
     }
     let Some(template) = base.chat_template()? else {
         return Err(Advised::failed(
-            format!("{} has no chat template, which --chat needs", base.path.display()),
+            format!(
+                "{} has no chat template, which --chat needs",
+                base.path.display()
+            ),
             "leave --chat out, or use a model that was made for chats",
         )
         .into());
     };
-    let text = template.render(&[Message::new("user", prompt)], true, tokenizer.special_tokens())?;
+    let text = template.render(
+        &[Message::new("user", prompt)],
+        true,
+        tokenizer.special_tokens(),
+    )?;
     Ok(tokenizer.encode(&text, false)?.ids)
 }
 
@@ -115,7 +139,13 @@ impl Job for GenerateJob {
         let stop = &self.base.generation.eos_token_ids;
         let go_on = &mut |_| ControlFlow::Continue(());
         let generation = generate(
-            &model, &self.prompt, self.max_new_tokens, stop, self.sampling, &device, go_on,
+            &model,
+            &self.prompt,
+            self.max_new_tokens,
+            stop,
+            self.sampling,
+            &device,
+            go_on,
         )?;
         Ok(generation)
     }

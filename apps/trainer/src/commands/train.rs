@@ -142,10 +142,21 @@ impl Job for TrainJob {
         let (log_every, output) = (self.recipe.train.log_every, self.output);
         let run = match &self.checkpoint {
             None => session::start::<B>(
-                self.recipe, self.trained, self.base, self.rows, &self.folder, device,
+                self.recipe,
+                self.trained,
+                self.base,
+                self.rows,
+                &self.folder,
+                device,
             )?,
             Some(checkpoint) => session::resume::<B>(
-                self.recipe, self.trained, self.base, self.rows, &self.folder, checkpoint, device,
+                self.recipe,
+                self.trained,
+                self.base,
+                self.rows,
+                &self.folder,
+                checkpoint,
+                device,
             )?,
         };
         let trained = run.trained.num_params(&run.base.config)?;
@@ -155,14 +166,24 @@ impl Job for TrainJob {
             run.windows.num_steps(),
             self.folder.display(),
         ));
-        let renderer = Renderer::new(self.no_tui, interrupter.clone(), log_every, output.is_quiet());
+        let renderer = Renderer::new(
+            self.no_tui,
+            interrupter.clone(),
+            log_every,
+            output.is_quiet(),
+        );
         let quiet = renderer.is_dashboard();
         let report = Arc::new(move |event: Event<'_>| match event {
             _ if quiet => {}
             Event::Evaluated { step, loss } => {
-                output.note(format_args!("step {step}  eval loss {loss:.4}  perplexity {:.3}", loss.exp()));
+                output.note(format_args!(
+                    "step {step}  eval loss {loss:.4}  perplexity {:.3}",
+                    loss.exp()
+                ));
             }
-            Event::Saved { checkpoint } => output.detail(format_args!("saved {}", checkpoint.display())),
+            Event::Saved { checkpoint } => {
+                output.detail(format_args!("saved {}", checkpoint.display()))
+            }
         });
         Ok(fit(run, renderer, interrupter, report)?)
     }
@@ -205,9 +226,18 @@ fn announce(folder: &Path, trained_name: &str, outcome: &Outcome, output: &Outpu
 /// The folder of a new run: `output.dir`, or one named after the model and the time.
 fn output_folder(recipe: &mut Recipe) -> Result<PathBuf> {
     let folder = recipe.output.dir.clone().unwrap_or_else(|| {
-        let name = recipe.model.path.trim_end_matches('/').rsplit('/').next().unwrap_or("run");
+        let name = recipe
+            .model
+            .path
+            .trim_end_matches('/')
+            .rsplit('/')
+            .next()
+            .unwrap_or("run");
         let name = name.split('@').next().unwrap_or(name);
-        Path::new("runs").join(format!("{name}-{}", jiff::Zoned::now().strftime("%Y%m%d-%H%M%S")))
+        Path::new("runs").join(format!(
+            "{name}-{}",
+            jiff::Zoned::now().strftime("%Y%m%d-%H%M%S")
+        ))
     });
     check_empty(&folder)?;
     recipe.output.dir = Some(folder.clone());
@@ -217,7 +247,10 @@ fn output_folder(recipe: &mut Recipe) -> Result<PathBuf> {
 fn newest_checkpoint(run: &Path, recipe: &Recipe, output: &Output) -> Result<PathBuf> {
     let checkpoints = Checkpoints::new(run, recipe.train.keep_checkpoints);
     let newest = checkpoints.newest(|path, error| {
-        output.note(format_args!("warning: {} is skipped: {error}", path.display()));
+        output.note(format_args!(
+            "warning: {} is skipped: {error}",
+            path.display()
+        ));
     })?;
     Ok(newest.ok_or_else(|| ::train::Error::NoCheckpoint { path: run.into() })?)
 }
