@@ -363,23 +363,63 @@ impl Recipe {
     /// # Errors
     /// [`Error::Recipe`] with every unknown key, wrong type and impossible value at once.
     pub fn read(file: Option<&Path>, settings: &[(String, Value)]) -> Result<Self> {
+        Self::read_for(file, settings, true)
+    }
+
+    /// The same for a recipe that may lack training data: for plans.
+    pub fn read_without_data(file: Option<&Path>, settings: &[(String, Value)]) -> Result<Self> {
+        Self::read_for(file, settings, false)
+    }
+
+    fn read_for(file: Option<&Path>, settings: &[(String, Value)], data: bool) -> Result<Self> {
         let table = match file {
             Some(path) => read_table(path)?,
             None => Table::new(),
         };
-        let place = file.map_or("the recipe".into(), |path| path.display().to_string());
         let mut reader = Reader {
-            place,
+            place: file.map_or("the recipe".into(), |path| path.display().to_string()),
             problems: Vec::new(),
             given: BTreeSet::new(),
         };
         let recipe = reader.read(table, settings);
-        reader.problems.extend(recipe.problems());
-        match reader.problems.is_empty() {
+        let mut problems = reader.problems;
+        problems.extend(recipe.problems());
+        if data && recipe.data.train.is_empty() {
+            let text = "data.train is missing: give a file or folder of training rows";
+            problems.push(text.into());
+        }
+        match problems.is_empty() {
             true => Ok(recipe),
-            false => Err(Error::Recipe {
-                problems: reader.problems,
-            }),
+            false => Err(Error::Recipe { problems }),
+        }
+    }
+
+    /// Makes every path absolute, so that a run goes on from any folder.
+    pub fn make_paths_absolute(&mut self) {
+        let absolute = |path: &mut PathBuf| {
+            if let Ok(full) = std::path::absolute(&*path) {
+                *path = full;
+            }
+        };
+        for paths in [&mut self.data.train, &mut self.data.eval] {
+            match paths {
+                Paths::None => {}
+                Paths::One(path) => absolute(path),
+                Paths::Many(all) => all.iter_mut().for_each(absolute),
+            }
+        }
+        self.adapter.init_from.iter_mut().for_each(absolute);
+        self.output.dir.iter_mut().for_each(absolute);
+        if let Some(template) = &mut self.data.chat_template
+            && Path::new(template).is_file()
+            && let Ok(full) = std::path::absolute(&*template)
+        {
+            *template = full.display().to_string();
+        }
+        if Path::new(&self.model.path).is_dir()
+            && let Ok(full) = std::path::absolute(&self.model.path)
+        {
+            self.model.path = full.display().to_string();
         }
     }
 
@@ -437,10 +477,6 @@ impl Recipe {
             "adapter.init_from does not go with adapter.method = \"full\"",
         );
 
-        check(
-            !data.train.is_empty(),
-            "data.train is missing: give a file or folder of training rows",
-        );
         check(data.max_length >= 2, "data.max_length must be at least 2");
         check(!data.packing, "data.packing = true is not supported");
         check(

@@ -4,12 +4,15 @@ use std::path::{Path, PathBuf};
 
 use adapters::{AdaptedLlama, LoraConfig, peft};
 use burn::tensor::backend::Backend;
-use model::checkpoint::{Checkpoint, MODEL_FILE, NamedTensor, write_safetensors};
+use model::checkpoint::{Checkpoint, MODEL_FILE, NamedTensor, write_file, write_safetensors};
 use model::config::LlamaConfig;
 use model::folder::ModelFolder;
 use model::weight::param_id;
 
+use serde_json::{Map, Value};
+
 use crate::error::{Error, Result};
+use crate::run_folder::io;
 
 /// What is trained.
 #[derive(Debug, Clone, PartialEq)]
@@ -71,11 +74,7 @@ impl Trained {
         match self {
             Self::Lora(lora) => peft::save(model, lora, base_name, &folder)?,
             Self::Full => {
-                std::fs::create_dir_all(&folder).map_err(|source| Error::Io {
-                    action: "create",
-                    path: folder.clone(),
-                    source,
-                })?;
+                std::fs::create_dir_all(&folder).map_err(io("create", &folder))?;
                 let mut values = adapters::read_parameters(model);
                 let tensor = |(name, shape): (String, Vec<usize>)| NamedTensor {
                     values: values
@@ -87,6 +86,7 @@ impl Trained {
                 let tensors: Vec<_> = model.config.tensors().into_iter().map(tensor).collect();
                 write_safetensors(&folder.join(MODEL_FILE), &tensors)?;
                 base.copy_assets(&folder)?;
+                set_dtype(&folder.join("config.json"))?;
             }
         }
         Ok(folder)
@@ -112,4 +112,21 @@ impl Trained {
             }
         }
     }
+}
+
+/// The weights are saved as F32, whatever they were before, and `config.json` has to say so.
+fn set_dtype(config: &Path) -> Result<()> {
+    let text = std::fs::read_to_string(config).map_err(io("read", config))?;
+    let json = |source| Error::Json {
+        path: config.into(),
+        source,
+    };
+    let mut object: Map<String, Value> = serde_json::from_str(&text).map_err(json)?;
+    let key = match object.contains_key("torch_dtype") {
+        true => "torch_dtype", // the name before transformers 5
+        false => "dtype",
+    };
+    object.insert(key.into(), "float32".into());
+    let text = serde_json::to_string_pretty(&object).map_err(json)?;
+    Ok(write_file(config, text.as_bytes())?)
 }

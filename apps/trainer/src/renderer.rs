@@ -1,75 +1,122 @@
-//! How a run looks while it goes on: burn-train's dashboard in a terminal, plain lines elsewhere.
+//! How a run looks while it goes on: the dashboard in a terminal, plain lines elsewhere.
 
 use std::collections::HashMap;
 use std::io::IsTerminal;
 use std::time::{Duration, Instant};
 
 use burn::train::metric::{MetricDefinition, MetricId, NumericEntry};
-use burn::train::renderer::tui::TuiMetricsRendererWrapper;
 use burn::train::renderer::{
     EvaluationName, EvaluationProgress, MetricState, MetricsRenderer, MetricsRendererEvaluation,
     MetricsRendererTraining, ProgressType, TrainingProgress,
 };
 use burn::train::{Interrupter, LearnerSummary};
+use train::fit::Event;
 
-/// The dashboard, or plain lines.
-pub enum Renderer {
-    /// burn-train's.
-    Dashboard(Box<TuiMetricsRendererWrapper>),
-    /// One line for every `log_every` steps.
+use crate::dashboard::Dashboard;
+use crate::output::Output;
+
+/// What a run shows, as burn-train's renderer and as the listener of its events; clones share it.
+#[derive(Clone)]
+pub struct Renderer {
+    view: View,
+    names: HashMap<MetricId, String>,
+}
+
+#[derive(Clone)]
+enum View {
+    Dashboard(Dashboard),
     Lines(Lines),
 }
 
+/// Plain lines on stderr.
+#[derive(Clone)]
+struct Lines {
+    output: Output,
+    log_every: usize,
+    /// Values of the step at hand, by name.
+    values: HashMap<String, f64>,
+    /// When the first step was done, and which.
+    first: Option<(Instant, usize)>,
+}
+
 impl Renderer {
-    /// The dashboard if stderr and stdout are terminals and it is wanted.
-    pub fn new(no_tui: bool, interrupter: Interrupter, log_every: usize, quiet: bool) -> Self {
-        let terminal = std::io::stderr().is_terminal() && std::io::stdout().is_terminal();
-        match terminal && !no_tui && !quiet {
-            true => Self::Dashboard(Box::new(TuiMetricsRendererWrapper::new(interrupter, None))),
-            false => Self::Lines(Lines::new(log_every, quiet)),
+    /// The dashboard if stderr is a terminal and it is wanted.
+    pub fn new(
+        title: String,
+        no_tui: bool,
+        interrupter: Interrupter,
+        log_every: usize,
+        output: Output,
+    ) -> Self {
+        let wanted = !no_tui && !output.is_quiet() && std::io::stderr().is_terminal();
+        let dashboard = wanted.then(|| Dashboard::open(title, interrupter));
+        let view = match dashboard {
+            Some(Ok(dashboard)) => View::Dashboard(dashboard),
+            _ => View::Lines(Lines {
+                output,
+                log_every,
+                values: HashMap::new(),
+                first: None,
+            }),
+        };
+        Self {
+            view,
+            names: HashMap::new(),
         }
     }
 
-    /// Whether the terminal's screen is taken.
-    pub fn is_dashboard(&self) -> bool {
-        matches!(self, Self::Dashboard(_))
+    /// Shows what a run tells.
+    pub fn tell(&self, event: Event<'_>) {
+        let text = match &event {
+            Event::Evaluated { step, loss } => {
+                format!(
+                    "step {step}  eval loss {loss:.4}  perplexity {:.3}",
+                    loss.exp()
+                )
+            }
+            Event::Saved { checkpoint } => format!("saved {}", checkpoint.display()),
+        };
+        match (&self.view, event) {
+            (View::Dashboard(dashboard), event) => {
+                if let Event::Evaluated { step, loss } = event {
+                    dashboard.eval_loss(step, loss);
+                }
+                dashboard.message(text);
+            }
+            (View::Lines(lines), Event::Saved { .. }) => lines.output.detail(text),
+            (View::Lines(lines), Event::Evaluated { .. }) => lines.output.note(text),
+        }
     }
-}
 
-/// Plain lines on stderr.
-pub struct Lines {
-    log_every: usize,
-    quiet: bool,
-    names: HashMap<MetricId, String>,
-    values: Vec<(String, f64)>,
-    started: Option<(Instant, usize)>,
+    /// Gives the screen back; a run that failed has not done so.
+    pub fn close(&self) {
+        if let View::Dashboard(dashboard) = &self.view {
+            dashboard.close();
+        }
+    }
 }
 
 impl Lines {
-    fn new(log_every: usize, quiet: bool) -> Self {
-        Self {
-            log_every,
-            quiet,
-            names: HashMap::new(),
-            values: Vec::new(),
-            started: None,
-        }
-    }
-
-    fn value(&self, name: &str) -> f64 {
-        let found = self.values.iter().find(|(key, _)| key == name);
-        found.map_or(f64::NAN, |(_, value)| *value)
-    }
-
-    /// Time left, from the steps taken since the first line.
-    fn eta(&mut self, step: usize, total: usize) -> Option<Duration> {
-        let (since, first) = *self.started.get_or_insert((Instant::now(), step));
-        let taken = step.checked_sub(first).filter(|taken| *taken > 0)?;
-        Some(
+    fn step(&mut self, step: usize, total: usize) {
+        let (since, first) = *self.first.get_or_insert((Instant::now(), step));
+        let taken = step.saturating_sub(first);
+        let left = (taken > 0).then(|| {
             since
                 .elapsed()
-                .mul_f64((total - step) as f64 / taken as f64),
-        )
+                .mul_f64((total - step) as f64 / taken as f64)
+        });
+        if step.is_multiple_of(self.log_every) || step == total {
+            let value = |name: &str| self.values.get(name).copied().unwrap_or(f64::NAN);
+            self.output.note(format_args!(
+                "step {step}/{total}  loss {:.4}  lr {:.3e}  grad norm {:.3}  {:.0} tokens/s{}",
+                value("Loss"),
+                value("Learning rate"),
+                value("Gradient norm"),
+                value("Speed"),
+                left.map_or(String::new(), |left| format!("  ETA {}", duration(left))),
+            ));
+        }
+        self.values.clear();
     }
 }
 
@@ -84,103 +131,67 @@ pub fn duration(time: Duration) -> String {
 
 impl MetricsRendererTraining for Renderer {
     fn update_train(&mut self, state: MetricState) {
-        match self {
-            Self::Dashboard(tui) => tui.update_train(state),
-            Self::Lines(lines) => {
-                if let MetricState::Numeric(entry, number) = state {
-                    let value = match number {
-                        NumericEntry::Value(value) => value,
-                        NumericEntry::Aggregated {
-                            aggregated_value, ..
-                        } => aggregated_value,
-                    };
-                    let name = lines
-                        .names
-                        .get(&entry.metric_id)
-                        .cloned()
-                        .unwrap_or_default();
-                    lines.values.push((name, value));
-                }
+        let MetricState::Numeric(entry, number) = state else {
+            return;
+        };
+        let value = match number {
+            NumericEntry::Value(value) => value,
+            NumericEntry::Aggregated {
+                aggregated_value, ..
+            } => aggregated_value,
+        };
+        let Some(name) = self.names.get(&entry.metric_id) else {
+            return;
+        };
+        match &mut self.view {
+            View::Dashboard(dashboard) => dashboard.train_value(name, value),
+            View::Lines(lines) => {
+                lines.values.insert(name.clone(), value);
             }
         }
     }
 
-    fn update_valid(&mut self, state: MetricState) {
-        if let Self::Dashboard(tui) = self {
-            tui.update_valid(state);
+    fn update_valid(&mut self, _: MetricState) {} // the run tells the loss of the whole evaluation
+
+    fn render_train(&mut self, item: TrainingProgress, _: Vec<ProgressType>) {
+        let Some(progress) = item.progress else {
+            return;
+        };
+        let (step, total) = (progress.items_processed, progress.items_total);
+        match &mut self.view {
+            View::Dashboard(dashboard) => dashboard.progress(step, total),
+            View::Lines(lines) => lines.step(step, total),
         }
     }
 
-    fn render_train(&mut self, item: TrainingProgress, indicators: Vec<ProgressType>) {
-        match self {
-            Self::Dashboard(tui) => tui.render_train(item, indicators),
-            Self::Lines(lines) => {
-                let Some(progress) = &item.progress else {
-                    return;
-                };
-                let (step, total) = (progress.items_processed, progress.items_total);
-                let eta = lines.eta(step, total);
-                if !lines.quiet && (step.is_multiple_of(lines.log_every) || step == total) {
-                    eprintln!(
-                        "step {step}/{total}  loss {:.4}  lr {:.3e}  grad norm {:.3}  {:.0} tokens/s{}",
-                        lines.value("Loss"),
-                        lines.value("Learning rate"),
-                        lines.value("Gradient norm"),
-                        lines.value("Speed"),
-                        eta.map_or(String::new(), |eta| format!("  ETA {}", duration(eta))),
-                    );
-                }
-                lines.values.clear();
-            }
-        }
-    }
-
-    fn render_valid(&mut self, item: TrainingProgress, indicators: Vec<ProgressType>) {
-        if let Self::Dashboard(tui) = self {
-            tui.render_valid(item, indicators);
+    fn render_valid(&mut self, item: TrainingProgress, _: Vec<ProgressType>) {
+        if let (View::Dashboard(dashboard), Some(progress)) = (&self.view, item.progress) {
+            let (done, all) = (progress.items_processed, progress.items_total);
+            dashboard.status(format!("evaluating {done}/{all}"));
         }
     }
 
     fn on_train_end(
         &mut self,
-        summary: Option<LearnerSummary>,
+        _: Option<LearnerSummary>,
     ) -> Result<(), Box<dyn std::error::Error>> {
-        match self {
-            Self::Dashboard(tui) => tui.on_train_end(summary),
-            Self::Lines(_) => Ok(()),
-        }
+        self.close();
+        Ok(())
     }
 }
 
 impl MetricsRendererEvaluation for Renderer {
-    fn update_test(&mut self, name: EvaluationName, state: MetricState) {
-        if let Self::Dashboard(tui) = self {
-            tui.update_test(name, state);
-        }
-    }
+    fn update_test(&mut self, _: EvaluationName, _: MetricState) {}
 
-    fn render_test(&mut self, item: EvaluationProgress, indicators: Vec<ProgressType>) {
-        if let Self::Dashboard(tui) = self {
-            tui.render_test(item, indicators);
-        }
-    }
+    fn render_test(&mut self, _: EvaluationProgress, _: Vec<ProgressType>) {}
 }
 
 impl MetricsRenderer for Renderer {
     fn manual_close(&mut self) {
-        if let Self::Dashboard(tui) = self {
-            tui.manual_close();
-        }
+        self.close();
     }
 
     fn register_metric(&mut self, definition: MetricDefinition) {
-        match self {
-            Self::Dashboard(tui) => tui.register_metric(definition),
-            Self::Lines(lines) => {
-                lines
-                    .names
-                    .insert(definition.metric_id.clone(), definition.name);
-            }
-        }
+        self.names.insert(definition.metric_id, definition.name);
     }
 }

@@ -1,7 +1,6 @@
 //! The jinja environment of chat templates: what transformers gives them, on minijinja.
 
 use std::borrow::Cow;
-use std::time::{SystemTime, UNIX_EPOCH};
 
 use minijinja::syntax::SyntaxConfig;
 use minijinja::value::{Kwargs, Tuple, Value, ValueKind, from_args};
@@ -244,109 +243,12 @@ fn python_float(float: f64) -> String {
     }
 }
 
-fn strftime_now(format: &str) -> String {
-    let now = SystemTime::now()
-        .duration_since(UNIX_EPOCH)
-        .unwrap_or_default();
-    strftime(now.as_secs(), format)
-}
-
-const MONTHS: [&str; 12] = [
-    "January",
-    "February",
-    "March",
-    "April",
-    "May",
-    "June",
-    "July",
-    "August",
-    "September",
-    "October",
-    "November",
-    "December",
-];
-const DAYS: [&str; 7] = [
-    "Thursday",
-    "Friday",
-    "Saturday",
-    "Sunday",
-    "Monday",
-    "Tuesday",
-    "Wednesday",
-];
-
-/// Python's `strftime` for a time in UTC seconds since 1970, in English.
-///
-/// `%-d` and its like are without the leading zero. An unknown code stays as it is.
-pub(super) fn strftime(seconds: u64, format: &str) -> String {
-    let mut out = String::new();
-    let mut rest = format;
-    while let Some(start) = rest.find('%') {
-        out.push_str(&rest[..start]);
-        let code = &rest[start + 1..];
-        let bare = code.strip_prefix('-').unwrap_or(code);
-        let letter = bare.chars().next();
-        match letter.and_then(|letter| time_field(seconds, letter)) {
-            Some(field) if bare.len() < code.len() => {
-                let trimmed = field.trim_start_matches(['0', ' ']);
-                out.push_str(if trimmed.is_empty() { "0" } else { trimmed });
-            }
-            Some(field) => out.push_str(&field),
-            None => out.push_str(&rest[start..rest.len() - bare.len()]),
-        }
-        let known = letter.is_some_and(|letter| time_field(seconds, letter).is_some());
-        rest = if known { &bare[1..] } else { bare };
-    }
-    out + rest
-}
-
-fn time_field(seconds: u64, letter: char) -> Option<String> {
-    let (days, second) = (seconds / 86_400, seconds % 86_400);
-    let (year, month, day, day_of_year) = date(days);
-    let (hour, minute, second) = (second / 3600, second / 60 % 60, second % 60);
-    let (month_name, day_name) = (MONTHS[month - 1], DAYS[(days % 7) as usize]);
-    Some(match letter {
-        'Y' => year.to_string(),
-        'y' => format!("{:02}", year % 100),
-        'm' => format!("{month:02}"),
-        'B' => month_name.to_owned(),
-        'b' | 'h' => month_name[..3].to_owned(),
-        'd' => format!("{day:02}"),
-        'e' => format!("{day:2}"),
-        'j' => format!("{day_of_year:03}"),
-        'A' => day_name.to_owned(),
-        'a' => day_name[..3].to_owned(),
-        'H' => format!("{hour:02}"),
-        'I' => format!("{:02}", (hour + 11) % 12 + 1),
-        'p' => if hour < 12 { "AM" } else { "PM" }.to_owned(),
-        'M' => format!("{minute:02}"),
-        'S' => format!("{second:02}"),
-        'F' => format!("{year}-{month:02}-{day:02}"),
-        'T' => format!("{hour:02}:{minute:02}:{second:02}"),
-        '%' => "%".to_owned(),
-        _ => return None,
+/// The local time, in the codes of Python's `strftime`.
+fn strftime_now(format: &str) -> Result<String, Error> {
+    jiff::fmt::strtime::format(format, &jiff::Zoned::now()).map_err(|e| {
+        Error::new(
+            ErrorKind::InvalidOperation,
+            format!("strftime_now({format:?}): {e}"),
+        )
     })
-}
-
-/// The year, month, day and day of the year of a day counted from 1970-01-01.
-fn date(mut days: u64) -> (u64, usize, u64, u64) {
-    let is_leap = |year: u64| {
-        year.is_multiple_of(4) && (!year.is_multiple_of(100) || year.is_multiple_of(400))
-    };
-    let mut year = 1970;
-    while days >= 365 + u64::from(is_leap(year)) {
-        days -= 365 + u64::from(is_leap(year));
-        year += 1;
-    }
-    let day_of_year = days + 1;
-    let february = 28 + u64::from(is_leap(year));
-    let mut month = 1;
-    for length in [31, february, 31, 30, 31, 30, 31, 31, 30, 31, 30] {
-        if days < length {
-            break;
-        }
-        days -= length;
-        month += 1;
-    }
-    (year, month, days + 1, day_of_year)
 }

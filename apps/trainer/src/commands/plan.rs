@@ -3,46 +3,100 @@
 use std::process::ExitCode;
 
 use ::train::batch::Windows;
+use ::train::recipe::Recipe;
 use ::train::session;
 use anyhow::Result;
+use model::folder::ModelFolder;
 use model::hub::Files;
-use serde_json::json;
+use serde::Serialize;
 
 use super::open_model;
-use super::train::{all_params, read_recipe, read_rows};
+use super::train::{all_params, read_rows, settings_of};
 use crate::cli::RecipeArgs;
 use crate::output::Output;
 
+/// What a recipe comes to.
+#[derive(Serialize)]
+struct Plan {
+    trainable_params: u64,
+    all_params: u64,
+    trainable_percent: f64,
+    adapter_bytes: u64,
+    #[serde(flatten)]
+    data: Option<DataPlan>,
+    problems: Vec<String>,
+}
+
+/// What its data come to.
+#[derive(Serialize)]
+struct DataPlan {
+    rows: usize,
+    dropped_rows: usize,
+    trained_tokens: usize,
+    steps: usize,
+}
+
 /// Counts parameters, rows and trained tokens, from the config and the data alone.
 pub fn run(args: RecipeArgs, output: &Output) -> Result<ExitCode> {
-    let mut recipe = read_recipe(&args)?;
+    let mut recipe = Recipe::read_without_data(args.recipe.as_deref(), &settings_of(&args)?)?;
     let trained = session::trained(&mut recipe)?;
     let base = open_model(&recipe.model.path, Files::Config, output)?;
-    let trainable = trained.num_params(&base.config)?;
-    let all = all_params(&trained, &base, trainable);
-    let percent = 100.0 * trainable as f64 / all as f64;
-    let rows = read_rows(&recipe, &base, output)?;
-    let trained_tokens: usize = rows.train.iter().map(|row| row.trained_tokens()).sum();
-    let count = rows.train.len();
-    let windows = Windows::new(rows.train, &recipe.data, &recipe.train, 0);
-    let json = json!({
-        "trainable_params": trainable,
-        "all_params": all,
-        "trainable_percent": percent,
-        "adapter_bytes": 4 * trainable,
-        "rows": count,
-        "trained_tokens": trained_tokens,
-        "steps": windows.num_steps(),
-    });
-    let text = format!(
-        "trainable parameters  {trainable} of {all} ({percent:.4} %)\n\
-         adapter size          {:.1} MiB\n\
-         rows                  {count}\n\
-         trained tokens        {trained_tokens}\n\
-         optimizer steps       {}",
-        4.0 * trainable as f64 / (1 << 20) as f64,
-        windows.num_steps(),
-    );
-    output.result(&json, &text);
+    let trainable_params = trained.num_params(&base.config)?;
+    let all_params = all_params(&trained, &base, trainable_params);
+    let mut plan = Plan {
+        trainable_params,
+        all_params,
+        trainable_percent: 100.0 * trainable_params as f64 / all_params as f64,
+        adapter_bytes: size_of::<f32>() as u64 * trainable_params,
+        data: None,
+        problems: Vec::new(),
+    };
+    match recipe.data.train.is_empty() {
+        true => plan
+            .problems
+            .push("data.train is missing: no rows are counted".into()),
+        false => plan_data(&mut plan, &recipe, &base, output)?,
+    }
+    output.result(&serde_json::to_value(&plan)?, &text(&plan));
     Ok(ExitCode::SUCCESS)
+}
+
+fn plan_data(plan: &mut Plan, recipe: &Recipe, base: &ModelFolder, output: &Output) -> Result<()> {
+    let read = read_rows(recipe, base, output)?;
+    let rows = read.rows.train;
+    plan.problems = read.problems;
+    plan.data = Some(DataPlan {
+        rows: rows.len(),
+        dropped_rows: read.dropped_rows,
+        trained_tokens: rows.iter().map(|row| row.trained_tokens()).sum(),
+        steps: Windows::new(rows, &recipe.data, &recipe.train, 0).num_steps(),
+    });
+    Ok(())
+}
+
+fn text(plan: &Plan) -> String {
+    let mut lines = vec![
+        format!(
+            "trainable parameters  {} of {} ({:.4} %)",
+            plan.trainable_params, plan.all_params, plan.trainable_percent
+        ),
+        format!(
+            "adapter size          {:.1} MiB",
+            plan.adapter_bytes as f64 / (1 << 20) as f64
+        ),
+    ];
+    if let Some(data) = &plan.data {
+        lines.push(format!(
+            "rows                  {} ({} dropped)",
+            data.rows, data.dropped_rows
+        ));
+        lines.push(format!("trained tokens        {}", data.trained_tokens));
+        lines.push(format!("optimizer steps       {}", data.steps));
+    }
+    lines.extend(
+        plan.problems
+            .iter()
+            .map(|problem| format!("problem: {problem}")),
+    );
+    lines.join("\n")
 }

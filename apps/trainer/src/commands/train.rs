@@ -32,7 +32,8 @@ pub fn run(args: TrainArgs, device: &str, no_tui: bool, output: &Output) -> Resu
         let recipe = Recipe::read(Some(&run.join(RECIPE_FILE)), &[])?;
         return launch(recipe, Some(run), device, no_tui, output).map(|run| run.exit_code());
     }
-    let mut recipe = read_recipe(&args.recipe)?;
+    let over = settings_of(&args.recipe)?;
+    let mut recipe = Recipe::read(args.recipe.recipe.as_deref(), &over)?;
     if args.print_recipe {
         session::trained(&mut recipe)?;
         println!("{}", recipe.to_toml());
@@ -41,8 +42,8 @@ pub fn run(args: TrainArgs, device: &str, no_tui: bool, output: &Output) -> Resu
     launch(recipe, None, device, no_tui, output).map(|run| run.exit_code())
 }
 
-/// The recipe that a command line means.
-pub fn read_recipe(args: &RecipeArgs) -> Result<Recipe> {
+/// The settings that a command line puts over a recipe file.
+pub fn settings_of(args: &RecipeArgs) -> Result<Vec<(String, Value)>> {
     let mut over: Vec<(String, Value)> = Vec::new();
     let mut set = |key: &str, value: Option<Value>| {
         over.extend(value.map(|value| (key.to_owned(), value)));
@@ -62,7 +63,7 @@ pub fn read_recipe(args: &RecipeArgs) -> Result<Recipe> {
     set("train.max_steps", args.max_steps.map(Value::Integer));
     set("train.epochs", args.epochs.map(Value::Float));
     over.extend(settings(&args.set)?);
-    Ok(Recipe::read(args.recipe.as_deref(), &over)?)
+    Ok(over)
 }
 
 /// A run that has ended.
@@ -91,6 +92,7 @@ pub fn launch(
     output: &Output,
 ) -> Result<Finished> {
     let device = Device::find(device)?;
+    recipe.make_paths_absolute();
     let trained = session::trained(&mut recipe)?;
     let folder = match resume {
         Some(run) => run.clone(),
@@ -106,7 +108,7 @@ pub fn launch(
     };
     let base = open_model(&recipe.model.path, files, output)?;
     trained.parameters(&base.config)?; // what does not fit is said before anything is loaded
-    let rows = read_rows(&recipe, &base, output)?;
+    let rows = read_rows(&recipe, &base, output)?.rows;
     let job = TrainJob {
         recipe,
         trained,
@@ -166,26 +168,13 @@ impl Job for TrainJob {
             run.windows.num_steps(),
             self.folder.display(),
         ));
-        let renderer = Renderer::new(
-            self.no_tui,
-            interrupter.clone(),
-            log_every,
-            output.is_quiet(),
-        );
-        let quiet = renderer.is_dashboard();
-        let report = Arc::new(move |event: Event<'_>| match event {
-            _ if quiet => {}
-            Event::Evaluated { step, loss } => {
-                output.note(format_args!(
-                    "step {step}  eval loss {loss:.4}  perplexity {:.3}",
-                    loss.exp()
-                ));
-            }
-            Event::Saved { checkpoint } => {
-                output.detail(format_args!("saved {}", checkpoint.display()))
-            }
-        });
-        Ok(fit(run, renderer, interrupter, report)?)
+        let title = self.folder.display().to_string();
+        let renderer = Renderer::new(title, self.no_tui, interrupter.clone(), log_every, output);
+        let (listener, screen) = (renderer.clone(), renderer.clone());
+        let report = Arc::new(move |event: Event<'_>| listener.tell(event));
+        let outcome = fit(run, renderer, interrupter, report);
+        screen.close(); // also after a failure
+        Ok(outcome?)
     }
 }
 
@@ -255,44 +244,68 @@ fn newest_checkpoint(run: &Path, recipe: &Recipe, output: &Output) -> Result<Pat
     Ok(newest.ok_or_else(|| ::train::Error::NoCheckpoint { path: run.into() })?)
 }
 
+/// The rows of a recipe, and what there is to say about them.
+pub struct ReadRows {
+    /// The rows.
+    pub rows: Rows,
+    /// Training rows that are too long.
+    pub dropped_rows: usize,
+    /// What a user should know before training.
+    pub problems: Vec<String>,
+}
+
 /// Reads and encodes the rows of a recipe.
-pub fn read_rows(recipe: &Recipe, base: &ModelFolder, output: &Output) -> Result<Rows> {
+pub fn read_rows(recipe: &Recipe, base: &ModelFolder, output: &Output) -> Result<ReadRows> {
     let data = &recipe.data;
     let encoder = encoder::open(base, data)?;
-    let read = |what: &str, paths: &[PathBuf]| -> Result<Prepared> {
+    let mut problems = Vec::new();
+    let mut read = |what: &str, paths: &[PathBuf]| -> Result<Prepared> {
         let prepared = prepare(paths, &data.settings(), &encoder)?;
-        let dropped = match prepared.dropped_rows {
-            0 => String::new(),
-            n => format!(", {n} dropped for their length"),
-        };
         output.note(format_args!(
-            "{what}: {} rows, {} trained of {} tokens{dropped}",
+            "{what}: {} rows, {} trained of {} tokens",
             prepared.samples.len(),
             prepared.trained_tokens,
             prepared.total_tokens,
         ));
-        warn_about_end_markers(&prepared, &encoder, output);
+        problems.extend(problems_of(what, &prepared, &encoder));
         Ok(prepared)
     };
-    let train = read("training data", &data.train.list())?.samples;
+    let prepared = read("training data", &data.train.list())?;
+    let (dropped_rows, train) = (prepared.dropped_rows, prepared.samples);
     let (train, eval) = match (data.eval.is_empty(), data.eval_fraction) {
         (false, _) => (train, read("evaluation data", &data.eval.list())?.samples),
         (true, fraction) if fraction > 0.0 => split(train, fraction, recipe.train.seed)?,
         (true, _) => (train, Vec::new()),
     };
-    Ok(Rows {
-        train: Arc::new(train),
-        eval: Arc::new(eval),
+    for problem in &problems {
+        output.note(format_args!("warning: {problem}"));
+    }
+    Ok(ReadRows {
+        rows: Rows {
+            train: Arc::new(train),
+            eval: Arc::new(eval),
+        },
+        dropped_rows,
+        problems,
     })
 }
 
-/// Rows that do not end in the model's end marker teach it not to stop.
-fn warn_about_end_markers(prepared: &Prepared, encoder: &Encoder, output: &Output) {
-    if prepared.rows_without_end_marker > 0 && !encoder.end_markers.is_empty() {
-        output.note(format_args!(
-            "warning: {} rows do not end in a trained end marker ({}): the model will not learn to stop",
+/// What makes a run worse without stopping it.
+fn problems_of(what: &str, prepared: &Prepared, encoder: &Encoder) -> Vec<String> {
+    let mut problems = Vec::new();
+    if prepared.dropped_rows > 0 {
+        let (dropped, rows) = (prepared.dropped_rows, prepared.rows);
+        problems.push(format!(
+            "{what}: {dropped} of {rows} rows are longer than data.max_length"
+        ));
+    }
+    if prepared.rows_without_end_marker > 0 {
+        problems.push(format!(
+            "{what}: {} rows do not end in a trained end marker ({}): the model will not learn to \
+             stop from them",
             prepared.rows_without_end_marker,
             encoder.end_markers.join(" or "),
         ));
     }
+    problems
 }
