@@ -259,3 +259,17 @@ impl<B: Backend> ScalarF32 for Tensor<B, 1> {
             .expect("a scalar has one element")
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn chunks_cover_every_token_once() {
+        let size = LOGITS_AT_A_TIME / 32_000;
+        let all: Vec<_> = chunks(2 * size + 1, 32_000).collect();
+        assert_eq!(all, [(0, size), (size, 2 * size), (2 * size, 2 * size + 1)]);
+        assert_eq!(chunks(5, 2 * LOGITS_AT_A_TIME).count(), 5);
+        assert_eq!(chunks(0, 96).count(), 0);
+    }
+}
