@@ -105,10 +105,11 @@ impl<B: TrainBackend> CausalLm<B> {
         let mut total = Tensor::zeros([1], &hidden.device());
         let mut d_hidden = Vec::new();
         for (start, end) in chunks(m, self.model.config.vocab_size) {
-            let part = hidden.clone().inner().slice([start..end]);
+            let part = hidden.clone().inner().narrow(0, start, end - start);
             let part = Tensor::from_inner(part).require_grad(); // [end - start, d]
             let logits = self.model.logits(part.clone()); // [end - start, v]
-            let nll = ops::cross_entropy(logits, targets.clone().slice([start..end])).sum();
+            let nll =
+                ops::cross_entropy(logits, targets.clone().narrow(0, start, end - start)).sum();
             let mut grads = nll.clone().mul_scalar(weight).backward();
             d_hidden.push(
                 part.grad_remove(&mut grads)
@@ -140,8 +141,10 @@ impl<B: ModelBackend> CausalLm<B> {
         let [m, _] = hidden.dims();
         let targets = batch.targets::<B>(&hidden.device());
         let part = |(start, end): (usize, usize)| {
-            let logits = self.model.logits(hidden.clone().slice([start..end]));
-            ops::cross_entropy(logits, targets.clone().slice([start..end])).into_data()
+            let logits = self
+                .model
+                .logits(hidden.clone().narrow(0, start, end - start));
+            ops::cross_entropy(logits, targets.clone().narrow(0, start, end - start)).into_data()
         };
         let parts = chunks(m, self.model.config.vocab_size).map(part);
         parts
