@@ -388,6 +388,20 @@ fn dropout_acts_while_training_and_not_while_evaluating() {
     let loss = |run: &Run<B>| run.model.step(train[1].clone()).item.loss;
     let with = loss(&run);
     assert_eq!(with, loss(&run), "a function of seed and step");
+    // each step and each micro batch drops others
+    let mean = |step: usize, rows: &[&Sample]| {
+        let window = Window {
+            micro_batches: rows.iter().map(|row| MicroBatch::new([*row])).collect(),
+            step,
+            epoch: 0.0,
+        };
+        run.model.step(window).item.loss
+    };
+    let row = &eval[0];
+    let first = mean(1, &[row]);
+    assert_eq!(first, mean(1, &[row]));
+    assert_ne!(first, mean(2, &[row]));
+    assert_ne!(first, mean(1, &[row, row]));
     let valid = |run: &Run<B>| evaluation(run.model.valid().model, &eval, 2).loss;
     let eval_with = valid(&run);
     run.model.dropout = 0.0;
