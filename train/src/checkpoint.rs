@@ -3,7 +3,7 @@
 //! `checkpoints/step-000050/` holds the trained weights, `optimizer.safetensors` (the moments by
 //! parameter name) and `state.json`. Order of the data, schedule and random numbers follow from the
 //! step and the recipe. A checkpoint is written under another name, flushed and renamed, so that it
-//! is complete or absent; checksums tell one that was damaged later.
+//! is complete or absent; `SHA256SUMS` (as `sha256sum` writes it) tells one that was damaged later.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -19,11 +19,12 @@ use sha2::{Digest, Sha256};
 
 use crate::error::{Error, Result};
 use crate::optimizer::{AdamW, Moments};
-use crate::run_folder::{io, replace_folder};
+use crate::run_folder::{io, remove_folder, replace_folder};
 use crate::trained::Trained;
 
 const OPTIMIZER_FILE: &str = "optimizer.safetensors";
 const STATE_FILE: &str = "state.json";
+const SUMS_FILE: &str = "SHA256SUMS";
 
 /// How far a run is.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
@@ -43,13 +44,6 @@ pub struct Best {
     pub step: usize,
     /// Its loss.
     pub loss: f64,
-}
-
-#[derive(Serialize, Deserialize)]
-struct StateFile {
-    progress: Progress,
-    /// SHA-256 of every other file, by its path in the checkpoint.
-    files: BTreeMap<String, String>,
 }
 
 /// The checkpoints of a run.
@@ -76,7 +70,7 @@ pub struct Snapshot<'a, B: Backend> {
 }
 
 impl Checkpoints {
-    /// The checkpoints in a run folder, of which the newest `keep` stay.
+    /// The checkpoints in a run folder, of which the newest `keep` and the best stay.
     pub fn new(run: &Path, keep: usize) -> Self {
         Self {
             folder: run.join("checkpoints"),
@@ -94,35 +88,46 @@ impl Checkpoints {
             self.folder.join(format!(".{name}.part")),
             self.folder.join(name),
         );
-        remove(&part)?;
+        remove_folder(&part)?;
         create(&part)?;
         snapshot
             .trained
             .save(snapshot.model, snapshot.base, snapshot.base_name, &part)?;
         let moments = moments_to_tensors(snapshot)?;
         write_safetensors(&part.join(OPTIMIZER_FILE), &moments)?;
-        let state = StateFile {
-            progress: snapshot.progress.clone(),
-            files: checksums(&part)?,
-        };
-        let json = serde_json::to_vec_pretty(&state).expect("a plain structure");
+        let json = serde_json::to_vec_pretty(snapshot.progress).expect("a plain structure");
         write_file(&part.join(STATE_FILE), &json)?;
+        let sums = checksums(&part)?;
+        let sums: String = sums
+            .iter()
+            .map(|(name, sum)| format!("{sum}  {name}\n"))
+            .collect();
+        write_file(&part.join(SUMS_FILE), sums.as_bytes())?;
         replace_folder(&part, &done)?;
         flush_folder(&self.folder);
-        let mut all = self.all()?;
-        all.sort_by_key(|(step, _)| std::cmp::Reverse(*step));
-        for (_, old) in all.iter().skip(self.keep.max(1)) {
-            remove(old)?;
-        }
+        self.remove_old(snapshot.progress)?;
         Ok(done)
+    }
+
+    /// Removes what is beyond the newest `keep` and not the best; and checkpoints of later steps: a
+    /// run that went on from an earlier one has not taken those steps.
+    fn remove_old(&self, progress: &Progress) -> Result<()> {
+        let best = progress.best.map(|best| best.step);
+        let mut kept = 0;
+        for (step, path) in self.all()? {
+            let is_later = step > progress.step;
+            kept += usize::from(!is_later);
+            if is_later || (kept > self.keep.max(1) && Some(step) != best) {
+                remove_folder(&path)?;
+            }
+        }
+        Ok(())
     }
 
     /// The newest checkpoint that is complete and undamaged; `skipped` hears of the others.
     pub fn newest(&self, mut skipped: impl FnMut(&Path, &Error)) -> Result<Option<PathBuf>> {
-        let mut all = self.all()?;
-        all.sort_by_key(|(step, _)| std::cmp::Reverse(*step));
-        for (_, path) in all {
-            match read_state(&path) {
+        for (_, path) in self.all()? {
+            match read_progress(&path) {
                 Ok(_) => return Ok(Some(path)),
                 Err(error) => skipped(&path, &error),
             }
@@ -130,6 +135,7 @@ impl Checkpoints {
         Ok(None)
     }
 
+    /// Step and folder of each, the newest first.
     fn all(&self) -> Result<Vec<(usize, PathBuf)>> {
         let entries = match std::fs::read_dir(&self.folder) {
             Ok(entries) => entries,
@@ -144,32 +150,46 @@ impl Checkpoints {
                 .ok()
         };
         let paths = entries.filter_map(|entry| Some(entry.ok()?.path()));
-        Ok(paths
+        let mut all: Vec<_> = paths
             .filter_map(|path| Some((step(&path)?, path)))
-            .collect())
+            .collect();
+        all.sort_by_key(|(step, _)| std::cmp::Reverse(*step));
+        Ok(all)
     }
 }
 
-/// Reads `state.json` of a checkpoint and compares the checksums.
+/// Compares the checksums of a checkpoint and reads how far it is.
+///
+/// # Errors
+/// [`Error::Damaged`] names the first file that is not what was written.
 pub fn read_progress(checkpoint: &Path) -> Result<Progress> {
-    Ok(read_state(checkpoint)?.progress)
-}
-
-fn read_state(checkpoint: &Path) -> Result<StateFile> {
+    check_sums(checkpoint)?;
     let path = checkpoint.join(STATE_FILE);
     let bytes = std::fs::read(&path).map_err(io("read", &path))?;
-    let state: StateFile = serde_json::from_slice(&bytes).map_err(|source| Error::Json {
-        path: path.clone(),
-        source,
-    })?;
-    for (name, expected) in &state.files {
-        if checksum(&checkpoint.join(name))? != *expected {
-            return Err(Error::Damaged {
-                path: checkpoint.join(name),
-            });
+    serde_json::from_slice(&bytes).map_err(|source| Error::Json { path, source })
+}
+
+fn check_sums(checkpoint: &Path) -> Result<()> {
+    let path = checkpoint.join(SUMS_FILE);
+    let text = std::fs::read_to_string(&path).map_err(io("read", &path))?;
+    let mut names = Vec::new();
+    for line in text.lines() {
+        let Some((expected, name)) = line.split_once("  ") else {
+            return Err(Error::Damaged { path });
+        };
+        if checksum(&checkpoint.join(name))? != expected {
+            let path = checkpoint.join(name);
+            return Err(Error::Damaged { path });
         }
+        names.push(name);
     }
-    Ok(state)
+    match [OPTIMIZER_FILE, STATE_FILE]
+        .iter()
+        .all(|name| names.contains(name))
+    {
+        true => Ok(()),
+        false => Err(Error::Damaged { path }),
+    }
 }
 
 /// Restores the moments of a checkpoint into an optimizer.
@@ -252,13 +272,6 @@ fn checksum(path: &Path) -> Result<String> {
 
 fn create(folder: &Path) -> Result<()> {
     std::fs::create_dir_all(folder).map_err(io("create", folder))
-}
-
-fn remove(folder: &Path) -> Result<()> {
-    match std::fs::remove_dir_all(folder) {
-        Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(io("remove", folder)(e)),
-        _ => Ok(()),
-    }
 }
 
 /// Makes a rename last through a power cut where the system can; elsewhere it is only likely to.

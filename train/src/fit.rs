@@ -26,7 +26,7 @@ use crate::error::{Error, Result};
 use crate::metrics::{DashboardMetric, EvalLoss, NoMetricFiles};
 use crate::optimizer::AdamW;
 use crate::recipe::Recipe;
-use crate::run_folder::{Line, RunFolder, peak_memory_bytes};
+use crate::run_folder::{Line, RunFolder, peak_memory_bytes, remove_folder, replace_folder};
 use crate::schedule::Schedule;
 use crate::step::{CausalLm, EvalItem, StepItem, clip_gradients};
 use crate::trained::Trained;
@@ -227,6 +227,9 @@ impl<B: TrainBackend> SupervisedLearningStrategy<Components<B>> for StepByStep<B
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         learner.fork(&self.device);
         let mut windows = train.iter();
+        if self.is_out_of_patience(&state.progress) {
+            state.stopped = Some(Stopped::Early); // it goes on from where it had stopped early
+        }
         while state.stopped.is_none() && state.progress.step < self.windows.num_steps() {
             let interrupted = || components.interrupter.should_stop();
             let stepped = self.advance(
@@ -289,8 +292,7 @@ impl<B: TrainBackend> StepByStep<B> {
         if interrupted() && !last {
             state.stopped = Some(Stopped::Interrupted);
         }
-        let patience = train.early_stopping_patience;
-        if patience > 0 && state.progress.evaluations_without_improvement >= patience {
+        if self.is_out_of_patience(&state.progress) {
             state.stopped = Some(Stopped::Early);
         }
         if due(train.save_every) || state.stopped.is_some() {
@@ -308,6 +310,11 @@ impl<B: TrainBackend> StepByStep<B> {
             });
         }
         Ok(())
+    }
+
+    fn is_out_of_patience(&self, progress: &Progress) -> bool {
+        let patience = self.recipe.train.early_stopping_patience;
+        patience > 0 && progress.evaluations_without_improvement >= patience
     }
 
     /// Forward, backward, clipping and the optimizer.
@@ -359,6 +366,9 @@ impl<B: TrainBackend> StepByStep<B> {
         events.process_valid(LearnerEvent::EndEpoch(1));
         let step = state.progress.step;
         let loss = nll / tokens as f64;
+        if !loss.is_finite() {
+            return Err(Error::NotFinite { step });
+        }
         state.folder.write(&Line::Eval {
             step,
             loss,
@@ -380,10 +390,11 @@ impl<B: TrainBackend> StepByStep<B> {
     fn save_best(&self, model: &CausalLm<B::InnerBackend>, state: &State) -> Result<()> {
         let run = state.folder.path();
         let (part, done) = (run.join(".best.part"), run.join("best"));
+        remove_folder(&part)?;
         let saved = self
             .trained
             .save(&model.model, &self.base, &self.recipe.model.path, &part)?;
-        crate::run_folder::replace_folder(&saved, &done)?;
-        std::fs::remove_dir(&part).map_err(crate::run_folder::io("remove", &part))
+        replace_folder(&saved, &done)?;
+        remove_folder(&part)
     }
 }

@@ -1,6 +1,6 @@
 //! The recipe of a run: a TOML file and what the command line sets over it.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
 use adapters::{LoraConfig, LoraInit, Pattern, Targets};
@@ -11,6 +11,21 @@ use toml::{Table, Value};
 
 use crate::data::{Format, Settings, Truncate};
 use crate::error::{Error, Result};
+
+/// Numbers beyond these are slips, and would be allocated.
+const MAX_RANK: usize = 1 << 16;
+const MAX_ROWS_PER_STEP: usize = 1 << 20;
+const MAX_STEPS: usize = 1 << 32;
+
+/// The sections of a recipe.
+const SECTIONS: [&str; 6] = [
+    "model",
+    "quantization",
+    "adapter",
+    "data",
+    "train",
+    "output",
+];
 
 /// Everything that decides a run.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
@@ -377,20 +392,24 @@ impl Recipe {
             None => Table::new(),
         };
         let mut reader = Reader {
-            place: file.map_or("the recipe".into(), |path| path.display().to_string()),
+            file,
             problems: Vec::new(),
-            given: BTreeSet::new(),
+            places: BTreeMap::new(),
+            failed: BTreeSet::new(),
         };
         let recipe = reader.read(table, settings);
-        let mut problems = reader.problems;
-        problems.extend(recipe.problems());
-        if data && recipe.data.train.is_empty() {
-            let text = "data.train is missing: give a file or folder of training rows";
-            problems.push(text.into());
+        for (key, problem) in recipe.problems() {
+            reader.add_value_problem(key, &problem);
         }
-        match problems.is_empty() {
+        if data && recipe.data.train.is_empty() {
+            let missing = "is missing: give a file or folder of training rows";
+            reader.add_value_problem("data.train", missing);
+        }
+        match reader.problems.is_empty() {
             true => Ok(recipe),
-            false => Err(Error::Recipe { problems }),
+            false => Err(Error::Recipe {
+                problems: reader.problems,
+            }),
         }
     }
 
@@ -428,115 +447,172 @@ impl Recipe {
         toml::to_string(self).expect("a recipe is a plain table")
     }
 
-    /// Values that cannot be, and requests that cannot be honoured.
-    fn problems(&self) -> Vec<String> {
+    /// Values that cannot be, and requests that cannot be honoured: the key, and what is wrong.
+    fn problems(&self) -> Vec<(&'static str, String)> {
+        let mut problems = self.model_problems();
+        problems.extend(self.data_problems());
+        problems.extend(self.train_problems());
+        problems
+    }
+
+    fn model_problems(&self) -> Vec<(&'static str, String)> {
+        let (model, adapter, format) = (&self.model, &self.adapter, &self.quantization.format);
         let mut problems = Vec::new();
-        let mut check = |ok: bool, text: &str| {
-            if !ok {
-                problems.push(text.to_owned());
-            }
-        };
-        let (model, adapter, data, train) = (&self.model, &self.adapter, &self.data, &self.train);
+        let mut check = |ok: bool, key, text: &str| add(&mut problems, ok, key, text);
         check(
             !model.path.is_empty(),
-            "model.path is missing: give a model folder or a Hub id",
+            "model.path",
+            "is missing: give a model folder or a Hub id",
         );
         let random = model.init == ModelInit::Random;
         check(
             !random || adapter.is_full(),
-            "model.init = \"random\" needs adapter.method = \"full\"",
+            "model.init",
+            "= \"random\" needs adapter.method = \"full\"",
         );
-        let format = &self.quantization.format;
-        check(
-            format == "none",
-            &format!("quantization.format = {format:?} is not supported: only \"none\" is"),
-        );
+        let unsupported = format!("= {format:?} is not supported: only \"none\" is");
+        check(format == "none", "quantization.format", &unsupported);
 
         let method = &adapter.method;
-        let known = adapter.is_full() || method == "lora";
+        let unsupported = format!("= {method:?} is not supported: expected \"lora\" or \"full\"");
         check(
-            known,
-            &format!("adapter.method = {method:?} is not supported: expected \"lora\" or \"full\""),
+            adapter.is_full() || method == "lora",
+            "adapter.method",
+            &unsupported,
         );
-        check(adapter.rank >= 1, "adapter.rank must be at least 1");
+        let range = format!("must be from 1 to {MAX_RANK}");
+        let fits = |rank: usize| (1..=MAX_RANK).contains(&rank);
+        check(fits(adapter.rank), "adapter.rank", &range);
+        let ranks = adapter.rank_pattern.0.iter().all(|(_, rank)| fits(*rank));
+        check(
+            ranks,
+            "adapter.rank_pattern",
+            &format!("has a rank that {range}"),
+        );
         check(
             adapter.alpha.is_finite(),
-            "adapter.alpha must be a finite number",
+            "adapter.alpha",
+            "must be a finite number",
+        );
+        let alphas = adapter
+            .alpha_pattern
+            .0
+            .iter()
+            .all(|(_, alpha)| alpha.is_finite());
+        check(
+            alphas,
+            "adapter.alpha_pattern",
+            "has an alpha that must be a finite number",
         );
         check(
             (0.0..1.0).contains(&adapter.dropout),
-            "adapter.dropout must be from 0 to below 1",
+            "adapter.dropout",
+            "must be from 0 to below 1",
         );
         check(
             !adapter.use_dora,
-            "adapter.use_dora = true is not supported",
+            "adapter.use_dora",
+            "= true is not supported",
         );
         let continues = adapter.init_from.is_some();
+        let apart = "does not go with adapter.method = \"full\"";
         check(
             !(continues && adapter.is_full()),
-            "adapter.init_from does not go with adapter.method = \"full\"",
+            "adapter.init_from",
+            apart,
         );
+        problems
+    }
 
-        check(data.max_length >= 2, "data.max_length must be at least 2");
-        check(!data.packing, "data.packing = true is not supported");
+    fn data_problems(&self) -> Vec<(&'static str, String)> {
+        let data = &self.data;
+        let mut problems = Vec::new();
+        let mut check = |ok: bool, key, text: &str| add(&mut problems, ok, key, text);
         check(
-            (0.0..1.0).contains(&data.eval_fraction),
-            "data.eval_fraction must be from 0 to below 1",
+            data.max_length >= 2,
+            "data.max_length",
+            "must be at least 2",
         );
+        check(!data.packing, "data.packing", "= true is not supported");
+        let share = (0.0..1.0).contains(&data.eval_fraction);
+        check(share, "data.eval_fraction", "must be from 0 to below 1");
+        problems
+    }
 
+    fn train_problems(&self) -> Vec<(&'static str, String)> {
+        let train = &self.train;
+        let mut problems = Vec::new();
+        let mut check = |ok: bool, key, text: &str| add(&mut problems, ok, key, text);
         check(
             train.epochs > 0.0 && train.epochs.is_finite(),
-            "train.epochs must be above 0",
+            "train.epochs",
+            "must be above 0",
         );
+        let steps = train.max_steps.unwrap_or(1);
+        check(steps >= 1, "train.max_steps", "must be at least 1");
+        let too_many = format!("must be at most {MAX_STEPS}");
+        check(steps <= MAX_STEPS, "train.max_steps", &too_many);
+        let (micro, accumulation) = (train.micro_batch_size, train.gradient_accumulation_steps);
+        check(micro >= 1, "train.micro_batch_size", "must be at least 1");
         check(
-            train.max_steps != Some(0),
-            "train.max_steps must be at least 1",
+            accumulation >= 1,
+            "train.gradient_accumulation_steps",
+            "must be at least 1",
         );
-        check(
-            train.micro_batch_size >= 1,
-            "train.micro_batch_size must be at least 1",
+        let rows = micro.checked_mul(accumulation);
+        let too_many = format!(
+            "times train.gradient_accumulation_steps must be at most {MAX_ROWS_PER_STEP} rows"
         );
-        check(
-            train.gradient_accumulation_steps >= 1,
-            "train.gradient_accumulation_steps must be at least 1",
-        );
+        let few = rows.is_some_and(|rows| rows <= MAX_ROWS_PER_STEP);
+        check(few, "train.micro_batch_size", &too_many);
         let optimizer = &train.optimizer;
-        check(
-            optimizer == "adamw",
-            &format!("train.optimizer = {optimizer:?} is not supported: only \"adamw\" is"),
-        );
+        let unsupported = format!("= {optimizer:?} is not supported: only \"adamw\" is");
+        check(optimizer == "adamw", "train.optimizer", &unsupported);
         let positive = |x: f64| x >= 0.0 && x.is_finite();
         check(
             positive(train.learning_rate),
-            "train.learning_rate must be 0 or above",
+            "train.learning_rate",
+            "must be 0 or above",
         );
         check(
             positive(train.weight_decay),
-            "train.weight_decay must be 0 or above",
+            "train.weight_decay",
+            "must be 0 or above",
         );
         let betas = train.betas.iter().all(|beta| (0.0..1.0).contains(beta));
-        check(betas, "train.betas must both be from 0 to below 1");
+        check(betas, "train.betas", "must both be from 0 to below 1");
         check(
             train.eps > 0.0 && train.eps.is_finite(),
-            "train.eps must be above 0",
+            "train.eps",
+            "must be above 0",
         );
-        check(
-            (0.0..=1.0).contains(&train.warmup_ratio),
-            "train.warmup_ratio must be from 0 to 1",
-        );
+        let ratio = (0.0..=1.0).contains(&train.warmup_ratio);
+        check(ratio, "train.warmup_ratio", "must be from 0 to 1");
         check(
             positive(train.max_grad_norm),
-            "train.max_grad_norm must be 0 (off) or above",
+            "train.max_grad_norm",
+            "must be 0 (off) or above",
         );
-        check(train.log_every >= 1, "train.log_every must be at least 1");
+        check(
+            train.log_every >= 1,
+            "train.log_every",
+            "must be at least 1",
+        );
         let recompute = &train.recompute;
+        let unsupported =
+            format!("= {recompute:?} is not supported: expected \"auto\" or \"none\"");
         check(
             recompute == "auto" || recompute == "none",
-            &format!(
-                "train.recompute = {recompute:?} is not supported: expected \"auto\" or \"none\""
-            ),
+            "train.recompute",
+            &unsupported,
         );
         problems
+    }
+}
+
+fn add(problems: &mut Vec<(&'static str, String)>, ok: bool, key: &'static str, text: &str) {
+    if !ok {
+        problems.push((key, format!("{key} {text}")));
     }
 }
 
@@ -552,7 +628,8 @@ fn read_table(path: &Path) -> Result<Table> {
     })
 }
 
-/// What `--set section.key=value` means: TOML, or a string if it is not.
+/// What `--set section.key=value` means: TOML, or a string if it is not; strings in a list need no
+/// quotes either.
 pub fn parse_setting(text: &str) -> Option<(String, Value)> {
     let (key, value) = text.split_once('=')?;
     let (key, value) = (key.trim(), value.trim());
@@ -560,67 +637,124 @@ pub fn parse_setting(text: &str) -> Option<(String, Value)> {
     if section.is_empty() || name.is_empty() {
         return None;
     }
-    let parsed = format!("x = {value}").parse::<Table>().ok();
-    let parsed = parsed
-        .filter(|table| table.len() == 1)
-        .and_then(|mut table| table.remove("x"));
-    Some((
-        key.to_owned(),
-        parsed.unwrap_or_else(|| Value::String(value.to_owned())),
-    ))
+    let list = value
+        .strip_prefix('[')
+        .and_then(|rest| rest.strip_suffix(']'));
+    let value = match (parse_value(value), list) {
+        (Some(value), _) => value,
+        (None, Some(list)) => {
+            let one = |item: &str| parse_value(item).unwrap_or_else(|| item.trim().into());
+            Value::Array(list.split(',').map(one).collect())
+        }
+        (None, None) => value.into(),
+    };
+    Some((key.to_owned(), value))
+}
+
+fn parse_value(text: &str) -> Option<Value> {
+    let mut table = format!("x = {text}").parse::<Table>().ok()?;
+    match table.remove("x") {
+        // no key of a recipe is a date, but a folder may be called after one
+        Some(Value::Datetime(date)) => Some(date.to_string().into()),
+        value => value.filter(|_| table.is_empty()),
+    }
 }
 
 /// Reads key by key, so that one bad key does not hide the next.
-struct Reader {
-    place: String,
+struct Reader<'a> {
+    file: Option<&'a Path>,
     problems: Vec<String>,
-    given: BTreeSet<String>,
+    /// Where each key was given.
+    places: BTreeMap<String, Place>,
+    /// Keys whose value could not be taken over.
+    failed: BTreeSet<String>,
 }
 
-impl Reader {
+/// Where a key was given.
+#[derive(Clone, Copy)]
+enum Place {
+    File,
+    CommandLine,
+}
+
+impl Reader<'_> {
     fn read(&mut self, table: Table, settings: &[(String, Value)]) -> Recipe {
-        let mut keys: Vec<(String, String, Value, String)> = Vec::new();
+        let mut recipe = Recipe::default();
         for (section, value) in table {
             match value {
-                Value::Table(table) => keys.extend(
-                    table
-                        .into_iter()
-                        .map(|(key, value)| (section.clone(), key, value, self.place.clone())),
-                ),
-                _ => self
-                    .problems
-                    .push(format!("{}: {section} must be a section", self.place)),
+                _ if !SECTIONS.contains(&section.as_str()) => {
+                    self.add(Place::File, &unknown_section(&section));
+                }
+                Value::Table(table) => {
+                    for (key, value) in table {
+                        self.set(&mut recipe, Place::File, &section, &key, value);
+                    }
+                }
+                _ => self.add(Place::File, &format!("{section} must be a section")),
             }
         }
         for (key, value) in settings {
             let (section, name) = key.split_once('.').unwrap_or((key, ""));
-            let place = "the command line".to_owned();
-            keys.push((section.to_owned(), name.to_owned(), value.clone(), place));
+            self.set(
+                &mut recipe,
+                Place::CommandLine,
+                section,
+                name,
+                value.clone(),
+            );
         }
-        let mut recipe = Recipe::default();
-        for (section, key, value, place) in keys {
-            let at = format!("{section}.{key}");
-            let outcome = match section.as_str() {
-                "model" => set(&mut recipe.model, &key, value),
-                "quantization" => set(&mut recipe.quantization, &key, value),
-                "adapter" => set(&mut recipe.adapter, &key, value),
-                "data" => set(&mut recipe.data, &key, value),
-                "train" => set(&mut recipe.train, &key, value),
-                "output" => set(&mut recipe.output, &key, value),
-                _ => Err(format!(
-                    "unknown section {section}: expected model, quantization, adapter, data, train or output"
-                )),
-            };
-            match outcome {
-                Ok(()) => {
-                    self.given.insert(at);
-                }
-                Err(problem) => self.problems.push(format!("{place}: {at}: {problem}")),
-            }
-        }
-        recipe.given = self.given.clone();
+        recipe.given = self.places.keys().cloned().collect();
         recipe
     }
+
+    fn set(&mut self, recipe: &mut Recipe, place: Place, section: &str, key: &str, value: Value) {
+        let at = format!("{section}.{key}");
+        let outcome = match section {
+            "model" => set(&mut recipe.model, key, value),
+            "quantization" => set(&mut recipe.quantization, key, value),
+            "adapter" => set(&mut recipe.adapter, key, value),
+            "data" => set(&mut recipe.data, key, value),
+            "train" => set(&mut recipe.train, key, value),
+            "output" => set(&mut recipe.output, key, value),
+            _ => Err(unknown_section(section)),
+        };
+        match outcome {
+            Ok(()) => {
+                self.places.insert(at, place);
+            }
+            Err(problem) => {
+                self.add(place, &format!("{at}: {problem}"));
+                self.failed.insert(at);
+            }
+        }
+    }
+
+    /// What is wrong with a value; nothing new about a key that could not be read at all.
+    fn add_value_problem(&mut self, key: &str, problem: &str) {
+        if self.failed.contains(key) {
+            return;
+        }
+        match (self.places.get(key), self.file) {
+            (Some(place), _) => self.add(*place, problem),
+            (None, Some(_)) => self.add(Place::File, problem),
+            (None, None) => self.problems.push(problem.to_owned()),
+        }
+    }
+
+    fn add(&mut self, place: Place, problem: &str) {
+        let place = match (place, self.file) {
+            (Place::File, Some(path)) => path.display().to_string(),
+            _ => "the command line".into(),
+        };
+        self.problems.push(format!("{place}: {problem}"));
+    }
+}
+
+fn unknown_section(name: &str) -> String {
+    format!(
+        "there is no section {name}: expected {}",
+        SECTIONS.join(", ")
+    )
 }
 
 /// Sets one key of a section; the section stays as it is when the key or the type is wrong.
@@ -636,4 +770,355 @@ fn set<T: Serialize + DeserializeOwned>(
         .try_into()
         .map_err(|e: toml::de::Error| e.message().trim().lines().collect::<Vec<_>>().join(", "))?;
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A recipe file, read with `--set` arguments over it.
+    fn read(file: &str, set: &[&str]) -> Result<Recipe> {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("my.toml");
+        std::fs::write(&path, file).unwrap();
+        let settings: Vec<_> = set
+            .iter()
+            .map(|text| parse_setting(text).unwrap())
+            .collect();
+        Recipe::read(Some(&path), &settings)
+    }
+
+    /// The problems of a recipe, without the folder of its file.
+    fn problems(file: &str, set: &[&str]) -> Vec<String> {
+        match read(file, set).unwrap_err() {
+            Error::Recipe { problems } => {
+                let name = |text: String| match text.find("my.toml") {
+                    Some(at) => text[at..].to_owned(),
+                    None => text,
+                };
+                problems.into_iter().map(name).collect()
+            }
+            other => panic!("{other}"),
+        }
+    }
+
+    const GOOD: &str = "model.path = 'm'\ndata.train = 'rows.jsonl'\n";
+
+    fn problem(set: &str) -> String {
+        let all = problems(GOOD, &[set]);
+        assert_eq!(all.len(), 1, "{all:?}");
+        all[0].clone()
+    }
+
+    #[test]
+    fn defaults_are_those_of_the_contract() {
+        let recipe = read(GOOD, &[]).unwrap();
+        let expected: Table = r#"
+            [model]
+            path = "m"
+            init = "pretrained"
+            [quantization]
+            format = "none"
+            block_size = 64
+            double_quant = false
+            [adapter]
+            method = "lora"
+            rank = 16
+            alpha = 32.0
+            dropout = 0.0
+            target_modules = "all-linear"
+            modules_to_save = []
+            use_rslora = false
+            use_dora = false
+            init = "default"
+            rank_pattern = {}
+            alpha_pattern = {}
+            [data]
+            train = "rows.jsonl"
+            format = "auto"
+            max_length = 1024
+            truncate = "drop"
+            packing = false # until it is supported
+            train_on = "assistant"
+            shuffle = true
+            eval_fraction = 0.0
+            [train]
+            epochs = 1.0
+            micro_batch_size = 4
+            gradient_accumulation_steps = 1
+            optimizer = "adamw"
+            learning_rate = 2e-4
+            weight_decay = 0.0
+            betas = [0.9, 0.999]
+            eps = 1e-8
+            lr_schedule = "cosine"
+            warmup_ratio = 0.03
+            max_grad_norm = 1.0
+            recompute = "auto"
+            seed = 42
+            eval_every = 0
+            save_every = 0
+            log_every = 1
+            early_stopping_patience = 0
+            keep_checkpoints = 2
+            [output]
+        "#
+        .parse()
+        .unwrap();
+        assert_eq!(recipe.to_toml().parse::<Table>().unwrap(), expected);
+        assert!(recipe.given.iter().eq(["data.train", "model.path"]));
+    }
+
+    #[test]
+    fn every_problem_is_told_at_once_with_its_place_and_key() {
+        let file = "
+            trian.epochs = 2
+            [model]
+            path = 3
+            [adapter]
+            rank = 0
+            ranks = 8
+            [train]
+            epochs = 'two'
+            max_steps = -1
+            [empty]
+        ";
+        let all = problems(
+            file,
+            &[
+                "train.eps=0",
+                "data.packing=yes",
+                "output.name=x",
+                "foo.bar=1",
+            ],
+        );
+        let expected = [
+            "my.toml: there is no section trian: expected model, quantization, adapter, data, train, output",
+            "my.toml: model.path: invalid type: integer `3`, expected a string",
+            "my.toml: adapter.ranks: unknown field `ranks`, expected one of `method`, `rank`",
+            "my.toml: train.epochs: invalid type: string \"two\", expected f64",
+            "my.toml: train.max_steps: invalid value: integer `-1`, expected usize",
+            "my.toml: there is no section empty",
+            "the command line: data.packing: invalid type: string \"yes\", expected a boolean",
+            "the command line: output.name: unknown field `name`, expected `dir`",
+            "the command line: foo.bar: there is no section foo",
+            "my.toml: adapter.rank must be from 1 to 65536",
+            "my.toml: data.train is missing: give a file or folder of training rows",
+            "the command line: train.eps must be above 0",
+        ];
+        assert_eq!(all.len(), expected.len(), "{all:#?}");
+        for (text, start) in all.iter().zip(expected) {
+            assert!(
+                text.starts_with(start),
+                "{text:?} does not start with {start:?}"
+            );
+        }
+    }
+
+    #[test]
+    fn without_a_file_no_place_is_invented() {
+        let error = Recipe::read(None, &[]).unwrap_err().to_string();
+        let expected = "the recipe cannot be used:\n  \
+            model.path is missing: give a model folder or a Hub id\n  \
+            data.train is missing: give a file or folder of training rows";
+        assert_eq!(error, expected);
+    }
+
+    #[test]
+    fn what_is_no_toml_names_the_file_and_the_line() {
+        let error = read("[model]\npath = \n", &[]).unwrap_err();
+        assert!(
+            error.to_string().ends_with("my.toml is not a recipe"),
+            "{error}"
+        );
+        let cause = std::error::Error::source(&error).unwrap().to_string();
+        assert!(cause.contains("line 2"), "{cause}");
+        assert_eq!(
+            problems("model = 'm'\n[data]\ntrain = 'x'", &[])[0],
+            "my.toml: model must be a section"
+        );
+        let missing = Recipe::read(Some(Path::new("no/such.toml")), &[]).unwrap_err();
+        assert_eq!(missing.to_string(), "cannot read no/such.toml");
+    }
+
+    #[test]
+    fn requests_that_cannot_be_honoured_are_errors() {
+        let cases = [
+            ("data.packing=true", "data.packing = true is not supported"),
+            (
+                "quantization.format=nf4",
+                "quantization.format = \"nf4\" is not supported: only \"none\" is",
+            ),
+            (
+                "train.recompute=block",
+                "train.recompute = \"block\" is not supported",
+            ),
+            (
+                "adapter.use_dora=true",
+                "adapter.use_dora = true is not supported",
+            ),
+            (
+                "adapter.method=ia3",
+                "adapter.method = \"ia3\" is not supported: expected \"lora\" or \"full\"",
+            ),
+            (
+                "adapter.init=pissa",
+                "adapter.init: unknown variant `pissa`, expected `default` or `gaussian`",
+            ),
+            (
+                "train.optimizer=lion",
+                "train.optimizer = \"lion\" is not supported",
+            ),
+            (
+                "data.format=parquet",
+                "data.format: unknown variant `parquet`",
+            ),
+            (
+                "model.init=random",
+                "model.init = \"random\" needs adapter.method = \"full\"",
+            ),
+        ];
+        for (set, expected) in cases {
+            let text = problem(set);
+            assert!(
+                text.starts_with(&format!("the command line: {expected}")),
+                "{text}"
+            );
+        }
+        let both = problems(GOOD, &["adapter.method=full", "adapter.init_from=there"]);
+        assert_eq!(
+            both,
+            ["the command line: adapter.init_from does not go with adapter.method = \"full\""]
+        );
+    }
+
+    #[test]
+    fn impossible_and_absurd_values_are_errors() {
+        let cases = [
+            "adapter.rank=65537",
+            "adapter.rank_pattern={q_proj = 0}",
+            "adapter.alpha=inf",
+            "adapter.alpha_pattern={q_proj = nan}",
+            "adapter.dropout=1.0",
+            "adapter.dropout=-0.1",
+            "data.max_length=1",
+            "data.eval_fraction=1",
+            "train.epochs=0",
+            "train.epochs=nan",
+            "train.max_steps=0",
+            "train.max_steps=9000000000000000000",
+            "train.micro_batch_size=0",
+            "train.gradient_accumulation_steps=0",
+            "train.micro_batch_size=9000000000000000000",
+            "train.learning_rate=-1",
+            "train.learning_rate=inf",
+            "train.weight_decay=-1",
+            "train.betas=[0.9, 1.0]",
+            "train.betas=[0.9]",
+            "train.eps=0",
+            "train.warmup_ratio=1.5",
+            "train.max_grad_norm=-1",
+            "train.log_every=0",
+            "train.seed=-1",
+            "train.warmup_steps=1.5",
+        ];
+        for set in cases {
+            let key = set.split_once('=').unwrap().0;
+            let text = problem(set);
+            assert!(
+                text.starts_with(&format!("the command line: {key}")),
+                "{set}: {text}"
+            );
+        }
+        let sizes = [
+            "train.micro_batch_size=4294967296",
+            "train.gradient_accumulation_steps=4294967296",
+        ];
+        let text = &problems(GOOD, &sizes)[0]; // the product is 2^64
+        assert!(text.contains("must be at most 1048576 rows"), "{text}");
+    }
+
+    #[test]
+    fn a_setting_is_toml_or_a_string() {
+        let value = |text: &str| parse_setting(&format!("data.train={text}")).unwrap().1;
+        let texts = |all: &[&str]| Value::Array(all.iter().map(|text| (*text).into()).collect());
+        assert_eq!(value("1e-4"), Value::Float(1e-4));
+        assert_eq!(value("5"), Value::Integer(5));
+        assert_eq!(value("true"), Value::Boolean(true));
+        assert_eq!(value("\"5\""), "5".into());
+        assert_eq!(value("a/b c.jsonl"), "a/b c.jsonl".into());
+        assert_eq!(value("Qwen/Qwen-7B@main"), "Qwen/Qwen-7B@main".into());
+        assert_eq!(value("a=b"), "a=b".into());
+        assert_eq!(value("2026-01-01"), "2026-01-01".into());
+        assert_eq!(value(""), "".into());
+        assert_eq!(value("1\ny = 2"), "1\ny = 2".into());
+        assert_eq!(
+            value("[\"q_proj\", 'v_proj']"),
+            texts(&["q_proj", "v_proj"])
+        );
+        assert_eq!(value("[q_proj, \"v_proj\"]"), texts(&["q_proj", "v_proj"]));
+        assert_eq!(value("[1, 2]"), Value::Array(vec![1.into(), 2.into()]));
+        assert_eq!(value(r".*\.[qv]_proj"), r".*\.[qv]_proj".into());
+        assert!(matches!(value("{q_proj = 8}"), Value::Table(_)));
+        assert_eq!(
+            parse_setting(" train.seed = 7 "),
+            Some(("train.seed".into(), 7.into()))
+        );
+        for bad in ["train.seed", "seed=7", ".seed=7", "train.=7", "=7", ""] {
+            assert_eq!(parse_setting(bad), None, "{bad}");
+        }
+    }
+
+    #[test]
+    fn the_command_line_wins_over_the_file() {
+        let recipe = read(
+            &format!("{GOOD}train.seed = 1\ntrain.epochs = 3"),
+            &["train.seed=2"],
+        )
+        .unwrap();
+        assert_eq!((recipe.train.seed, recipe.train.epochs), (2, 3.0));
+        let given = ["data.train", "model.path", "train.epochs", "train.seed"];
+        assert!(recipe.given.iter().eq(given));
+        let text = problems(&format!("{GOOD}train.eps = 1.0"), &["train.eps=-1"]);
+        assert_eq!(text, ["the command line: train.eps must be above 0"]);
+    }
+
+    #[test]
+    fn a_recipe_written_and_read_is_the_same() {
+        let all = [
+            "adapter.target_modules=[q_proj, v_proj]",
+            "adapter.exclude_modules=.*o_proj",
+            "adapter.layers_to_transform=[0, 2]",
+            "adapter.rank_pattern={q_proj = 8, 'layers.1' = 4}",
+            "adapter.alpha_pattern={v_proj = 2.5}",
+            "adapter.modules_to_save=[lm_head]",
+            "adapter.init=gaussian",
+            "adapter.init_from=some/adapter",
+            "adapter.alpha=3",
+            "data.train=[a.jsonl, b.jsonl]",
+            "data.eval=c.json",
+            "data.chat_template=chatml",
+            "data.truncate=right",
+            "data.train_on=last",
+            "data.format=messages",
+            "train.max_steps=7",
+            "train.warmup_steps=2",
+            "train.lr_schedule=linear",
+            "train.betas=[0.8, 0.95]",
+            "train.learning_rate=3e-5",
+            "output.dir=runs/\u{e9} \"x\"",
+        ];
+        for settings in [&all[..], &[]] {
+            let recipe = read(GOOD, settings).unwrap();
+            let again = read(&recipe.to_toml(), &[]).unwrap();
+            assert!(again.given.is_superset(&recipe.given));
+            assert_eq!(
+                Recipe {
+                    given: recipe.given.clone(),
+                    ..again
+                },
+                recipe
+            );
+        }
+    }
 }

@@ -127,11 +127,16 @@ pub fn check_empty(path: &Path) -> Result<()> {
 
 /// Puts a complete folder in the place of another.
 pub(crate) fn replace_folder(from: &Path, to: &Path) -> Result<()> {
-    match std::fs::remove_dir_all(to) {
-        Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(io("remove", to)(e)),
-        _ => {}
-    }
+    remove_folder(to)?;
     std::fs::rename(from, to).map_err(io("rename", from))
+}
+
+/// Removes a folder that may be there.
+pub(crate) fn remove_folder(folder: &Path) -> Result<()> {
+    match std::fs::remove_dir_all(folder) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(io("remove", folder)(e)),
+        _ => Ok(()),
+    }
 }
 
 /// What an [`Error::Io`] needs to know beside the error.

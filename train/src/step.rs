@@ -105,10 +105,11 @@ impl<B: TrainBackend> CausalLm<B> {
         let mut total = Tensor::zeros([1], &hidden.device());
         let mut d_hidden = Vec::new();
         for (start, end) in chunks(m, self.model.config.vocab_size) {
-            let part = hidden.clone().inner().slice([start..end]);
+            let part = hidden.clone().inner().narrow(0, start, end - start);
             let part = Tensor::from_inner(part).require_grad(); // [end - start, d]
             let logits = self.model.logits(part.clone()); // [end - start, v]
-            let nll = ops::cross_entropy(logits, targets.clone().slice([start..end])).sum();
+            let nll =
+                ops::cross_entropy(logits, targets.clone().narrow(0, start, end - start)).sum();
             let mut grads = nll.clone().mul_scalar(weight).backward();
             d_hidden.push(
                 part.grad_remove(&mut grads)
@@ -140,8 +141,10 @@ impl<B: ModelBackend> CausalLm<B> {
         let [m, _] = hidden.dims();
         let targets = batch.targets::<B>(&hidden.device());
         let part = |(start, end): (usize, usize)| {
-            let logits = self.model.logits(hidden.clone().slice([start..end]));
-            ops::cross_entropy(logits, targets.clone().slice([start..end])).into_data()
+            let logits = self
+                .model
+                .logits(hidden.clone().narrow(0, start, end - start));
+            ops::cross_entropy(logits, targets.clone().narrow(0, start, end - start)).into_data()
         };
         let parts = chunks(m, self.model.config.vocab_size).map(part);
         parts
@@ -257,5 +260,19 @@ impl<B: Backend> ScalarF32 for Tensor<B, 1> {
             .iter::<f32>()
             .next()
             .expect("a scalar has one element")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn chunks_cover_every_token_once() {
+        let size = LOGITS_AT_A_TIME / 32_000;
+        let all: Vec<_> = chunks(2 * size + 1, 32_000).collect();
+        assert_eq!(all, [(0, size), (size, 2 * size), (2 * size, 2 * size + 1)]);
+        assert_eq!(chunks(5, 2 * LOGITS_AT_A_TIME).count(), 5);
+        assert_eq!(chunks(0, 96).count(), 0);
     }
 }
