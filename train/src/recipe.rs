@@ -12,6 +12,11 @@ use toml::{Table, Value};
 use crate::data::{Format, Settings, Truncate};
 use crate::error::{Error, Result};
 
+/// Most optimizer steps of a run, and most rows of a step: far above every real run, and such that
+/// no product of them overflows.
+const MAX_STEPS: usize = 1 << 32;
+const MAX_STEP_ROWS: usize = 1 << 20;
+
 /// Everything that decides a run.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -418,7 +423,16 @@ impl Recipe {
             known,
             &format!("adapter.method = {method:?} is not supported: expected \"lora\" or \"full\""),
         );
-        check(adapter.rank >= 1, "adapter.rank must be at least 1");
+        let most = LoraConfig::MAX_RANK;
+        let ranks = adapter.rank_pattern.0.iter().map(|(_, rank)| *rank);
+        check(
+            (1..=most).contains(&adapter.rank),
+            &format!("adapter.rank must be from 1 to {most}"),
+        );
+        check(
+            ranks.into_iter().all(|rank| (1..=most).contains(&rank)),
+            &format!("adapter.rank_pattern must hold ranks from 1 to {most}"),
+        );
         check(
             adapter.alpha.is_finite(),
             "adapter.alpha must be a finite number",
@@ -449,20 +463,25 @@ impl Recipe {
         );
 
         check(
-            train.epochs > 0.0 && train.epochs.is_finite(),
-            "train.epochs must be above 0",
+            train.epochs > 0.0 && train.epochs <= 1e6,
+            "train.epochs must be above 0 and at most 1e6",
         );
+        let steps = train.max_steps.unwrap_or(1);
         check(
-            train.max_steps != Some(0),
-            "train.max_steps must be at least 1",
+            (1..=MAX_STEPS).contains(&steps),
+            &format!("train.max_steps must be from 1 to {MAX_STEPS}"),
         );
+        let (micro, accumulation) = (train.micro_batch_size, train.gradient_accumulation_steps);
+        check(micro >= 1, "train.micro_batch_size must be at least 1");
         check(
-            train.micro_batch_size >= 1,
-            "train.micro_batch_size must be at least 1",
-        );
-        check(
-            train.gradient_accumulation_steps >= 1,
+            accumulation >= 1,
             "train.gradient_accumulation_steps must be at least 1",
+        );
+        check(
+            micro.saturating_mul(accumulation) <= MAX_STEP_ROWS,
+            &format!(
+                "train.micro_batch_size × train.gradient_accumulation_steps must be at most {MAX_STEP_ROWS}"
+            ),
         );
         let optimizer = &train.optimizer;
         check(
@@ -505,8 +524,7 @@ impl Recipe {
 }
 
 fn read_table(path: &Path) -> Result<Table> {
-    let text = std::fs::read_to_string(path).map_err(|source| Error::Io {
-        action: "read",
+    let text = std::fs::read_to_string(path).map_err(|source| Error::NoRecipe {
         path: path.into(),
         source,
     })?;
@@ -598,6 +616,23 @@ fn set<T: Serialize + DeserializeOwned>(
     table.insert(key.to_owned(), value);
     *section = Value::Table(table)
         .try_into()
-        .map_err(|e: toml::de::Error| e.message().trim().lines().collect::<Vec<_>>().join(", "))?;
+        .map_err(|e: toml::de::Error| {
+            let message = e.message().trim().lines().collect::<Vec<_>>().join(", ");
+            in_words(&message)
+        })?;
     Ok(())
+}
+
+/// serde names Rust's types.
+fn in_words(message: &str) -> String {
+    let words = [
+        ("expected usize", "expected a whole number, 0 or above"),
+        ("expected u64", "expected a whole number, 0 or above"),
+        ("expected f64", "expected a number"),
+    ];
+    words
+        .iter()
+        .fold(message.to_owned(), |text, (name, words)| {
+            text.replace(name, words)
+        })
 }
