@@ -12,6 +12,8 @@ use burn::train::renderer::{
 };
 use burn::train::{Interrupter, LearnerSummary};
 
+use crate::output;
+
 /// The dashboard, or plain lines.
 pub enum Renderer {
     /// burn-train's.
@@ -121,14 +123,14 @@ impl MetricsRendererTraining for Renderer {
                 let (step, total) = (progress.items_processed, progress.items_total);
                 let eta = lines.eta(step, total);
                 if !lines.quiet && (step.is_multiple_of(lines.log_every) || step == total) {
-                    eprintln!(
+                    output::log(format_args!(
                         "step {step}/{total}  loss {:.4}  lr {:.3e}  grad norm {:.3}  {:.0} tokens/s{}",
                         lines.value("Loss"),
                         lines.value("Learning rate"),
                         lines.value("Gradient norm"),
                         lines.value("Speed"),
                         eta.map_or(String::new(), |eta| format!("  ETA {}", duration(eta))),
-                    );
+                    ));
                 }
                 lines.values.clear();
             }

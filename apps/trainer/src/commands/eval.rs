@@ -18,7 +18,7 @@ use model::ops::TrainBackend;
 use serde_json::json;
 use toml::Value;
 
-use super::{open_adapter, open_model, settings};
+use super::{check_memory, open_adapter, open_model, settings};
 use crate::cli::EvalArgs;
 use crate::device::{Device, Job};
 use crate::encoder;
@@ -34,6 +34,7 @@ pub fn run(args: EvalArgs, device: &str, output: &Output) -> Result<ExitCode> {
         .as_deref()
         .map(|name| open_adapter(name, output))
         .transpose()?;
+    check_memory(base.config.num_params(), &device)?;
     let encoder = encoder::open(&base, &recipe.data)?;
     let rows = prepare(&args.data, &recipe.data.settings(), &encoder)?;
     let batches = EvalBatches::new(Arc::new(rows.samples), recipe.train.micro_batch_size);
@@ -54,7 +55,7 @@ pub fn run(args: EvalArgs, device: &str, output: &Output) -> Result<ExitCode> {
         "loss {:.5}  perplexity {:.4}  tokens {}  rows {}",
         result.loss, result.perplexity, result.tokens, result.rows
     );
-    output.result(&json, &text);
+    output.result(&json, &text)?;
     Ok(ExitCode::SUCCESS)
 }
 

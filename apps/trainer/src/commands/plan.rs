@@ -18,7 +18,7 @@ pub fn run(args: RecipeArgs, output: &Output) -> Result<ExitCode> {
     let mut recipe = read_recipe(&args)?;
     let trained = session::trained(&mut recipe)?;
     let base = open_model(&recipe.model.path, Files::Config, output)?;
-    let trainable = trained.num_params(&base.config)?;
+    let trainable = session::num_params(&recipe, &trained, &base.config)?;
     let all = all_params(&trained, &base, trainable);
     let percent = 100.0 * trainable as f64 / all as f64;
     let rows = read_rows(&recipe, &base, output)?;
@@ -43,6 +43,6 @@ pub fn run(args: RecipeArgs, output: &Output) -> Result<ExitCode> {
         4.0 * trainable as f64 / (1 << 20) as f64,
         windows.num_steps(),
     );
-    output.result(&json, &text);
+    output.result(&json, &text)?;
     Ok(ExitCode::SUCCESS)
 }

@@ -18,7 +18,7 @@ use model::ops::TrainBackend;
 use serde_json::json;
 use toml::Value;
 
-use super::{open_model, settings};
+use super::{check_memory, open_model, settings};
 use crate::cli::{RecipeArgs, TrainArgs};
 use crate::device::{Device, Job};
 use crate::encoder;
@@ -35,7 +35,7 @@ pub fn run(args: TrainArgs, device: &str, no_tui: bool, output: &Output) -> Resu
     let mut recipe = read_recipe(&args.recipe)?;
     if args.print_recipe {
         session::trained(&mut recipe)?;
-        println!("{}", recipe.to_toml());
+        output.result(&serde_json::to_value(&recipe)?, recipe.to_toml().trim_end())?;
         return Ok(ExitCode::SUCCESS);
     }
     launch(recipe, None, device, no_tui, output).map(|run| run.exit_code())
@@ -105,7 +105,10 @@ pub fn launch(
         ModelInit::Pretrained => Files::Model,
     };
     let base = open_model(&recipe.model.path, files, output)?;
-    trained.parameters(&base.config)?; // what does not fit is said before anything is loaded
+    // what does not fit is said before anything is loaded
+    let trainable = session::num_params(&recipe, &trained, &base.config)?;
+    let all = all_params(&trained, &base, trainable);
+    check_memory(all.saturating_add(trainable.saturating_mul(3)), &device)?; // gradient and moments
     let rows = read_rows(&recipe, &base, output)?;
     let job = TrainJob {
         recipe,
@@ -119,7 +122,7 @@ pub fn launch(
     };
     let trained_name = job.trained.folder_name();
     let outcome = device.run(job)?;
-    announce(&folder, trained_name, &outcome, output);
+    announce(&folder, trained_name, &outcome, output)?;
     Ok(Finished { folder, outcome })
 }
 
@@ -197,15 +200,16 @@ pub fn all_params(trained: &Trained, base: &ModelFolder, trained_params: u64) ->
     }
 }
 
-fn announce(folder: &Path, trained_name: &str, outcome: &Outcome, output: &Output) {
+fn announce(folder: &Path, trained_name: &str, outcome: &Outcome, output: &Output) -> Result<()> {
     let result = folder.join(trained_name);
+    let interrupted = outcome.stopped == Some(Stopped::Interrupted);
     let json = json!({
         "run": folder,
         "steps": outcome.steps,
         "loss": outcome.loss,
         "best": outcome.best,
-        "interrupted": outcome.stopped == Some(Stopped::Interrupted),
-        trained_name: result,
+        "interrupted": interrupted,
+        trained_name: (!interrupted).then_some(&result), // an interrupted run has only checkpoints
     });
     let text = match outcome.stopped {
         Some(Stopped::Interrupted) => format!(
@@ -220,7 +224,7 @@ fn announce(folder: &Path, trained_name: &str, outcome: &Outcome, output: &Outpu
         ),
         None => result.display().to_string(),
     };
-    output.result(&json, &text);
+    output.result(&json, &text)
 }
 
 /// The folder of a new run: `output.dir`, or one named after the model and the time.
