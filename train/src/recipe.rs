@@ -434,7 +434,7 @@ impl Recipe {
             &format!("adapter.rank_pattern must hold ranks from 1 to {most}"),
         );
         check(
-            adapter.alpha.is_finite(),
+            (adapter.alpha as f32).is_finite(),
             "adapter.alpha must be a finite number",
         );
         check(
@@ -488,7 +488,7 @@ impl Recipe {
             optimizer == "adamw",
             &format!("train.optimizer = {optimizer:?} is not supported: only \"adamw\" is"),
         );
-        let positive = |x: f64| x >= 0.0 && x.is_finite();
+        let positive = |x: f64| x >= 0.0 && (x as f32).is_finite(); // computed in f32
         check(
             positive(train.learning_rate),
             "train.learning_rate must be 0 or above",
@@ -500,7 +500,7 @@ impl Recipe {
         let betas = train.betas.iter().all(|beta| (0.0..1.0).contains(beta));
         check(betas, "train.betas must both be from 0 to below 1");
         check(
-            train.eps > 0.0 && train.eps.is_finite(),
+            train.eps as f32 > 0.0 && (train.eps as f32).is_finite(),
             "train.eps must be above 0",
         );
         check(
