@@ -109,7 +109,7 @@ pub struct EvalArgs {
     /// Write {"row", "logprobs"} of every row to this file
     #[arg(long, value_name = "OUT.jsonl")]
     pub per_token: Option<PathBuf>,
-    /// A data.* key of recipes, or train.micro_batch_size (repeatable)
+    /// A recipe key of how rows are read, such as data.max_length (repeatable)
     #[arg(long, value_name = "SECTION.KEY=VALUE")]
     pub set: Vec<String>,
 }

@@ -22,6 +22,7 @@ use super::{check_memory, open_adapter, open_model, settings};
 use crate::cli::EvalArgs;
 use crate::device::{Device, Job};
 use crate::encoder;
+use crate::failure::Advised;
 use crate::output::Output;
 
 /// Measures the loss of a model on rows.
@@ -59,6 +60,16 @@ pub fn run(args: EvalArgs, device: &str, output: &Output) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
+/// The recipe keys that an evaluation heeds.
+const SETTINGS: [&str; 6] = [
+    "data.format",
+    "data.chat_template",
+    "data.max_length",
+    "data.truncate",
+    "data.train_on",
+    "train.micro_batch_size",
+];
+
 /// `--set` means recipe keys; those of an evaluation are a recipe's.
 fn read_recipe(args: &EvalArgs) -> Result<Recipe> {
     let mut over = vec![("model.path".to_owned(), Value::String(args.model.clone()))];
@@ -67,7 +78,18 @@ fn read_recipe(args: &EvalArgs) -> Result<Recipe> {
         "data.train".to_owned(),
         Value::Array(args.data.iter().map(path).collect()),
     ));
-    over.extend(settings(&args.set)?);
+    let set = settings(&args.set)?;
+    if let Some((key, _)) = set
+        .iter()
+        .find(|(key, _)| !SETTINGS.contains(&key.as_str()))
+    {
+        return Err(Advised::usage(
+            format!("--set {key} means nothing to an evaluation"),
+            format!("set one of {}", SETTINGS.join(", ")),
+        )
+        .into());
+    }
+    over.extend(set);
     Ok(Recipe::read(None, &over)?)
 }
 
@@ -96,6 +118,13 @@ impl Job for EvalJob {
             false => Ok(()),
         })
         .context("cannot gather the log probabilities")?;
+        if !result.loss.is_finite() {
+            return Err(Advised::failed(
+                "the loss of these rows is not a finite number",
+                "check the weights of the model and of the adapter",
+            )
+            .into());
+        }
         if let Some(path) = &self.per_token {
             write_file(path, &lines)?;
         }

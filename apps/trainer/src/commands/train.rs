@@ -230,14 +230,12 @@ fn announce(folder: &Path, trained_name: &str, outcome: &Outcome, output: &Outpu
 /// The folder of a new run: `output.dir`, or one named after the model and the time.
 fn output_folder(recipe: &mut Recipe) -> Result<PathBuf> {
     let folder = recipe.output.dir.clone().unwrap_or_else(|| {
-        let name = recipe
-            .model
-            .path
-            .trim_end_matches('/')
-            .rsplit('/')
-            .next()
-            .unwrap_or("run");
-        let name = name.split('@').next().unwrap_or(name);
+        // made absolute, since `.` and `..` are no names
+        let path = std::path::absolute(&recipe.model.path).unwrap_or_default();
+        let name = path
+            .file_name()
+            .map_or("run".into(), |name| name.to_string_lossy());
+        let name = name.split('@').next().unwrap_or(&name);
         Path::new("runs").join(format!(
             "{name}-{}",
             jiff::Zoned::now().strftime("%Y%m%d-%H%M%S")

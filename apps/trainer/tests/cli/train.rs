@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
-use crate::support::{Dir, token_rows, words};
+use crate::support::{Dir, finish, token_rows, words};
 
 const TRAIN_KEYS: [&str; 10] = [
     "kind",
@@ -171,6 +171,11 @@ fn a_run_without_a_name_gets_one() {
         .succeeds();
     let folder = run.json()["run"].as_str().unwrap().to_owned();
     assert!(folder.starts_with("runs/model-20"), "{folder}");
+    let mut command = dir.command(&words(
+        "train -q --model . --data ../rows.jsonl --max-steps 1",
+    ));
+    let inside = finish(command.current_dir(dir.path("model"))).succeeds();
+    assert!(inside.stdout.starts_with("runs/model-20"), "{inside}");
     assert!(dir.read(&format!("{folder}/recipe.toml")).contains(&folder));
 }
 

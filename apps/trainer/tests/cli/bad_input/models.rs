@@ -329,3 +329,23 @@ fn a_tokenizer_or_template_that_does_not_load() {
         ],
     );
 }
+
+#[test]
+fn weights_that_are_no_numbers_give_no_result() {
+    let dir = Dir::with_tokens();
+    let mut bytes = weights(&dir);
+    let length = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+    let header: Value = serde_json::from_slice(&bytes[8..8 + length]).unwrap();
+    let at = 8 + length + header[NORM]["data_offsets"][0].as_u64().unwrap() as usize;
+    bytes[at..at + 4].copy_from_slice(&f32::NAN.to_le_bytes());
+    dir.write("model/model.safetensors", bytes);
+    let check = "check the weights";
+    dir.trainer("eval --model model --data rows.jsonl --per-token out.jsonl")
+        .fails(1, &["not a finite number", check]);
+    assert!(!dir.has("out.jsonl"));
+    dir.trainer("generate --model model --prompt-ids 5 --json")
+        .fails(1, &["not a number", check]);
+    dir.trainer("train --model model --data rows.jsonl --output run")
+        .fails(1, &["step 1 is not a finite number"]);
+    assert!(!dir.has("run/adapter"));
+}

@@ -66,6 +66,9 @@ fn values_that_cannot_be() {
             "adapter.rank_pattern",
         ),
         ("adapter.alpha=nan", "adapter.alpha must be"),
+        ("adapter.alpha=1e200", "adapter.alpha must be"),
+        ("train.eps=1e-200", "train.eps must be"),
+        ("train.learning_rate=1e200", "train.learning_rate must be"),
         ("adapter.dropout=1", "adapter.dropout"),
         (
             "adapter.method=dora",
@@ -186,8 +189,16 @@ fn an_adapter_that_the_model_cannot_carry() {
 fn settings_of_an_evaluation_are_recipe_keys() {
     let dir = Dir::with_tokens();
     let line = "eval --model model --data rows.jsonl --set";
-    dir.trainer(&format!("{line} data.max_lengt=5"))
-        .fails(2, &["data.max_lengt"]);
+    for key in [
+        "data.max_lengt=5",
+        "adapter.rank=3",
+        "model.path=x",
+        "data.train=x",
+    ] {
+        let key_name = key.split('=').next().unwrap();
+        dir.trainer(&format!("{line} {key}"))
+            .fails(2, &[key_name, "evaluation", "data.max_length"]);
+    }
     dir.trainer(&format!("{line} train.micro_batch_size=0"))
         .fails(2, &["train.micro_batch_size"]);
     dir.trainer(&format!("{line} data.max_length"))
