@@ -77,10 +77,13 @@ pub struct LoraLayer {
 }
 
 impl LoraConfig {
+    /// The largest rank that is believed; above the width of every layer there is.
+    pub const MAX_RANK: usize = 1 << 16;
+
     /// The adapted layers of a model, in the order of the network.
     ///
     /// # Errors
-    /// [`Error::Fit`] lists patterns that do not compile, ranks that are 0, modules that the model
+    /// [`Error::Fit`] lists patterns that do not compile, ranks out of range, modules that the model
     /// lacks, and settings that adapt nothing.
     pub fn layers(&self, model: &LlamaConfig) -> Result<Vec<LoraLayer>> {
         let mut problems = self.problems(model);
@@ -108,8 +111,14 @@ impl LoraConfig {
 
     fn problems(&self, model: &LlamaConfig) -> Vec<String> {
         let mut problems = Vec::new();
-        if self.rank == 0 || self.rank_pattern.0.iter().any(|(_, rank)| *rank == 0) {
-            problems.push("rank must be at least 1".into());
+        let mut ranks = self
+            .rank_pattern
+            .0
+            .iter()
+            .map(|(_, rank)| *rank)
+            .chain([self.rank]);
+        if let Some(rank) = ranks.find(|rank| !(1..=Self::MAX_RANK).contains(rank)) {
+            problems.push(format!("rank {rank} is not from 1 to {}", Self::MAX_RANK));
         }
         if self.layers_to_transform.is_some() && matches!(self.target_modules, Targets::Regex(_)) {
             problems.push("layers_to_transform does not go with a regular expression".into());

@@ -167,6 +167,13 @@ impl LlamaConfig {
                 self.hidden_size
             ));
         }
+        let (width, most) = (heads.saturating_mul(self.head_dim), 1 << 22);
+        if width > most {
+            problems.push(format!(
+                "num_attention_heads ({heads}) × head_dim ({}) is more than {most}",
+                self.head_dim
+            ));
+        }
         if !self.head_dim.is_multiple_of(2) {
             problems.push(format!(
                 "head_dim ({}) is odd: rotary positions need pairs",

@@ -238,6 +238,14 @@ pub enum Error {
         /// Where and why.
         source: serde_json::Error,
     },
+    /// A recipe cannot be read.
+    #[error("cannot read the recipe {}", path.display())]
+    NoRecipe {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
     /// A recipe is no TOML.
     #[error("{} is not a recipe", path.display())]
     Toml {

@@ -13,7 +13,6 @@ use crate::data::{Format, Settings, Truncate};
 use crate::error::{Error, Result};
 
 /// Numbers beyond these are slips, and would be allocated.
-const MAX_RANK: usize = 1 << 16;
 const MAX_ROWS_PER_STEP: usize = 1 << 20;
 const MAX_STEPS: usize = 1 << 32;
 
@@ -480,8 +479,9 @@ impl Recipe {
             "adapter.method",
             &unsupported,
         );
-        let range = format!("must be from 1 to {MAX_RANK}");
-        let fits = |rank: usize| (1..=MAX_RANK).contains(&rank);
+        let most = LoraConfig::MAX_RANK;
+        let range = format!("must be from 1 to {most}");
+        let fits = |rank: usize| (1..=most).contains(&rank);
         check(fits(adapter.rank), "adapter.rank", &range);
         let ranks = adapter.rank_pattern.0.iter().all(|(_, rank)| fits(*rank));
         check(
@@ -490,7 +490,7 @@ impl Recipe {
             &format!("has a rank that {range}"),
         );
         check(
-            adapter.alpha.is_finite(),
+            (adapter.alpha as f32).is_finite(),
             "adapter.alpha",
             "must be a finite number",
         );
@@ -498,7 +498,7 @@ impl Recipe {
             .alpha_pattern
             .0
             .iter()
-            .all(|(_, alpha)| alpha.is_finite());
+            .all(|(_, alpha)| (*alpha as f32).is_finite());
         check(
             alphas,
             "adapter.alpha_pattern",
@@ -544,9 +544,9 @@ impl Recipe {
         let mut problems = Vec::new();
         let mut check = |ok: bool, key, text: &str| add(&mut problems, ok, key, text);
         check(
-            train.epochs > 0.0 && train.epochs.is_finite(),
+            train.epochs > 0.0 && train.epochs <= 1e6,
             "train.epochs",
-            "must be above 0",
+            "must be above 0 and at most 1e6",
         );
         let steps = train.max_steps.unwrap_or(1);
         check(steps >= 1, "train.max_steps", "must be at least 1");
@@ -568,7 +568,7 @@ impl Recipe {
         let optimizer = &train.optimizer;
         let unsupported = format!("= {optimizer:?} is not supported: only \"adamw\" is");
         check(optimizer == "adamw", "train.optimizer", &unsupported);
-        let positive = |x: f64| x >= 0.0 && x.is_finite();
+        let positive = |x: f64| x >= 0.0 && (x as f32).is_finite(); // computed in f32
         check(
             positive(train.learning_rate),
             "train.learning_rate",
@@ -582,7 +582,7 @@ impl Recipe {
         let betas = train.betas.iter().all(|beta| (0.0..1.0).contains(beta));
         check(betas, "train.betas", "must both be from 0 to below 1");
         check(
-            train.eps > 0.0 && train.eps.is_finite(),
+            train.eps as f32 > 0.0 && (train.eps as f32).is_finite(),
             "train.eps",
             "must be above 0",
         );
@@ -617,8 +617,7 @@ fn add(problems: &mut Vec<(&'static str, String)>, ok: bool, key: &'static str, 
 }
 
 fn read_table(path: &Path) -> Result<Table> {
-    let text = std::fs::read_to_string(path).map_err(|source| Error::Io {
-        action: "read",
+    let text = std::fs::read_to_string(path).map_err(|source| Error::NoRecipe {
         path: path.into(),
         source,
     })?;
@@ -768,8 +767,25 @@ fn set<T: Serialize + DeserializeOwned>(
     table.insert(key.to_owned(), value);
     *section = Value::Table(table)
         .try_into()
-        .map_err(|e: toml::de::Error| e.message().trim().lines().collect::<Vec<_>>().join(", "))?;
+        .map_err(|e: toml::de::Error| {
+            let message = e.message().trim().lines().collect::<Vec<_>>().join(", ");
+            in_words(&message)
+        })?;
     Ok(())
+}
+
+/// serde names Rust's types.
+fn in_words(message: &str) -> String {
+    let words = [
+        ("expected usize", "expected a whole number, 0 or above"),
+        ("expected u64", "expected a whole number, 0 or above"),
+        ("expected f64", "expected a number"),
+    ];
+    words
+        .iter()
+        .fold(message.to_owned(), |text, (name, words)| {
+            text.replace(name, words)
+        })
 }
 
 #[cfg(test)]

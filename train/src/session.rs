@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use adapters::{AdaptedLlama, peft, unadapted};
 use burn::tensor::backend::Backend;
+use model::config::LlamaConfig;
 use model::folder::ModelFolder;
 use model::ops::TrainBackend;
 
@@ -68,6 +69,23 @@ pub fn trained(recipe: &mut Recipe) -> Result<Trained> {
         }
     }
     Ok(Trained::Lora(recipe.adapter.lora()))
+}
+
+/// Number of trained weights. Settings that do not fit the model are those of the recipe, or of
+/// the adapter in `adapter.init_from`.
+///
+/// # Errors
+/// [`adapters::Error::Fit`] or [`adapters::Error::Config`] with everything that does not fit.
+pub fn num_params(recipe: &Recipe, trained: &Trained, model: &LlamaConfig) -> Result<u64> {
+    trained
+        .num_params(model)
+        .map_err(|error| match (error, &recipe.adapter.init_from) {
+            (Error::Adapter(adapters::Error::Fit { problems }), Some(folder)) => {
+                let path = folder.join(peft::CONFIG_FILE);
+                adapters::Error::Config { path, problems }.into()
+            }
+            (other, _) => other,
+        })
 }
 
 /// Loads the base model of a recipe.

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, Parser, Subcommand, value_parser};
 
 /// Fine-tunes Llama models with LoRA: a Hugging Face folder goes in, a PEFT adapter comes out.
 ///
@@ -67,13 +67,13 @@ pub struct RecipeArgs {
     #[arg(long)]
     pub method: Option<String>,
     /// adapter.rank
-    #[arg(long)]
+    #[arg(long, allow_negative_numbers = true)]
     pub rank: Option<i64>,
     /// train.max_steps
-    #[arg(long)]
+    #[arg(long, allow_negative_numbers = true)]
     pub max_steps: Option<i64>,
     /// train.epochs
-    #[arg(long)]
+    #[arg(long, allow_negative_numbers = true)]
     pub epochs: Option<f64>,
     /// Any recipe key (repeatable)
     #[arg(long, value_name = "SECTION.KEY=VALUE")]
@@ -109,7 +109,7 @@ pub struct EvalArgs {
     /// Write {"row", "logprobs"} of every row to this file
     #[arg(long, value_name = "OUT.jsonl")]
     pub per_token: Option<PathBuf>,
-    /// A data.* key of recipes, or train.micro_batch_size (repeatable)
+    /// A recipe key of how rows are read, such as data.max_length (repeatable)
     #[arg(long, value_name = "SECTION.KEY=VALUE")]
     pub set: Vec<String>,
 }
@@ -130,7 +130,7 @@ pub struct GenerateArgs {
     )]
     pub prompt: Option<String>,
     /// Treat the prompt as a user's turn, in the model's chat template
-    #[arg(long, requires = "prompt")]
+    #[arg(long, requires = "prompt", conflicts_with = "prompt_ids")]
     pub chat: bool,
     /// Token ids to complete
     #[arg(
@@ -141,8 +141,9 @@ pub struct GenerateArgs {
     )]
     pub prompt_ids: Option<Vec<i64>>,
     /// Longest answer
-    #[arg(long, default_value_t = 128)]
-    pub max_new_tokens: usize,
+    #[arg(long, default_value_t = 128, allow_negative_numbers = true)]
+    #[arg(value_parser = value_parser!(u32).range(1..))]
+    pub max_new_tokens: u32,
     /// 0 takes the likeliest token
     #[arg(long, default_value_t = 0.0, allow_negative_numbers = true)]
     pub temperature: f64,
@@ -150,12 +151,12 @@ pub struct GenerateArgs {
     #[arg(long, allow_negative_numbers = true)]
     pub top_p: Option<f64>,
     /// Sample from this many tokens
-    #[arg(long)]
+    #[arg(long, allow_negative_numbers = true)]
     pub top_k: Option<usize>,
     /// Above 1: tokens that occurred become less likely
     #[arg(long, default_value_t = 1.0, allow_negative_numbers = true)]
     pub repetition_penalty: f64,
     /// Decides the random numbers
-    #[arg(long, default_value_t = 42)]
+    #[arg(long, default_value_t = 42, allow_negative_numbers = true)]
     pub seed: u64,
 }

@@ -73,6 +73,17 @@ impl Device {
         cuda::best().or_else(graphics::best).unwrap_or(Self::Cpu)
     }
 
+    /// Memory for weights, where the system says so.
+    pub fn memory_bytes(&self) -> Option<u64> {
+        match self {
+            Self::Cpu => memory_bytes(),
+            #[cfg(any(feature = "wgpu", feature = "vulkan", feature = "metal"))]
+            Self::Graphics(_) => None,
+            #[cfg(feature = "cuda")]
+            Self::Cuda(_) => None,
+        }
+    }
+
     /// Runs a job on this device.
     pub fn run<J: Job>(self, job: J) -> Result<J::Output> {
         match self {

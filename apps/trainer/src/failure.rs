@@ -4,7 +4,7 @@ use std::process::ExitCode;
 
 use serde_json::json;
 
-use crate::output::Output;
+use crate::output::{self, Output};
 
 /// A failure, in words.
 #[derive(Debug)]
@@ -67,16 +67,14 @@ impl Failure {
 
     /// Prints the failure and gives the exit code.
     pub fn report(&self, output: &Output) -> ExitCode {
-        eprintln!("error: {}", self.message);
+        output::log(format_args!("error: {}", self.message));
         for cause in &self.causes {
-            eprintln!("  cause: {cause}");
+            output::log(format_args!("  cause: {cause}"));
         }
-        eprintln!("help: {}", self.help);
+        output::log(format_args!("help: {}", self.help));
         if output.json {
-            println!(
-                "{}",
-                json!({"error": self.message, "causes": self.causes, "help": self.help})
-            );
+            let json = json!({"error": self.message, "causes": self.causes, "help": self.help});
+            let _ = output.result(&json, ""); // it has been said on stderr
         }
         ExitCode::from(self.code)
     }
@@ -109,22 +107,10 @@ fn advice(error: &anyhow::Error) -> (String, u8) {
             return (advised.help.clone(), advised.code);
         }
         if let Some(error) = cause.downcast_ref::<train::Error>() {
-            if let Some(help) = train_advice(error) {
-                let code = if matches!(
-                    error,
-                    train::Error::Recipe { .. } | train::Error::Toml { .. }
-                ) {
-                    2
-                } else {
-                    1
-                };
-                return (help.into(), code);
-            }
+            return (train_advice(error).into(), train_code(error));
         }
         if let Some(error) = cause.downcast_ref::<adapters::Error>() {
-            if let Some(help) = adapter_advice(error) {
-                return (help.into(), 1);
-            }
+            return (adapter_advice(error).into(), 1);
         }
         if let Some(error) = cause.downcast_ref::<model::Error>() {
             return (model_advice(error).into(), 1);
@@ -133,35 +119,66 @@ fn advice(error: &anyhow::Error) -> (String, u8) {
     ("check the file or value that is named above".into(), 1)
 }
 
-fn train_advice(error: &train::Error) -> Option<&'static str> {
+/// 2 where the recipe must be changed, 1 for everything else.
+fn train_code(error: &train::Error) -> u8 {
     use train::Error as E;
-    Some(match error {
-        E::Recipe { .. } => {
-            "correct the keys above; `trainer train --print-recipe` shows every key with its value"
-        }
-        E::Toml { .. } => "correct the recipe; it is a TOML file",
-        E::OutputNotEmpty { .. } => "choose another --output, or go on with that run by --resume",
-        E::Damaged { .. } => "remove this checkpoint, or resume from an older one",
-        E::NotFinite { .. } => {
-            "lower train.learning_rate, or check the data; resume from the last checkpoint"
-        }
-        E::NoCheckpoint { .. } => "start the run anew with a recipe and another --output",
-        E::Adapter(error) => return adapter_advice(error),
-        E::Model(error) => return Some(model_advice(error)),
-        E::Io { .. } => "check the path, its permissions and the free space on its disk",
-        _ => "correct the row or the setting that is named above",
-    })
+    match error {
+        E::Recipe { .. } | E::Toml { .. } | E::NoRecipe { .. } | E::EvalFraction { .. } => 2,
+        E::Adapter(adapters::Error::Fit { .. }) => 2,
+        _ => 1,
+    }
 }
 
-fn adapter_advice(error: &adapters::Error) -> Option<&'static str> {
+fn train_advice(error: &train::Error) -> &'static str {
+    use train::Error as E;
+    match error {
+        E::Model(error) | E::Encode { source: error, .. } => model_advice(error),
+        E::Adapter(error) => adapter_advice(error),
+        E::Recipe { .. } => "correct these keys; the README describes every key of a recipe",
+        E::NoRecipe { .. } => "give a recipe file, or with --resume the folder of a run",
+        E::Toml { .. } => "correct the recipe; it is a TOML file",
+        E::Io { .. } => "check the path, its permissions and the free space on its disk",
+        E::OutputNotEmpty { .. } => "choose another --output, or go on with that run by --resume",
+        E::NoCheckpoint { .. } => "start the run anew with a recipe and another --output",
+        E::Damaged { .. } | E::Json { .. } => "remove this checkpoint, or resume from an older one",
+        E::NotFinite { .. } => {
+            "lower train.learning_rate, or check the data; --resume goes on from the last checkpoint, if there is one"
+        }
+        E::NoData | E::NoSuchData { .. } => {
+            "give a .jsonl or .json file, or a folder of them, by --data"
+        }
+        E::NoDataFiles { .. } | E::DataFileKind { .. } => {
+            "convert the rows to JSONL: one JSON object a line"
+        }
+        E::EmptyData { .. } => "put rows into the file: one JSON object a line",
+        E::NotUtf8 { .. } => "save the file as UTF-8",
+        E::BadJson { .. } => "correct the line: it must be one JSON object",
+        E::NoTokenizer { .. } => "add the model's tokenizer.json, or give rows of input_ids",
+        E::NoTemplate { .. } => "set data.chat_template to chatml, llama2, llama3 or a jinja file",
+        E::TokenOutOfRange { .. } => "tokenize the rows with this model's own tokenizer",
+        E::TooLong { .. } | E::AllDropped { .. } => {
+            "raise data.max_length, or set data.truncate to \"right\""
+        }
+        E::NothingTrained { .. } => {
+            "raise data.max_length, or correct these rows: every one needs a token to train on"
+        }
+        E::EvalFraction { .. } => "set another data.eval_fraction, or give more rows",
+        E::UnknownColumns { .. } | E::MissingColumn { .. } => {
+            "rename the columns, or set data.format"
+        }
+        _ => "correct the row that is named above",
+    }
+}
+
+fn adapter_advice(error: &adapters::Error) -> &'static str {
     use adapters::Error as E;
-    Some(match error {
-        E::File(error) => return Some(model_advice(error)),
+    match error {
+        E::File(error) => model_advice(error),
         E::Config { .. } => "use an adapter that this version supports, made for this model",
         E::Fit { .. } => "correct the adapter.* keys of the recipe",
         E::Tensors { .. } => "use the base model that the adapter was trained on",
-        _ => return None,
-    })
+        _ => "check the adapter folder that is named above",
+    }
 }
 
 fn model_advice(error: &model::Error) -> &'static str {
@@ -179,10 +196,13 @@ fn model_advice(error: &model::Error) -> &'static str {
             "get the weights again; they must belong to this config.json"
         }
         E::Tokenizer { .. } => "get tokenizer.json again",
+        E::Tokenize { .. } => "check that tokenizer.json is the model's own",
         E::Template { .. } | E::TurnNotRendered { .. } => {
-            "set data.chat_template to another template"
+            "correct the template, or set data.chat_template to another one"
         }
         E::TokenOutOfRange { .. } => "give ids of this model's own tokenizer",
+        E::EmptyPrompt => "give a prompt of at least one token",
+        E::LogitsNotFinite { .. } => "check the weights of the model and of the adapter",
         E::NotAModel { .. } => "give an existing folder, or a Hub id such as owner/name",
         E::HubOffline { .. } => "unset HF_HUB_OFFLINE, or download the model first",
         E::HubDenied { .. } => {

@@ -1,5 +1,8 @@
 //! Where words go: results to stdout, everything else to stderr.
 
+use std::io::{self, ErrorKind, Write};
+
+use anyhow::{Context, Result};
 use indicatif::{ProgressBar, ProgressStyle};
 use model::hub::DownloadEvent;
 use serde_json::Value;
@@ -28,31 +31,38 @@ impl Output {
     /// For a command line that did not parse.
     pub fn from_env() -> Self {
         Self {
-            json: std::env::args().any(|arg| arg == "--json"),
+            json: std::env::args_os().any(|arg| arg == "--json"),
             quiet: false,
             verbose: false,
         }
     }
 
-    /// Prints the result: the JSON object, or the text.
-    pub fn result(&self, json: &Value, text: &str) {
-        match self.json {
-            true => println!("{json}"),
-            false => println!("{text}"),
+    /// Prints the result: the JSON object, or the text. A reader who has gone away wants no more.
+    pub fn result(&self, json: &Value, text: &str) -> Result<()> {
+        let mut stdout = io::stdout().lock();
+        let written = match self.json {
+            true => writeln!(stdout, "{json}"),
+            false => writeln!(stdout, "{text}"),
+        };
+        match written.and_then(|()| stdout.flush()) {
+            Err(e) if e.kind() != ErrorKind::BrokenPipe => {
+                Err(e).context("cannot write the result to stdout")
+            }
+            _ => Ok(()),
         }
     }
 
     /// Says what happens.
     pub fn note(&self, text: impl std::fmt::Display) {
         if !self.quiet {
-            eprintln!("{text}");
+            log(text);
         }
     }
 
     /// Says what only some want to know.
     pub fn detail(&self, text: impl std::fmt::Display) {
         if self.verbose {
-            eprintln!("{text}");
+            log(text);
         }
     }
 
@@ -99,4 +109,9 @@ impl Output {
             _ => {}
         }
     }
+}
+
+/// Prints a line on stderr. Unlike `eprintln!`, it does not end a run whose stderr is closed.
+pub fn log(text: impl std::fmt::Display) {
+    let _ = writeln!(io::stderr(), "{text}");
 }

@@ -4,6 +4,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use burn::train::Interrupter;
 
+use crate::output;
+
 /// Exit code of an interrupted program.
 pub const INTERRUPTED: u8 = 130;
 
@@ -17,7 +19,7 @@ pub fn interrupter() -> Interrupter {
         if asked.swap(true, Ordering::Relaxed) {
             std::process::exit(i32::from(INTERRUPTED));
         }
-        eprintln!("stopping after this step (again: at once)");
+        output::log("stopping after this step (again: at once)");
         handle.stop(Some("interrupted"));
     });
     interrupter

@@ -25,7 +25,7 @@ pub fn run(output: &Output) -> Result<ExitCode> {
         )
     };
     let text: Vec<_> = devices.iter().map(line).collect();
-    output.result(&json!({"devices": devices}), &text.join("\n"));
+    output.result(&json!({"devices": devices}), &text.join("\n"))?;
     for reason in lacking {
         output.note(reason);
     }

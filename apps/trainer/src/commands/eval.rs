@@ -18,10 +18,11 @@ use model::ops::TrainBackend;
 use serde_json::json;
 use toml::Value;
 
-use super::{open_adapter, open_model, settings};
+use super::{check_memory, open_adapter, open_model, settings};
 use crate::cli::EvalArgs;
 use crate::device::{Device, Job};
 use crate::encoder;
+use crate::failure::Advised;
 use crate::output::Output;
 
 /// Measures the loss of a model on rows.
@@ -34,6 +35,7 @@ pub fn run(args: EvalArgs, device: &str, output: &Output) -> Result<ExitCode> {
         .as_deref()
         .map(|name| open_adapter(name, output))
         .transpose()?;
+    check_memory(base.config.num_params(), &device)?;
     let encoder = encoder::open(&base, &recipe.data)?;
     let rows = prepare(&args.data, &recipe.data.settings(), &encoder)?;
     let batches = EvalBatches::new(Arc::new(rows.samples), recipe.train.micro_batch_size);
@@ -54,9 +56,19 @@ pub fn run(args: EvalArgs, device: &str, output: &Output) -> Result<ExitCode> {
         "loss {:.5}  perplexity {:.4}  tokens {}  rows {}",
         result.loss, result.perplexity, result.tokens, result.rows
     );
-    output.result(&json, &text);
+    output.result(&json, &text)?;
     Ok(ExitCode::SUCCESS)
 }
+
+/// The recipe keys that an evaluation heeds.
+const SETTINGS: [&str; 6] = [
+    "data.format",
+    "data.chat_template",
+    "data.max_length",
+    "data.truncate",
+    "data.train_on",
+    "train.micro_batch_size",
+];
 
 /// `--set` means recipe keys; those of an evaluation are a recipe's.
 fn read_recipe(args: &EvalArgs) -> Result<Recipe> {
@@ -66,7 +78,18 @@ fn read_recipe(args: &EvalArgs) -> Result<Recipe> {
         "data.train".to_owned(),
         Value::Array(args.data.iter().map(path).collect()),
     ));
-    over.extend(settings(&args.set)?);
+    let set = settings(&args.set)?;
+    if let Some((key, _)) = set
+        .iter()
+        .find(|(key, _)| !SETTINGS.contains(&key.as_str()))
+    {
+        return Err(Advised::usage(
+            format!("--set {key} means nothing to an evaluation"),
+            format!("set one of {}", SETTINGS.join(", ")),
+        )
+        .into());
+    }
+    over.extend(set);
     Ok(Recipe::read(None, &over)?)
 }
 
@@ -95,6 +118,13 @@ impl Job for EvalJob {
             false => Ok(()),
         })
         .context("cannot gather the log probabilities")?;
+        if !result.loss.is_finite() {
+            return Err(Advised::failed(
+                "the loss of these rows is not a finite number",
+                "check the weights of the model and of the adapter",
+            )
+            .into());
+        }
         if let Some(path) = &self.per_token {
             write_file(path, &lines)?;
         }

@@ -13,7 +13,7 @@ use model::ops::TrainBackend;
 use model::tokenizer::Tokenizer;
 use serde_json::json;
 
-use super::{load_model, open_adapter, open_model};
+use super::{check_memory, load_model, open_adapter, open_model};
 use crate::cli::GenerateArgs;
 use crate::device::{Device, Job};
 use crate::failure::Advised;
@@ -38,13 +38,17 @@ pub fn run(args: GenerateArgs, device: &str, output: &Output) -> Result<ExitCode
         .as_deref()
         .map(|name| open_adapter(name, output))
         .transpose()?;
+    check_memory(base.config.num_params(), &device)?;
     let tokenizer = base.tokenizer()?;
     let prompt = prompt_ids(&args, &base, tokenizer.as_ref())?;
+    if prompt.is_empty() {
+        return Err(model::Error::EmptyPrompt.into()); // before the weights are loaded
+    }
     let generation = device.run(GenerateJob {
         base,
         adapter,
         prompt,
-        max_new_tokens: args.max_new_tokens,
+        max_new_tokens: args.max_new_tokens as usize,
         sampling,
     })?;
     let text = match &tokenizer {
@@ -69,7 +73,7 @@ pub fn run(args: GenerateArgs, device: &str, output: &Output) -> Result<ExitCode
             .collect::<Vec<_>>()
             .join(","),
     };
-    output.result(&json, &shown);
+    output.result(&json, &shown)?;
     Ok(ExitCode::SUCCESS)
 }
 

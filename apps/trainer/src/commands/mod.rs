@@ -16,6 +16,7 @@ use model::folder::ModelFolder;
 use model::hub::{self, Files};
 use toml::Value;
 
+use crate::device::Device;
 use crate::failure::Advised;
 use crate::output::Output;
 
@@ -42,6 +43,23 @@ fn settings(set: &[String]) -> Result<Vec<(String, Value)>> {
         })
     };
     set.iter().map(one).collect()
+}
+
+/// Refuses what cannot fit before anything of it is allocated; `numbers` is the least that will be
+/// held, in f32.
+fn check_memory(numbers: u64, device: &Device) -> Result<()> {
+    let needed = numbers.saturating_mul(4);
+    let Some(there) = device.memory_bytes().filter(|there| *there < needed) else {
+        return Ok(());
+    };
+    let gib = |bytes: u64| bytes as f64 / (1u64 << 30) as f64;
+    let message = format!(
+        "the weights need at least {:.1} GiB of memory, and this machine has {:.1} GiB",
+        gib(needed),
+        gib(there)
+    );
+    let help = "use a smaller model, or to train it a lower adapter.rank";
+    Err(Advised::failed(message, help).into())
 }
 
 /// Loads a model and the adapter that belongs on it.

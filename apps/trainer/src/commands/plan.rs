@@ -41,7 +41,7 @@ pub fn run(args: RecipeArgs, output: &Output) -> Result<ExitCode> {
     let mut recipe = Recipe::read_without_data(args.recipe.as_deref(), &settings_of(&args)?)?;
     let trained = session::trained(&mut recipe)?;
     let base = open_model(&recipe.model.path, Files::Config, output)?;
-    let trainable_params = trained.num_params(&base.config)?;
+    let trainable_params = session::num_params(&recipe, &trained, &base.config)?;
     let all_params = all_params(&trained, &base, trainable_params);
     let mut plan = Plan {
         trainable_params,
@@ -57,7 +57,7 @@ pub fn run(args: RecipeArgs, output: &Output) -> Result<ExitCode> {
             .push("data.train is missing: no rows are counted".into()),
         false => plan_data(&mut plan, &recipe, &base, output)?,
     }
-    output.result(&serde_json::to_value(&plan)?, &text(&plan));
+    output.result(&serde_json::to_value(&plan)?, &text(&plan))?;
     Ok(ExitCode::SUCCESS)
 }
 

@@ -18,7 +18,7 @@ use model::ops::TrainBackend;
 use serde_json::json;
 use toml::Value;
 
-use super::{open_model, settings};
+use super::{check_memory, open_model, settings};
 use crate::cli::{RecipeArgs, TrainArgs};
 use crate::device::{Device, Job};
 use crate::encoder;
@@ -36,7 +36,7 @@ pub fn run(args: TrainArgs, device: &str, no_tui: bool, output: &Output) -> Resu
     let mut recipe = Recipe::read(args.recipe.recipe.as_deref(), &over)?;
     if args.print_recipe {
         session::trained(&mut recipe)?;
-        println!("{}", recipe.to_toml());
+        output.result(&serde_json::to_value(&recipe)?, recipe.to_toml().trim_end())?;
         return Ok(ExitCode::SUCCESS);
     }
     launch(recipe, None, device, no_tui, output).map(|run| run.exit_code())
@@ -107,7 +107,10 @@ pub fn launch(
         ModelInit::Pretrained => Files::Model,
     };
     let base = open_model(&recipe.model.path, files, output)?;
-    trained.parameters(&base.config)?; // what does not fit is said before anything is loaded
+    // what does not fit is said before anything is loaded
+    let trainable = session::num_params(&recipe, &trained, &base.config)?;
+    let all = all_params(&trained, &base, trainable);
+    check_memory(all.saturating_add(trainable.saturating_mul(3)), &device)?; // gradient and moments
     let rows = read_rows(&recipe, &base, output)?.rows;
     let job = TrainJob {
         recipe,
@@ -121,7 +124,7 @@ pub fn launch(
     };
     let trained_name = job.trained.folder_name();
     let outcome = device.run(job)?;
-    announce(&folder, trained_name, &outcome, output);
+    announce(&folder, trained_name, &outcome, output)?;
     Ok(Finished { folder, outcome })
 }
 
@@ -186,15 +189,16 @@ pub fn all_params(trained: &Trained, base: &ModelFolder, trained_params: u64) ->
     }
 }
 
-fn announce(folder: &Path, trained_name: &str, outcome: &Outcome, output: &Output) {
+fn announce(folder: &Path, trained_name: &str, outcome: &Outcome, output: &Output) -> Result<()> {
     let result = folder.join(trained_name);
+    let interrupted = outcome.stopped == Some(Stopped::Interrupted);
     let json = json!({
         "run": folder,
         "steps": outcome.steps,
         "loss": outcome.loss,
         "best": outcome.best,
-        "interrupted": outcome.stopped == Some(Stopped::Interrupted),
-        trained_name: result,
+        "interrupted": interrupted,
+        trained_name: (!interrupted).then_some(&result), // an interrupted run has only checkpoints
     });
     let text = match outcome.stopped {
         Some(Stopped::Interrupted) => format!(
@@ -209,20 +213,18 @@ fn announce(folder: &Path, trained_name: &str, outcome: &Outcome, output: &Outpu
         ),
         None => result.display().to_string(),
     };
-    output.result(&json, &text);
+    output.result(&json, &text)
 }
 
 /// The folder of a new run: `output.dir`, or one named after the model and the time.
 fn output_folder(recipe: &mut Recipe) -> Result<PathBuf> {
     let folder = recipe.output.dir.clone().unwrap_or_else(|| {
-        let name = recipe
-            .model
-            .path
-            .trim_end_matches('/')
-            .rsplit('/')
-            .next()
-            .unwrap_or("run");
-        let name = name.split('@').next().unwrap_or(name);
+        // made absolute, since `.` and `..` are no names
+        let path = std::path::absolute(&recipe.model.path).unwrap_or_default();
+        let name = path
+            .file_name()
+            .map_or("run".into(), |name| name.to_string_lossy());
+        let name = name.split('@').next().unwrap_or(&name);
         Path::new("runs").join(format!(
             "{name}-{}",
             jiff::Zoned::now().strftime("%Y%m%d-%H%M%S")

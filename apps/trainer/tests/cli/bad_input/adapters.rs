@@ -1,0 +1,131 @@
+use serde_json::{Value, json};
+
+use crate::support::Dir;
+
+/// A model with an adapter of rank 4 as `run/adapter`.
+fn adapted() -> Dir {
+    let dir = Dir::with_tokens();
+    let line = "train -q --model model --data rows.jsonl --output run --rank 4 --max-steps 1";
+    dir.trainer(line).succeeds();
+    dir
+}
+
+#[track_caller]
+fn refused(dir: &Dir, parts: &[&str]) {
+    let with = "--model model --adapter run/adapter";
+    dir.trainer(&format!("eval {with} --data rows.jsonl"))
+        .fails(1, parts);
+    dir.trainer(&format!("generate {with} --prompt-ids 5 --json"))
+        .fails(1, parts);
+    let line =
+        "train --model model --data rows.jsonl --output two --set adapter.init_from=run/adapter";
+    dir.trainer(line).fails(1, parts);
+    assert!(!dir.has("two"));
+}
+
+#[test]
+fn the_adapter_of_another_model() {
+    let dir = adapted();
+    std::fs::remove_dir_all(dir.path("model")).unwrap();
+    dir.add_model("wide_head", "model"); // other shapes
+    refused(
+        &dir,
+        &[
+            "run/adapter/adapter_model.safetensors is not an adapter of this model",
+            "q_proj.lora_B.weight is",
+            "use the base model",
+        ],
+    );
+    dir.edit_json("run/adapter/adapter_config.json", |config| {
+        config["target_modules"] = json!(["c_attn"]);
+    });
+    refused(
+        &dir,
+        &[
+            "run/adapter/adapter_config.json",
+            "names c_attn, which the model lacks",
+        ],
+    );
+}
+
+#[test]
+fn rank_or_targets_that_differ_from_the_tensors() {
+    let dir = adapted();
+    let file = "run/adapter/adapter_config.json";
+    let good = dir.json(file);
+    let write = |key: &str, value: Value| {
+        let mut config = good.clone();
+        config[key] = value;
+        dir.write(file, config.to_string());
+    };
+    write("r", json!(8));
+    refused(&dir, &["q_proj.lora_A.weight is [4, 32], expected [8, 32]"]);
+    write("target_modules", json!(["q_proj"]));
+    refused(
+        &dir,
+        &[
+            "v_proj.lora_A.weight is unexpected",
+            "up_proj.lora_B.weight is unexpected",
+        ],
+    );
+    write("target_modules", json!(["q_proj", "lm_head"]));
+    refused(&dir, &["lm_head.lora_A.weight is missing"]);
+    for rank in [json!(0), json!(1_000_000_000_000u64), json!(u64::MAX)] {
+        let part = format!("rank {rank} is not");
+        write("r", rank);
+        refused(&dir, &["adapter_config.json", &part]);
+    }
+}
+
+#[test]
+fn settings_that_are_not_supported() {
+    let dir = adapted();
+    let file = "run/adapter/adapter_config.json";
+    let good = dir.json(file);
+    for (key, value, part) in [
+        ("peft_type", json!("IA3"), "peft_type is \"IA3\""),
+        ("use_dora", json!(true), "use_dora is true"),
+        ("bias", json!("all"), "bias is \"all\""),
+        (
+            "target_modules",
+            json!("("),
+            "\"(\" is not a regular expression",
+        ),
+        ("target_modules", json!(5), "is not valid"),
+        ("r", json!(-4), "is not valid"),
+        ("lora_dropout", json!(2), "lora_dropout is out of range"),
+    ] {
+        let mut config = good.clone();
+        config[key] = value;
+        dir.write(file, config.to_string());
+        refused(&dir, &[file, part]);
+    }
+    dir.write(file, "{");
+    refused(&dir, &[file, "is not valid"]);
+    std::fs::remove_file(dir.path(file)).unwrap();
+    refused(&dir, &[file]);
+}
+
+#[test]
+fn tensors_that_are_damaged_or_not_there() {
+    let dir = adapted();
+    let file = "run/adapter/adapter_model.safetensors";
+    let whole = std::fs::read(dir.path(file)).unwrap();
+    for length in [0, 8, 1000, whole.len() - 1] {
+        dir.write(file, &whole[..length]);
+        refused(&dir, &[file, "get"]);
+    }
+    std::fs::remove_file(dir.path(file)).unwrap();
+    refused(&dir, &[file]);
+}
+
+#[test]
+fn an_adapter_that_is_no_folder() {
+    let dir = Dir::with_tokens();
+    let line = "eval --model model --data rows.jsonl --adapter";
+    dir.trainer(&format!("{line} rows.jsonl"))
+        .fails(1, &["rows.jsonl is neither"]);
+    dir.trainer(&format!("{line} ./gone")).fails(1, &["./gone"]);
+    dir.trainer(&format!("{line} model"))
+        .fails(1, &["model/adapter_config.json"]);
+}

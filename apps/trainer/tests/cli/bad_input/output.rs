@@ -1,0 +1,96 @@
+//! Where results cannot go.
+
+use std::fs;
+
+use crate::support::{Dir, finish, words};
+
+const TRAIN: &str = "train -q --model model --data rows.jsonl --max-steps 1 --output";
+
+#[test]
+fn an_output_folder_with_something_in_it() {
+    let dir = Dir::with_tokens();
+    dir.write("run/notes.txt", "mine");
+    dir.trainer(&format!("{TRAIN} run"))
+        .fails(1, &["run is not empty", "--resume"]);
+    assert_eq!(dir.names("run"), ["notes.txt"]);
+    dir.trainer(&format!("{TRAIN} rows.jsonl"))
+        .fails(1, &["rows.jsonl"]);
+    fs::create_dir(dir.path("empty")).unwrap();
+    dir.trainer(&format!("{TRAIN} empty")).succeeds();
+    dir.trainer(&format!("{TRAIN} empty"))
+        .fails(1, &["empty is not empty"]);
+}
+
+#[test]
+fn an_output_below_a_file() {
+    let dir = Dir::with_tokens();
+    dir.trainer(&format!("{TRAIN} rows.jsonl/run"))
+        .fails(1, &["rows.jsonl/run"]);
+    let line = "eval --model model --data rows.jsonl --per-token rows.jsonl/out";
+    dir.trainer(line).fails(1, &["cannot write rows.jsonl/out"]);
+    let line = "eval --model model --data rows.jsonl --per-token gone/out --json";
+    dir.trainer(line).fails(1, &["cannot write gone/out"]);
+    dir.trainer("eval --model model --data rows.jsonl --per-token model")
+        .fails(1, &["model"]);
+    assert_eq!(dir.names("."), ["model", "rows.jsonl"]);
+}
+
+#[cfg(unix)]
+#[test]
+fn a_folder_that_may_not_be_written() {
+    use std::os::unix::fs::PermissionsExt;
+    let dir = Dir::with_tokens();
+    fs::create_dir(dir.path("locked")).unwrap();
+    let mode = |mode| fs::set_permissions(dir.path("locked"), fs::Permissions::from_mode(mode));
+    mode(0o555).unwrap();
+    if fs::write(dir.path("locked/probe"), "").is_ok() {
+        return; // root may write everywhere
+    }
+    dir.trainer(&format!("{TRAIN} locked/run"))
+        .fails(1, &["locked/run"]);
+    dir.trainer(&format!("{TRAIN} locked"))
+        .fails(1, &["locked"]);
+    mode(0o755).unwrap();
+    assert_eq!(dir.names("locked"), [""; 0]);
+}
+
+#[test]
+fn resuming_what_is_no_run() {
+    let dir = Dir::with_tokens();
+    dir.trainer("train --resume gone")
+        .fails(2, &["gone/recipe.toml"]);
+    dir.trainer("train --resume model")
+        .fails(2, &["model/recipe.toml"]);
+    let recipe = dir
+        .trainer("train --print-recipe --model model --data rows.jsonl")
+        .succeeds();
+    dir.write("run/recipe.toml", &recipe.stdout);
+    dir.trainer("train --resume run")
+        .fails(1, &["run has no complete checkpoint"]);
+    let line = "train --resume run --rank 3";
+    dir.trainer(line).fails(2, &["--resume", "--rank"]);
+    assert_eq!(dir.names("run"), ["recipe.toml"]);
+}
+
+/// A reader who goes away, as `| head` does, is no failure; a full disk is one.
+#[cfg(target_os = "linux")]
+#[test]
+fn results_that_nobody_can_take() {
+    let dir = Dir::with_tokens();
+    let eval = words("eval --model model --data rows.jsonl");
+    let full = || {
+        fs::OpenOptions::new()
+            .write(true)
+            .open("/dev/full")
+            .unwrap()
+    };
+    let (reader, writer) = std::io::pipe().unwrap();
+    drop(reader);
+    let closed = finish(dir.command(&eval).stdout(writer)).succeeds();
+    assert!(!closed.stderr.contains("panicked"), "{closed}");
+    let lost = finish(dir.command(&eval).stdout(full()));
+    lost.fails(1, &["cannot write the result to stdout"]);
+    // a log that cannot be written does not end a run
+    let train = TRAIN.replace(" -q", "") + " run";
+    finish(dir.command(&words(&train)).stderr(full())).succeeds();
+}

@@ -1,0 +1,100 @@
+use std::ffi::OsStr;
+
+use crate::support::Dir;
+
+#[test]
+fn words_that_are_not_known() {
+    let dir = Dir::with_tokens();
+    dir.trainer("tran")
+        .fails(2, &["unrecognized subcommand 'tran'", "train"]);
+    dir.trainer("train --modle model")
+        .fails(2, &["unexpected argument '--modle'", "--model"]);
+    dir.trainer("devices please").fails(2, &["'please'"]);
+    dir.trainer("eval --model model")
+        .fails(2, &["required", "--data"]);
+    dir.trainer("eval --data rows.jsonl --json")
+        .fails(2, &["--model"]);
+    dir.trainer("train -q -v")
+        .fails(2, &["--quiet", "--verbose"]);
+    dir.trainer("train one.toml two.toml")
+        .fails(2, &["'two.toml'"]);
+    dir.trainer("devices --device").fails(2, &["--device"]);
+}
+
+#[test]
+fn help_and_version_are_no_errors() {
+    let dir = Dir::new();
+    for line in [
+        "--help",
+        "train --help",
+        "eval -h",
+        "generate --help",
+        "plan --help",
+        "--version",
+    ] {
+        let run = dir.trainer(line).succeeds();
+        assert!(!run.stdout.is_empty() && run.stderr.is_empty(), "{run}");
+    }
+}
+
+#[test]
+fn prompts_that_cannot_be_continued() {
+    let dir = Dir::with_tokens();
+    let line = "generate --model model";
+    dir.trainer(line).fails(2, &["--prompt"]);
+    dir.trainer(&format!("{line} --prompt Hi"))
+        .fails(1, &["model has no tokenizer.json", "--prompt-ids"]);
+    dir.trainer(&format!("{line} --prompt Hi --chat"))
+        .fails(1, &["model has no tokenizer.json"]);
+    dir.trainer(&format!("{line} --prompt Hi --prompt-ids 5"))
+        .fails(2, &["--prompt-ids"]);
+    dir.trainer(&format!("{line} --prompt-ids 5 --chat"))
+        .fails(2, &["--chat"]);
+    dir.trainer(&format!("{line} --prompt-ids 5,x"))
+        .fails(2, &["--prompt-ids", "'x'"]);
+    dir.trainer(&format!("{line} --prompt-ids 5,,6"))
+        .fails(2, &["--prompt-ids"]);
+    dir.trainer(&format!("{line} --prompt-ids 5,96"))
+        .fails(1, &["token id 96", "96 tokens"]);
+    dir.trainer(&format!("{line} --prompt-ids 5,-1"))
+        .fails(1, &["token id -1"]);
+    dir.trainer_with(&format!("{line} --prompt-ids"), "")
+        .fails(2, &["--prompt-ids"]);
+    let chat = Dir::with_chat();
+    chat.trainer_with(&format!("{line} --prompt"), "")
+        .fails(1, &["the prompt has no tokens"]);
+}
+
+#[test]
+fn numbers_no_token_can_be_chosen_by() {
+    let dir = Dir::with_tokens();
+    for (flag, part) in [
+        ("--max-new-tokens 0", "--max-new-tokens"),
+        ("--max-new-tokens -1", "--max-new-tokens"),
+        ("--max-new-tokens 1e3", "--max-new-tokens"),
+        ("--temperature -1", "temperature is -1"),
+        ("--temperature nan", "temperature is NaN"),
+        ("--top-p 0", "top_p is 0"),
+        ("--top-p 1.5", "top_p is 1.5"),
+        ("--top-k 0", "top_k is 0"),
+        ("--top-k -2", "--top-k"),
+        ("--repetition-penalty 0", "repetition_penalty is 0"),
+        ("--seed -1", "--seed"),
+    ] {
+        let line = format!("generate --model model --prompt-ids 5 {flag}");
+        dir.trainer(&line).fails(2, &[part]);
+    }
+}
+
+#[cfg(unix)]
+#[test]
+fn arguments_that_are_no_text() {
+    use std::os::unix::ffi::OsStrExt;
+    let dir = Dir::with_tokens();
+    let odd = OsStr::from_bytes(b"\xff\xfe");
+    dir.run(&[OsStr::new("generate"), OsStr::new("--model"), odd])
+        .fails(2, &[]);
+    dir.run(&[odd]).fails(2, &[]);
+    dir.run(&[OsStr::new("train"), odd])
+        .fails(2, &["cannot read the recipe"]);
+}

@@ -1,0 +1,83 @@
+use serde_json::{Value, json};
+
+use crate::support::{CHAT_VOCAB, Dir};
+
+fn ids(json: &Value) -> Vec<u64> {
+    let ids = json["token_ids"].as_array().unwrap();
+    ids.iter().map(|id| id.as_u64().unwrap()).collect()
+}
+
+#[test]
+fn token_ids_are_continued_without_a_tokenizer() {
+    let dir = Dir::with_tokens();
+    let line = "generate --model model --prompt-ids 5,6,7 --max-new-tokens 4";
+    let run = dir.trainer(&format!("{line} --json")).succeeds();
+    let json = run.json();
+    let keys: Vec<_> = json.as_object().unwrap().keys().collect();
+    assert_eq!(
+        keys,
+        ["text", "token_ids", "finish_reason", "tokens_per_second"]
+    );
+    assert_eq!(
+        (ids(&json).len(), &json["finish_reason"]),
+        (4, &json!("length"))
+    );
+    assert!(json["tokens_per_second"].as_f64().unwrap() > 0.0);
+    let text = dir.trainer(line).succeeds().stdout;
+    let numbers: Vec<String> = ids(&json).iter().map(u64::to_string).collect();
+    assert_eq!(text, numbers.join(",") + "\n");
+}
+
+#[test]
+fn every_eos_token_stops() {
+    let dir = Dir::with_tokens();
+    let line = "generate --model model --prompt-ids 5,6,7 --max-new-tokens 4 --json";
+    let all = ids(&dir.trainer(line).succeeds().json());
+    dir.edit_json("model/generation_config.json", |json| {
+        json["eos_token_id"] = json!([95, all[1]]);
+    });
+    let json = dir.trainer(line).succeeds().json();
+    let end = all.iter().position(|id| *id == all[1]).unwrap();
+    assert_eq!(
+        (ids(&json), &json["finish_reason"]),
+        (all[..=end].to_vec(), &json!("stop"))
+    );
+}
+
+#[test]
+fn a_prompt_is_text_or_a_turn_of_the_template() {
+    let dir = Dir::with_chat();
+    let run = |line: &str| {
+        let line = format!("generate --json --model model --max-new-tokens 3 {line} --prompt");
+        dir.trainer_with(&line, "Hi you").succeeds().json()
+    };
+    let (text, chat) = (run(""), run("--chat"));
+    assert_eq!(ids(&text).len(), 3);
+    assert!(text["text"].is_string());
+    assert!(ids(&chat).iter().all(|id| *id < CHAT_VOCAB as u64));
+    assert_ne!(ids(&text), ids(&chat), "the template is part of the prompt");
+    assert_eq!(text["token_ids"], run("")["token_ids"]);
+}
+
+#[test]
+fn the_seed_decides_what_is_sampled() {
+    let dir = Dir::with_tokens();
+    let run = |more: &str| {
+        let line =
+            format!("generate --json --model model --prompt-ids 9 --max-new-tokens 12 {more}");
+        ids(&dir.trainer(&line).succeeds().json())
+    };
+    let warm = |seed: u64| run(&format!("--temperature 1.5 --seed {seed}"));
+    assert_eq!(warm(1), warm(1));
+    assert_ne!(warm(1), warm(2));
+    assert_eq!(run("--temperature 1.5 --top-k 1"), run(""));
+    assert_eq!(run("--temperature 1.5 --top-p 0.000001"), run(""));
+}
+
+#[test]
+fn a_prompt_beyond_the_models_context_is_answered() {
+    let dir = Dir::with_tokens(); // max_position_embeddings is 128
+    let ids: Vec<String> = (0..200).map(|i| (3 + i % 90).to_string()).collect();
+    let line = "generate --model model --max-new-tokens 2 --prompt-ids";
+    dir.trainer_with(line, &ids.join(",")).succeeds();
+}

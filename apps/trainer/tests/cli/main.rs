@@ -1,0 +1,21 @@
+//! The built program in a fresh folder: exit code and both streams.
+
+#[allow(dead_code, reason = "the tests of the model crate use the rest")]
+#[path = "../../../../model/tests/fake_hub/mod.rs"]
+mod fake_hub;
+mod support;
+
+mod devices;
+mod eval;
+mod generate;
+mod hub;
+mod plan;
+mod train;
+mod bad_input {
+    mod adapters;
+    mod data;
+    mod models;
+    mod output;
+    mod recipes;
+    mod usage;
+}

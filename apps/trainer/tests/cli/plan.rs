@@ -1,0 +1,43 @@
+use serde_json::json;
+
+use crate::support::Dir;
+
+#[test]
+fn a_plan_counts_and_needs_no_weights() {
+    let dir = Dir::with_tokens();
+    std::fs::remove_file(dir.path("model/model.safetensors")).unwrap();
+    let line = "plan --json --model model --data rows.jsonl --rank 4 --output run";
+    let run = dir
+        .trainer(&format!("{line} --set train.micro_batch_size=3"))
+        .succeeds();
+    let json = run.json();
+    // q, k, v, o are 32×32, 16×32, 16×32, 32×32; gate, up, down have 32 and 56 at their ends
+    let per_layer = 4 * (64 + 48 + 48 + 64 + 3 * 88);
+    assert_eq!(json["trainable_params"], json!(2 * per_layer));
+    let base = 2 * 96 * 32 + 32 + 2 * (2 * 1024 + 2 * 512 + 3 * 32 * 56 + 64);
+    assert_eq!(json["all_params"], json!(base + 2 * per_layer));
+    let percent = 100.0 * f64::from(2 * per_layer) / f64::from(base + 2 * per_layer);
+    assert!((json["trainable_percent"].as_f64().unwrap() - percent).abs() < 1e-9);
+    assert_eq!(json["adapter_bytes"], json!(4 * 2 * per_layer));
+    assert_eq!((&json["rows"], &json["steps"]), (&json!(8), &json!(3)));
+    let tokens: usize = (0..8).map(|row| 5 + row % 5).sum();
+    assert_eq!(json["trained_tokens"], json!(tokens));
+    assert!(!dir.has("run"));
+    let text = dir
+        .trainer("plan --model model --data rows.jsonl")
+        .succeeds();
+    assert!(text.stdout.contains("trainable parameters"), "{text}");
+}
+
+#[test]
+fn a_recipe_file_is_planned() {
+    let dir = Dir::with_tokens();
+    let recipe = "[model]\npath = 'model'\n[data]\ntrain = 'rows.jsonl'\n[train]\nmax_steps = 11\n";
+    dir.write("recipe.toml", recipe);
+    assert_eq!(
+        dir.trainer("plan recipe.toml --json").succeeds().json()["steps"],
+        json!(11)
+    );
+    let line = "plan recipe.toml --json --max-steps 5";
+    assert_eq!(dir.trainer(line).succeeds().json()["steps"], json!(5));
+}
