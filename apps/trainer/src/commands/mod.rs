@@ -45,7 +45,7 @@ fn settings(set: &[String]) -> Result<Vec<(String, Value)>> {
 }
 
 /// Loads a model and the adapter that belongs on it.
-fn load_model<B: Backend>(
+pub fn load_model<B: Backend>(
     base: &ModelFolder,
     adapter: Option<&Path>,
     device: &B::Device,

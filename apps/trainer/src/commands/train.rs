@@ -30,7 +30,7 @@ use crate::signals;
 pub fn run(args: TrainArgs, device: &str, no_tui: bool, output: &Output) -> Result<ExitCode> {
     if let Some(run) = &args.resume {
         let recipe = Recipe::read(Some(&run.join(RECIPE_FILE)), &[])?;
-        return launch(recipe, Some(run), device, no_tui, output).map(|run| run.exit_code());
+        return launch(recipe, Some(run), device, no_tui, output).map(|run| run.announce(output));
     }
     let mut recipe = read_recipe(&args.recipe)?;
     if args.print_recipe {
@@ -38,7 +38,7 @@ pub fn run(args: TrainArgs, device: &str, no_tui: bool, output: &Output) -> Resu
         println!("{}", recipe.to_toml());
         return Ok(ExitCode::SUCCESS);
     }
-    launch(recipe, None, device, no_tui, output).map(|run| run.exit_code())
+    launch(recipe, None, device, no_tui, output).map(|run| run.announce(output))
 }
 
 /// The recipe that a command line means.
@@ -69,20 +69,48 @@ pub fn read_recipe(args: &RecipeArgs) -> Result<Recipe> {
 pub struct Finished {
     /// The run folder.
     pub folder: PathBuf,
+    /// The folder of what was trained; written unless the run was interrupted.
+    pub result: PathBuf,
     /// How it went.
     pub outcome: Outcome,
 }
 
 impl Finished {
-    fn exit_code(&self) -> ExitCode {
-        match self.outcome.stopped {
-            Some(Stopped::Interrupted) => ExitCode::from(signals::INTERRUPTED),
-            _ => ExitCode::SUCCESS,
+    /// Says where the results are, and gives the exit code.
+    pub fn announce(&self, output: &Output) -> ExitCode {
+        let Self { folder, result, outcome } = self;
+        let interrupted = outcome.stopped == Some(Stopped::Interrupted);
+        let kind = result.file_name().unwrap_or_default().to_string_lossy();
+        let json = json!({
+            "run": folder,
+            "steps": outcome.steps,
+            "loss": outcome.loss,
+            "best": outcome.best,
+            "interrupted": interrupted,
+            kind: result,
+        });
+        let text = match outcome.stopped {
+            Some(Stopped::Interrupted) => format!(
+                "interrupted after step {}; go on with: trainer train --resume {}",
+                outcome.steps,
+                folder.display()
+            ),
+            Some(Stopped::Early) => format!(
+                "stopped early after step {}: the evaluation loss does not fall any more\n{}",
+                outcome.steps,
+                result.display()
+            ),
+            None => result.display().to_string(),
+        };
+        output.result(&json, &text);
+        match interrupted {
+            true => ExitCode::from(signals::INTERRUPTED),
+            false => ExitCode::SUCCESS,
         }
     }
 }
 
-/// Trains by a recipe, in a new folder or going on in an old one, and says where the results are.
+/// Trains by a recipe, in a new folder or going on in an old one.
 pub fn launch(
     mut recipe: Recipe,
     resume: Option<&PathBuf>,
@@ -117,10 +145,9 @@ pub fn launch(
         no_tui,
         output: *output,
     };
-    let trained_name = job.trained.folder_name();
+    let result = folder.join(job.trained.folder_name());
     let outcome = device.run(job)?;
-    announce(&folder, trained_name, &outcome, output);
-    Ok(Finished { folder, outcome })
+    Ok(Finished { folder, result, outcome })
 }
 
 struct TrainJob {
@@ -174,32 +201,6 @@ pub fn all_params(trained: &Trained, base: &ModelFolder, trained_params: u64) ->
         Trained::Full => base.config.num_params(),
         Trained::Lora(_) => base.config.num_params() + trained_params,
     }
-}
-
-fn announce(folder: &Path, trained_name: &str, outcome: &Outcome, output: &Output) {
-    let result = folder.join(trained_name);
-    let json = json!({
-        "run": folder,
-        "steps": outcome.steps,
-        "loss": outcome.loss,
-        "best": outcome.best,
-        "interrupted": outcome.stopped == Some(Stopped::Interrupted),
-        trained_name: result,
-    });
-    let text = match outcome.stopped {
-        Some(Stopped::Interrupted) => format!(
-            "interrupted after step {}; go on with: trainer train --resume {}",
-            outcome.steps,
-            folder.display()
-        ),
-        Some(Stopped::Early) => format!(
-            "stopped early after step {}: the evaluation loss does not fall any more\n{}",
-            outcome.steps,
-            result.display()
-        ),
-        None => result.display().to_string(),
-    };
-    output.result(&json, &text);
 }
 
 /// The folder of a new run: `output.dir`, or one named after the model and the time.
