@@ -1,5 +1,6 @@
 //! Ctrl-C and SIGTERM: the first asks the run to save and stop, the second ends it.
 
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use burn::train::Interrupter;
@@ -9,8 +10,14 @@ use crate::output;
 /// Exit code of an interrupted program.
 pub const INTERRUPTED: u8 = 130;
 
-/// A handle that Ctrl-C sets; may be called once.
+static INTERRUPTER: OnceLock<Interrupter> = OnceLock::new();
+
+/// The handle that Ctrl-C sets.
 pub fn interrupter() -> Interrupter {
+    INTERRUPTER.get_or_init(listen).clone()
+}
+
+fn listen() -> Interrupter {
     let interrupter = Interrupter::new();
     let handle = interrupter.clone();
     let asked = AtomicBool::new(false);

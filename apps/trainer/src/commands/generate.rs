@@ -109,6 +109,11 @@ fn prompt_ids(
     if !args.chat {
         return Ok(tokenizer.encode(prompt, true)?.ids);
     }
+    chat_ids(base, tokenizer, prompt)
+}
+
+/// A prompt as a user's turn in the model's chat template.
+pub fn chat_ids(base: &ModelFolder, tokenizer: &Tokenizer, prompt: &str) -> Result<Vec<u32>> {
     let Some(template) = base.chat_template()? else {
         return Err(Advised::failed(
             format!(

@@ -63,7 +63,7 @@ fn check_memory(numbers: u64, device: &Device) -> Result<()> {
 }
 
 /// Loads a model and the adapter that belongs on it.
-fn load_model<B: Backend>(
+pub fn load_model<B: Backend>(
     base: &ModelFolder,
     adapter: Option<&Path>,
     device: &B::Device,

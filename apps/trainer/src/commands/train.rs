@@ -30,7 +30,7 @@ use crate::signals;
 pub fn run(args: TrainArgs, device: &str, no_tui: bool, output: &Output) -> Result<ExitCode> {
     if let Some(run) = &args.resume {
         let recipe = Recipe::read(Some(&run.join(RECIPE_FILE)), &[])?;
-        return launch(recipe, Some(run), device, no_tui, output).map(|run| run.exit_code());
+        return launch(recipe, Some(run), device, no_tui, output)?.announce(output);
     }
     let over = settings_of(&args.recipe)?;
     let mut recipe = Recipe::read(args.recipe.recipe.as_deref(), &over)?;
@@ -39,7 +39,7 @@ pub fn run(args: TrainArgs, device: &str, no_tui: bool, output: &Output) -> Resu
         output.result(&serde_json::to_value(&recipe)?, recipe.to_toml().trim_end())?;
         return Ok(ExitCode::SUCCESS);
     }
-    launch(recipe, None, device, no_tui, output).map(|run| run.exit_code())
+    launch(recipe, None, device, no_tui, output)?.announce(output)
 }
 
 /// The settings that a command line puts over a recipe file.
@@ -70,20 +70,52 @@ pub fn settings_of(args: &RecipeArgs) -> Result<Vec<(String, Value)>> {
 pub struct Finished {
     /// The run folder.
     pub folder: PathBuf,
+    /// The folder of what was trained; written unless the run was interrupted.
+    pub result: PathBuf,
     /// How it went.
     pub outcome: Outcome,
 }
 
 impl Finished {
-    fn exit_code(&self) -> ExitCode {
-        match self.outcome.stopped {
-            Some(Stopped::Interrupted) => ExitCode::from(signals::INTERRUPTED),
-            _ => ExitCode::SUCCESS,
-        }
+    /// Says where the results are, and gives the exit code.
+    pub fn announce(&self, output: &Output) -> Result<ExitCode> {
+        let Self {
+            folder,
+            result,
+            outcome,
+        } = self;
+        let interrupted = outcome.stopped == Some(Stopped::Interrupted);
+        let kind = result.file_name().unwrap_or_default().to_string_lossy();
+        let json = json!({
+            "run": folder,
+            "steps": outcome.steps,
+            "loss": outcome.loss,
+            "best": outcome.best,
+            "interrupted": interrupted,
+            kind: (!interrupted).then_some(result), // an interrupted run has only checkpoints
+        });
+        let text = match outcome.stopped {
+            Some(Stopped::Interrupted) => format!(
+                "interrupted after step {}; go on with: trainer train --resume {}",
+                outcome.steps,
+                folder.display()
+            ),
+            Some(Stopped::Early) => format!(
+                "stopped early after step {}: the evaluation loss does not fall any more\n{}",
+                outcome.steps,
+                result.display()
+            ),
+            None => result.display().to_string(),
+        };
+        output.result(&json, &text)?;
+        Ok(match interrupted {
+            true => ExitCode::from(signals::INTERRUPTED),
+            false => ExitCode::SUCCESS,
+        })
     }
 }
 
-/// Trains by a recipe, in a new folder or going on in an old one, and says where the results are.
+/// Trains by a recipe, in a new folder or going on in an old one.
 pub fn launch(
     mut recipe: Recipe,
     resume: Option<&PathBuf>,
@@ -122,10 +154,13 @@ pub fn launch(
         no_tui,
         output: *output,
     };
-    let trained_name = job.trained.folder_name();
+    let result = folder.join(job.trained.folder_name());
     let outcome = device.run(job)?;
-    announce(&folder, trained_name, &outcome, output)?;
-    Ok(Finished { folder, outcome })
+    Ok(Finished {
+        folder,
+        result,
+        outcome,
+    })
 }
 
 struct TrainJob {
@@ -187,33 +222,6 @@ pub fn all_params(trained: &Trained, base: &ModelFolder, trained_params: u64) ->
         Trained::Full => base.config.num_params(),
         Trained::Lora(_) => base.config.num_params() + trained_params,
     }
-}
-
-fn announce(folder: &Path, trained_name: &str, outcome: &Outcome, output: &Output) -> Result<()> {
-    let result = folder.join(trained_name);
-    let interrupted = outcome.stopped == Some(Stopped::Interrupted);
-    let json = json!({
-        "run": folder,
-        "steps": outcome.steps,
-        "loss": outcome.loss,
-        "best": outcome.best,
-        "interrupted": interrupted,
-        trained_name: (!interrupted).then_some(&result), // an interrupted run has only checkpoints
-    });
-    let text = match outcome.stopped {
-        Some(Stopped::Interrupted) => format!(
-            "interrupted after step {}; go on with: trainer train --resume {}",
-            outcome.steps,
-            folder.display()
-        ),
-        Some(Stopped::Early) => format!(
-            "stopped early after step {}: the evaluation loss does not fall any more\n{}",
-            outcome.steps,
-            result.display()
-        ),
-        None => result.display().to_string(),
-    };
-    output.result(&json, &text)
 }
 
 /// The folder of a new run: `output.dir`, or one named after the model and the time.
