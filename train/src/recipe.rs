@@ -401,7 +401,7 @@ impl Recipe {
             reader.add_value_problem(key, &problem);
         }
         if data && recipe.data.train.is_empty() {
-            let missing = "is missing: give a file or folder of training rows";
+            let missing = "data.train is missing: give a file or folder of training rows";
             reader.add_value_problem("data.train", missing);
         }
         match reader.problems.is_empty() {
@@ -912,15 +912,15 @@ mod tests {
             "my.toml: there is no section trian: expected model, quantization, adapter, data, train, output",
             "my.toml: model.path: invalid type: integer `3`, expected a string",
             "my.toml: adapter.ranks: unknown field `ranks`, expected one of `method`, `rank`",
-            "my.toml: train.epochs: invalid type: string \"two\", expected f64",
-            "my.toml: train.max_steps: invalid value: integer `-1`, expected usize",
+            "my.toml: train.epochs: invalid type: string \"two\", expected a number",
+            "my.toml: train.max_steps: invalid value: integer `-1`, expected a whole number",
             "my.toml: there is no section empty",
             "the command line: data.packing: invalid type: string \"yes\", expected a boolean",
             "the command line: output.name: unknown field `name`, expected `dir`",
             "the command line: foo.bar: there is no section foo",
             "my.toml: adapter.rank must be from 1 to 65536",
-            "my.toml: data.train is missing: give a file or folder of training rows",
             "the command line: train.eps must be above 0",
+            "my.toml: data.train is missing: give a file or folder of training rows",
         ];
         assert_eq!(all.len(), expected.len(), "{all:#?}");
         for (text, start) in all.iter().zip(expected) {
@@ -954,7 +954,7 @@ mod tests {
             "my.toml: model must be a section"
         );
         let missing = Recipe::read(Some(Path::new("no/such.toml")), &[]).unwrap_err();
-        assert_eq!(missing.to_string(), "cannot read no/such.toml");
+        assert_eq!(missing.to_string(), "cannot read the recipe no/such.toml");
     }
 
     #[test]

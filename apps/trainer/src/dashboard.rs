@@ -248,7 +248,7 @@ fn draw(frame: &mut ratatui::Frame, state: &State) {
     ])
     .areas(frame.area());
     let [numbers, plot] =
-        Layout::horizontal([Constraint::Length(32), Constraint::Min(20)]).areas(body);
+        Layout::horizontal([Constraint::Length(36), Constraint::Min(20)]).areas(body);
 
     let keys = "  q save and stop   ← → plot".dark_gray();
     frame.render_widget(Line::from(vec![state.title.as_str().bold(), keys]), head);
@@ -272,21 +272,21 @@ fn draw_numbers(frame: &mut ratatui::Frame, area: Rect, state: &State) {
     let mut lines = Vec::new();
     for series in &state.series {
         if let Some((_, value)) = series.train.last() {
-            lines.push(format!("{:15} {}", series.name, number(*value)));
+            lines.push(format!("{:14} {}", series.name, number(*value)));
         }
         if let Some((step, value)) = series.eval.last() {
             lines.push(format!(
-                "{:15} {} (step {step})",
+                "{:14} {} (step {step})",
                 "  evaluation",
                 number(*value)
             ));
         }
     }
     let peak = peak_memory_bytes() as f64 / (1u64 << 20) as f64;
-    lines.push(format!("{:15} {peak:.0} MiB at most", "Memory"));
+    lines.push(format!("{:14} {peak:.0} MiB at most", "Memory"));
     if let Some((elapsed, left)) = state.times() {
-        lines.push(format!("{:15} {}", "Time", duration(elapsed)));
-        lines.push(format!("{:15} {}", "Time left", duration(left)));
+        lines.push(format!("{:14} {}", "Time", duration(elapsed)));
+        lines.push(format!("{:14} {}", "Time left", duration(left)));
     }
     let text: Vec<Line> = lines.into_iter().map(Line::from).collect();
     frame.render_widget(
