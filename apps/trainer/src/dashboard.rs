@@ -327,7 +327,9 @@ fn draw_plot(frame: &mut ratatui::Frame, area: Rect, series: &Series) {
         .bounds([low, high])
         .labels([number(low), number(high)]);
     let block = Block::bordered().title(series.name.as_str());
-    frame.render_widget(Chart::new(sets).x_axis(x).y_axis(y).block(block), area);
+    let half = Constraint::Ratio(1, 2); // the legend is hidden where it would take more
+    let chart = Chart::new(sets).x_axis(x).y_axis(y).block(block);
+    frame.render_widget(chart.hidden_legend_constraints((half, half)), area);
 }
 
 /// Four significant digits, small numbers with an exponent.

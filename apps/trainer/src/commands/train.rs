@@ -124,7 +124,6 @@ pub fn launch(
     output: &Output,
 ) -> Result<Finished> {
     let device = Device::find(device)?;
-    recipe.make_paths_absolute();
     let trained = session::trained(&mut recipe)?;
     let folder = match resume {
         Some(run) => run.clone(),
@@ -144,6 +143,7 @@ pub fn launch(
     let all = all_params(&trained, &base, trainable);
     check_memory(all.saturating_add(trainable.saturating_mul(3)), &device)?; // gradient and moments
     let rows = read_rows(&recipe, &base, output)?.rows;
+    recipe.make_paths_absolute(); // messages so far name paths as they were typed
     let job = TrainJob {
         recipe,
         trained,

@@ -26,7 +26,7 @@ project = "x"
 "#,
     );
     let parts = [
-        "recipe.toml: stray must be a section",
+        "recipe.toml: there is no section stray",
         "recipe.toml: model.size: unknown field `size`",
         "recipe.toml: adapter.rank: invalid type: string \"four\"",
         "adapter.alpha must be a finite number",
@@ -36,7 +36,7 @@ project = "x"
         "recipe.toml: train.learning_rat: unknown field `learning_rat`",
         "recipe.toml: train.betas",
         "train.epochs must be above 0",
-        "wandb.project: unknown section wandb",
+        "recipe.toml: there is no section wandb",
         "correct these keys",
     ];
     for command in ["train", "train --print-recipe", "plan --json"] {
@@ -106,7 +106,7 @@ fn values_that_cannot_be() {
         ("train.micro_batch_size=0", "train.micro_batch_size must be"),
         (
             "train.micro_batch_size=9223372036854775807",
-            "train.micro_batch_size × ",
+            "train.micro_batch_size times ",
         ),
         (
             "train.gradient_accumulation_steps=1000000000000",
@@ -130,7 +130,7 @@ fn values_that_cannot_be() {
         ("train.log_every=0", "train.log_every"),
         (
             "nothing.at_all=1",
-            "nothing.at_all: unknown section nothing",
+            "nothing.at_all: there is no section nothing",
         ),
         ("train.a.b=1", "train.a.b: unknown field"),
     ] {
