@@ -1,5 +1,7 @@
 //! What holds for every run, whatever the numbers.
 
+#![cfg(not(feature = "wgpu"))] // bit for bit is a law of the CPU
+
 mod harness;
 
 use std::collections::HashMap;

@@ -6,7 +6,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use burn::backend::{Autodiff, Flex};
+use burn::backend::Autodiff;
 use burn::train::renderer::{
     EvaluationName, EvaluationProgress, MetricState, MetricsRenderer, MetricsRendererEvaluation,
     MetricsRendererTraining, ProgressType, TrainingProgress,
@@ -20,7 +20,11 @@ use train::run_folder::METRICS_FILE;
 use train::session::{self, Rows};
 
 /// The backend that the tests train on.
-pub type B = Autodiff<Flex>;
+#[cfg(not(feature = "wgpu"))]
+pub type B = Autodiff<burn::backend::Flex>;
+/// With `--features wgpu` the curves are those of the first graphics adapter.
+#[cfg(feature = "wgpu")]
+pub type B = Autodiff<burn::backend::Wgpu>;
 
 /// A folder of `model/tests/fixtures/models`.
 pub fn tiny_model(name: &str) -> PathBuf {

@@ -1,0 +1,101 @@
+//! The steps that decide how long a run takes, on four layers of SmolLM2-135M's shape:
+//! `cargo bench --workspace --profile dev --bench step`.
+
+use std::ops::ControlFlow;
+
+use adapters::{attach, unadapted};
+use burn::backend::{Autodiff, Flex};
+use burn::module::AutodiffModule;
+use burn::optim::Optimizer;
+use burn::train::TrainStep;
+use divan::Bencher;
+use model::config::LlamaConfig;
+use model::generate::{Sampling, generate};
+use train::batch::{MicroBatch, Window};
+use train::data::Sample;
+use train::optimizer::AdamW;
+use train::recipe::Recipe;
+use train::step::{CausalLm, clip_gradients};
+
+type B = Autodiff<Flex>;
+
+/// Rows and tokens of each.
+const SHAPES: [[usize; 2]; 2] = [[4, 256], [1, 1024]];
+
+fn main() {
+    divan::main();
+}
+
+fn config() -> LlamaConfig {
+    let json = serde_json::json!({
+        "model_type": "llama", "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536,
+        "num_hidden_layers": 4, "num_attention_heads": 9, "num_key_value_heads": 3,
+        "rope_theta": 100000.0, "tie_word_embeddings": true,
+    });
+    LlamaConfig::from_json(&json).expect("a good config")
+}
+
+/// LoRA r 16 on every linear layer.
+fn language_model() -> CausalLm<B> {
+    let device = Default::default();
+    let mut model = model::load::init(&config(), 1, &device, unadapted);
+    attach(&mut model, &Recipe::default().adapter.lora(), 1, &device).expect("it fits");
+    CausalLm {
+        model,
+        dropout: 0.0,
+        seed: 1,
+    }
+}
+
+fn window([rows, length]: [usize; 2]) -> Window {
+    let ids = |row: usize| (0..length).map(move |i| (row * 7919 + i * 104_729) % 49152);
+    let sample = |row| Sample {
+        input_ids: ids(row).map(|id| id as u32).collect(),
+        labels: ids(row).map(|id| id as i32).collect(),
+    };
+    let samples: Vec<Sample> = (0..rows).map(sample).collect();
+    Window {
+        micro_batches: vec![MicroBatch::new(&samples)],
+        step: 0,
+        epoch: 1.0,
+    }
+}
+
+/// Forward and backward.
+#[divan::bench(args = SHAPES, sample_count = 5)]
+fn gradients(bencher: Bencher<'_, '_>, shape: [usize; 2]) {
+    let (lm, window) = (language_model(), window(shape));
+    bencher.bench_local(|| TrainStep::step(&lm, window.clone()));
+}
+
+/// Forward alone, as in an evaluation.
+#[divan::bench(args = SHAPES, sample_count = 5)]
+fn evaluation(bencher: Bencher<'_, '_>, shape: [usize; 2]) {
+    let (lm, window) = (language_model().valid(), window(shape));
+    bencher.bench_local(|| lm.token_nll(&window.micro_batches[0]));
+}
+
+/// Clipping and AdamW over all adapters.
+#[divan::bench(sample_count = 10)]
+fn update(bencher: Bencher<'_, '_>) {
+    let lm = language_model();
+    let mut optimizer = AdamW::<Flex>::new(&Recipe::default().train);
+    let inputs = || TrainStep::step(&lm, window([1, 16])).grads;
+    bencher.with_inputs(inputs).bench_local_values(|mut grads| {
+        clip_gradients::<B, _>(&mut grads, &lm, 1.0);
+        Optimizer::<CausalLm<B>, B>::step(&mut optimizer, 1e-4, lm.clone(), grads)
+    });
+}
+
+/// 32 tokens after a prompt of 32.
+#[divan::bench(sample_count = 5)]
+fn generation(bencher: Bencher<'_, '_>) {
+    let lm = language_model().valid();
+    let prompt: Vec<u32> = (100..132).collect();
+    let greedy = Sampling::default();
+    bencher.bench_local(|| {
+        let go_on = &mut |_| ControlFlow::Continue(());
+        let device = Default::default();
+        generate(&lm.model, &prompt, 32, &[], greedy, &device, go_on).expect("it generates")
+    });
+}
