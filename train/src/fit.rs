@@ -23,7 +23,7 @@ use model::ops::TrainBackend;
 use crate::batch::{EvalBatches, Windows};
 use crate::checkpoint::{Best, Checkpoints, Progress, Snapshot};
 use crate::error::{Error, Result};
-use crate::metrics::{DashboardMetric, EvalLoss, NoMetricFiles};
+use crate::metrics::{Gauge, NoMetricFiles};
 use crate::optimizer::AdamW;
 use crate::recipe::Recipe;
 use crate::run_folder::{Line, RunFolder, peak_memory_bytes, remove_folder, replace_folder};
@@ -133,15 +133,24 @@ pub fn fit<B: TrainBackend, R: MetricsRenderer + 'static>(
         report,
     });
     let result = SupervisedTraining::new(&path, windows, eval)
-        .metric_train_numeric(DashboardMetric::new("Loss", None, |item| item.loss))
-        .metric_train_numeric(DashboardMetric::new("Learning rate", None, |item| item.lr))
-        .metric_train_numeric(DashboardMetric::new("Gradient norm", None, |item| {
-            item.grad_norm
+        .metric_train_numeric(Gauge::new("Loss", |step: &StepItem| {
+            (step.loss, step.trained_tokens)
         }))
-        .metric_train_numeric(DashboardMetric::new("Speed", Some("tokens/s"), |item| {
-            item.tokens as f64 / item.seconds
+        .metric_train_numeric(Gauge::new("Learning rate", |step: &StepItem| {
+            (step.lr, step.trained_tokens)
         }))
-        .metric_valid_numeric(EvalLoss::new())
+        .metric_train_numeric(Gauge::new("Gradient norm", |step: &StepItem| {
+            (step.grad_norm, step.trained_tokens)
+        }))
+        .metric_train_numeric(Gauge::rising("Speed", |step: &StepItem| {
+            (step.tokens as f64 / step.seconds, step.tokens)
+        }))
+        .metric_valid_numeric(Gauge::new("Loss", |batch: &EvalItem| {
+            (
+                batch.nll / batch.trained_tokens as f64,
+                batch.trained_tokens,
+            )
+        }))
         .with_metric_logger(NoMetricFiles)
         .with_interrupter(interrupter)
         .renderer(renderer)

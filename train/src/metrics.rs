@@ -12,23 +12,32 @@ use burn::train::metric::{
 
 use crate::step::{EvalItem, StepItem};
 
-/// One number of a training step.
+/// One number of a training step or of an evaluated batch.
 #[derive(Clone)]
-pub struct DashboardMetric {
+pub struct Gauge<I> {
     name: MetricName,
-    unit: Option<&'static str>,
-    read: fn(&StepItem) -> f64,
+    higher_is_better: bool,
+    /// The number, and how many tokens it is the mean of.
+    read: fn(&I) -> (f64, usize),
     state: NumericMetricState,
 }
 
-impl DashboardMetric {
-    /// A metric of this name, in this unit.
-    pub fn new(name: &str, unit: Option<&'static str>, read: fn(&StepItem) -> f64) -> Self {
+impl<I> Gauge<I> {
+    /// A number where lower is better.
+    pub fn new(name: &str, read: fn(&I) -> (f64, usize)) -> Self {
         Self {
             name: Arc::new(name.to_owned()),
-            unit,
+            higher_is_better: false,
             read,
             state: NumericMetricState::default(),
+        }
+    }
+
+    /// A number where higher is better.
+    pub fn rising(name: &str, read: fn(&I) -> (f64, usize)) -> Self {
+        Self {
+            higher_is_better: true,
+            ..Self::new(name, read)
         }
     }
 }
@@ -39,69 +48,14 @@ impl Adaptor<StepItem> for StepItem {
     }
 }
 
-impl Metric for DashboardMetric {
-    type Input = StepItem;
-
-    fn name(&self) -> MetricName {
-        self.name.clone()
-    }
-
-    fn attributes(&self) -> MetricAttributes {
-        let unit = self.unit.map(str::to_owned);
-        let higher_is_better = self.unit.is_some();
-        NumericAttributes {
-            unit,
-            higher_is_better,
-        }
-        .into()
-    }
-
-    fn update(&mut self, item: &StepItem, _: &MetricMetadata) -> SerializedEntry {
-        let format = FormatOptions::new(self.name()).precision(4);
-        self.state
-            .update((self.read)(item), item.trained_tokens, format)
-    }
-
-    fn clear(&mut self) {
-        self.state.reset();
-    }
-}
-
-impl Numeric for DashboardMetric {
-    fn value(&self) -> NumericEntry {
-        self.state.current_value()
-    }
-
-    fn running_value(&self) -> NumericEntry {
-        self.state.running_value()
-    }
-}
-
-/// The loss of an evaluation, weighted by tokens.
-#[derive(Clone)]
-pub struct EvalLoss {
-    name: MetricName,
-    state: NumericMetricState,
-}
-
-impl EvalLoss {
-    /// Named as the training loss, so that both share a plot.
-    pub fn new() -> Self {
-        Self {
-            name: Arc::new("Loss".to_owned()),
-            state: NumericMetricState::default(),
-        }
-    }
-}
-
 impl Adaptor<EvalItem> for EvalItem {
     fn adapt(&self) -> EvalItem {
         *self
     }
 }
 
-impl Metric for EvalLoss {
-    type Input = EvalItem;
+impl<I: Clone + Send + Sync + 'static> Metric for Gauge<I> {
+    type Input = I;
 
     fn name(&self) -> MetricName {
         self.name.clone()
@@ -110,15 +64,15 @@ impl Metric for EvalLoss {
     fn attributes(&self) -> MetricAttributes {
         NumericAttributes {
             unit: None,
-            higher_is_better: false,
+            higher_is_better: self.higher_is_better,
         }
         .into()
     }
 
-    fn update(&mut self, item: &EvalItem, _: &MetricMetadata) -> SerializedEntry {
+    fn update(&mut self, item: &I, _: &MetricMetadata) -> SerializedEntry {
         let format = FormatOptions::new(self.name()).precision(4);
-        let mean = item.nll / item.trained_tokens as f64;
-        self.state.update(mean, item.trained_tokens, format)
+        let (value, tokens) = (self.read)(item);
+        self.state.update(value, tokens, format)
     }
 
     fn clear(&mut self) {
@@ -126,7 +80,7 @@ impl Metric for EvalLoss {
     }
 }
 
-impl Numeric for EvalLoss {
+impl<I> Numeric for Gauge<I> {
     fn value(&self) -> NumericEntry {
         self.state.current_value()
     }

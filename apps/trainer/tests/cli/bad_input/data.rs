@@ -214,5 +214,9 @@ fn rows_that_are_too_long() {
     refused(&dir, &format!("{set}=6 --set data.truncate=error"), &parts);
     let line = format!("train --json --model model --data {set}=8 --output run --max-steps 1");
     let run = dir.trainer(&line).succeeds();
-    assert!(run.stderr.contains("2 of 8 rows are longer than data.max_length"), "{run}");
+    assert!(
+        run.stderr
+            .contains("2 of 8 rows are longer than data.max_length"),
+        "{run}"
+    );
 }
