@@ -23,7 +23,8 @@ pub const MODEL_FILE: &str = "adapter_model.safetensors";
 const PREFIX: &str = "base_model.model.";
 
 /// Settings that change what the tensors mean and that are not supported: the value each must
-/// have. Others that are not read (`revision`, `peft_version`, …) change nothing.
+/// have. Others that are not read (`revision`, `peft_version`, …) change nothing;
+/// `init_lora_weights` has its own check.
 const MUST_BE: [(&str, Value); 21] = [
     ("alora_invocation_tokens", Value::Null),
     ("arrow_config", Value::Null),
@@ -159,7 +160,21 @@ fn unsupported(object: &Map<String, Value>) -> Vec<String> {
             .filter(|value| !neutral(key, value, wanted))?;
         Some(format!("{key} is {value}: this is not supported"))
     });
-    set.collect()
+    let mut problems: Vec<String> = set.collect();
+    // the others change the base weights, too, and such an adapter is no use on the original base
+    let init = object.get("init_lora_weights").unwrap_or(&Value::Null);
+    let plain = init.is_null() || init.is_boolean();
+    if !plain
+        && !["gaussian", "orthogonal", "eva"]
+            .iter()
+            .any(|name| init == name)
+    {
+        problems.push(format!(
+            "init_lora_weights is {init}: it belongs to a changed base model, convert the adapter \
+             with PEFT's path_initial_model_for_weight_conversion first"
+        ));
+    }
+    problems
 }
 
 /// Puts the adapter of a folder on a model; its `modules_to_save` replace the model's own weights.
@@ -198,7 +213,7 @@ pub fn load<B: Backend>(
 }
 
 /// Writes an adapter folder that `peft.PeftModel.from_pretrained` loads; `base_model` is the name
-/// that the adapter gives its base.
+/// that the adapter gives its base, a folder or `owner/name[@revision]`.
 ///
 /// # Errors
 /// Files that cannot be written; each is complete or absent.
@@ -251,6 +266,10 @@ fn key(name: &str) -> String {
 /// The settings in PEFT's spelling, keys sorted. Keys that came late to PEFT and hold their
 /// default are left out: older versions refuse keys that they do not know.
 fn config_json(config: &LoraConfig, base_model: &str) -> Value {
+    let (base_model, revision) = match base_model.split_once('@') {
+        Some((id, revision)) if !Path::new(base_model).exists() => (id, Some(revision)),
+        _ => (base_model, None),
+    };
     let names = |targets: &Targets| match targets {
         Targets::AllLinear => json!(ALL_LINEAR),
         other => json!(other),
@@ -272,6 +291,7 @@ fn config_json(config: &LoraConfig, base_model: &str) -> Value {
         "auto_mapping": null,
         "base_model_name_or_path": base_model,
         "bias": "none",
+        "exclude_modules": config.exclude_modules.as_ref().map(names),
         "fan_in_fan_out": false,
         "inference_mode": true,
         "init_lora_weights": init,
@@ -283,15 +303,16 @@ fn config_json(config: &LoraConfig, base_model: &str) -> Value {
         "peft_type": "LORA",
         "r": config.rank,
         "rank_pattern": config.rank_pattern,
-        "revision": null,
+        "revision": revision,
         "target_modules": names(&config.target_modules),
         "task_type": "CAUSAL_LM",
         "use_dora": false,
         "use_rslora": config.use_rslora,
     });
-    if let Some(exclude) = &config.exclude_modules {
-        json["exclude_modules"] = names(exclude);
-        json.sort_all_objects();
+    if config.exclude_modules.is_none()
+        && let Some(object) = json.as_object_mut()
+    {
+        object.shift_remove("exclude_modules"); // came with PEFT 0.14
     }
     json
 }

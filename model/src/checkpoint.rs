@@ -297,25 +297,20 @@ pub fn write_file(path: &Path, bytes: &[u8]) -> Result<()> {
         source,
     };
     let folder = path.parent().filter(|p| !p.as_os_str().is_empty());
-    let mut file = tempfile::Builder::new()
-        .prefix(".part-")
+    let mut builder = tempfile::Builder::new();
+    builder.prefix(".part-");
+    #[cfg(unix)]
+    {
+        // temporary files are private to their owner; what a run leaves behind follows the umask
+        use std::os::unix::fs::PermissionsExt;
+        builder.permissions(std::fs::Permissions::from_mode(0o666));
+    }
+    let mut file = builder
         .tempfile_in(folder.unwrap_or(Path::new(".")))
         .map_err(io)?;
     file.write_all(bytes).map_err(io)?;
     file.as_file().sync_all().map_err(io)?;
-    let file = file.persist(path).map_err(|e| io(e.error))?;
-    make_readable(&file).map_err(io)
-}
-
-/// Temporary files are private to their owner; what a run leaves behind should not be.
-#[cfg(unix)]
-fn make_readable(file: &File) -> std::io::Result<()> {
-    use std::os::unix::fs::PermissionsExt;
-    file.set_permissions(std::fs::Permissions::from_mode(0o644))
-}
-
-#[cfg(not(unix))]
-fn make_readable(_: &File) -> std::io::Result<()> {
+    file.persist(path).map_err(|e| io(e.error))?;
     Ok(())
 }
 

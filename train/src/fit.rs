@@ -4,6 +4,7 @@
 //! incomplete window of an epoch; this one takes whole windows, so that an optimizer step is one
 //! item. Evaluations, checkpoints and the interrupt come between steps.
 
+use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
@@ -108,13 +109,11 @@ pub fn fit<B: TrainBackend, R: MetricsRenderer + 'static>(
     report: Report,
 ) -> Result<Outcome> {
     let path = run.folder.path().to_path_buf();
-    let (trained, base) = (run.trained.clone(), run.base.clone());
-    let base_name = run.recipe.model.path.clone();
     let train = &run.recipe.train;
     let schedule = Schedule::new(train, run.windows.num_steps(), run.progress.step);
-    let learner = Learner::new(run.model.clone(), run.optimizer.clone(), schedule);
-    let (windows, eval) = (Arc::new(run.windows.clone()), Arc::new(run.eval.clone()));
-
+    // The model moves into the learner: a second handle would keep the first weights for the run.
+    let learner = Learner::new(run.model, run.optimizer.clone(), schedule);
+    let (windows, eval) = (Arc::new(run.windows.clone()), Arc::new(run.eval));
     let strategy = Arc::new(StepByStep {
         checkpoints: Checkpoints::new(&path, train.keep_checkpoints),
         optimizer: run.optimizer,
@@ -165,7 +164,8 @@ pub fn fit<B: TrainBackend, R: MetricsRenderer + 'static>(
         return Err(error);
     }
     if state.stopped != Some(Stopped::Interrupted) {
-        trained.save(&result.model.model, &base, &base_name, &path)?;
+        let name = strategy.trained.folder_name();
+        strategy.save_whole(&result.model, &path, name)?;
     }
     Ok(Outcome {
         steps: state.progress.step,
@@ -392,18 +392,18 @@ impl<B: TrainBackend> StepByStep<B> {
         }
         state.progress.best = Some(Best { step, loss });
         state.progress.evaluations_without_improvement = 0;
-        self.save_best(&model, state)
+        self.save_whole(&model, state.folder.path(), "best")
     }
 
-    /// `best/` is replaced as a whole, so that it is never a mixture of two adapters.
-    fn save_best(&self, model: &CausalLm<B::InnerBackend>, state: &State) -> Result<()> {
-        let run = state.folder.path();
-        let (part, done) = (run.join(".best.part"), run.join("best"));
+    /// Saves what is trained as `name` in the run folder, which is replaced as a whole, so that it
+    /// is never a mixture of two.
+    fn save_whole(&self, model: &CausalLm<B::InnerBackend>, run: &Path, name: &str) -> Result<()> {
+        let part = run.join(format!(".{name}.part"));
         remove_folder(&part)?;
         let saved = self
             .trained
             .save(&model.model, &self.base, &self.recipe.model.path, &part)?;
-        replace_folder(&saved, &done)?;
+        replace_folder(&saved, &run.join(name))?;
         remove_folder(&part)
     }
 }

@@ -521,6 +521,12 @@ impl Recipe {
             "adapter.init_from",
             apart,
         );
+        let fresh = adapter.init != LoraInit::Default;
+        check(
+            !(continues && fresh),
+            "adapter.init",
+            "does not go with adapter.init_from",
+        );
         problems
     }
 
@@ -592,6 +598,12 @@ impl Recipe {
             positive(train.max_grad_norm),
             "train.max_grad_norm",
             "must be 0 (off) or above",
+        );
+        let evaluates = !self.data.eval.is_empty() || self.data.eval_fraction > 0.0;
+        check(
+            evaluates || train.early_stopping_patience == 0,
+            "train.early_stopping_patience",
+            "needs data.eval or data.eval_fraction",
         );
         check(
             train.log_every >= 1,
@@ -1108,7 +1120,6 @@ mod tests {
             "adapter.rank_pattern={q_proj = 8, 'layers.1' = 4}",
             "adapter.alpha_pattern={v_proj = 2.5}",
             "adapter.modules_to_save=[lm_head]",
-            "adapter.init=gaussian",
             "adapter.init_from=some/adapter",
             "adapter.alpha=3",
             "data.train=[a.jsonl, b.jsonl]",

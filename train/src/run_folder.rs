@@ -127,8 +127,15 @@ pub fn check_empty(path: &Path) -> Result<()> {
 
 /// Puts a complete folder in the place of another.
 pub(crate) fn replace_folder(from: &Path, to: &Path) -> Result<()> {
-    remove_folder(to)?;
-    std::fs::rename(from, to).map_err(io("rename", from))
+    let name = to.file_name().unwrap_or_default().to_string_lossy();
+    let aside = to.with_file_name(format!(".{name}.old"));
+    remove_folder(&aside)?;
+    match std::fs::rename(to, &aside) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(io("rename", to)(e)),
+        _ => {}
+    }
+    std::fs::rename(from, to).map_err(io("rename", from))?;
+    remove_folder(&aside)
 }
 
 /// Removes a folder that may be there.

@@ -39,36 +39,34 @@ pub fn trained(recipe: &mut Recipe) -> Result<Trained> {
     }
     if let Some(folder) = &recipe.adapter.init_from {
         let theirs = peft::read_config(folder)?;
-        let asked = recipe.adapter.clone();
-        let place = folder.display().to_string();
-        recipe.adapter.set_lora(&theirs);
-        let ours = &recipe.adapter;
-        let checks = [
-            ("rank", asked.rank == ours.rank),
-            ("alpha", asked.alpha == ours.alpha),
-            ("use_rslora", asked.use_rslora == ours.use_rslora),
-            ("rank_pattern", asked.rank_pattern == ours.rank_pattern),
-            ("alpha_pattern", asked.alpha_pattern == ours.alpha_pattern),
-        ];
-        let differ =
-            |(key, same): &(&str, bool)| !same && recipe.given.contains(&format!("adapter.{key}"));
-        let problem = |(key, _): &(&str, bool)| {
-            format!("adapter.{key} differs from that of adapter.init_from ({place})")
+        let differ = recipe.adapter.lora().differences(&theirs).into_iter();
+        let asked = differ.map(|key| format!("adapter.{key}"));
+        let problem = |key: String| {
+            format!(
+                "{key} differs from that of adapter.init_from ({})",
+                folder.display()
+            )
         };
-        let problems: Vec<_> = checks
-            .iter()
-            .filter(|check| differ(check))
-            .map(problem)
-            .collect();
+        let asked = asked.filter(|key| recipe.given.contains(key));
+        let problems: Vec<_> = asked.map(problem).collect();
         if !problems.is_empty() {
             return Err(Error::Recipe { problems });
         }
-        // These two do not change what the tensors mean.
+        let dropout = recipe.adapter.dropout;
+        recipe.adapter.set_lora(&theirs);
         if recipe.given.contains("adapter.dropout") {
-            recipe.adapter.dropout = asked.dropout;
+            recipe.adapter.dropout = dropout; // it does not change what the tensors mean
         }
     }
-    Ok(Trained::Lora(recipe.adapter.lora()))
+    Ok(resumed(recipe))
+}
+
+/// What a resolved recipe trains.
+pub fn resumed(recipe: &Recipe) -> Trained {
+    match recipe.adapter.is_full() {
+        true => Trained::Full,
+        false => Trained::Lora(recipe.adapter.lora()),
+    }
 }
 
 /// Number of trained weights. Settings that do not fit the model are those of the recipe, or of
@@ -77,6 +75,9 @@ pub fn trained(recipe: &mut Recipe) -> Result<Trained> {
 /// # Errors
 /// [`adapters::Error::Fit`] or [`adapters::Error::Config`] with everything that does not fit.
 pub fn num_params(recipe: &Recipe, trained: &Trained, model: &LlamaConfig) -> Result<u64> {
+    if let (Trained::Lora(lora), None) = (trained, &recipe.adapter.init_from) {
+        lora.check_names(model)?;
+    }
     trained
         .num_params(model)
         .map_err(|error| match (error, &recipe.adapter.init_from) {

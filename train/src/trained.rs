@@ -101,7 +101,21 @@ impl Trained {
     ) -> Result<AdaptedLlama<B>> {
         let folder = from.join(self.folder_name());
         match self {
-            Self::Lora(_) => Ok(peft::load(model, &folder, device)?.0),
+            Self::Lora(ours) => {
+                let (model, theirs) = peft::load(model, &folder, device)?;
+                let problem = |key| {
+                    format!(
+                        "adapter.{key} is not what the run began with ({})",
+                        folder.display()
+                    )
+                };
+                match ours.differences(&theirs) {
+                    differ if differ.is_empty() => Ok(model),
+                    differ => Err(Error::Recipe {
+                        problems: differ.into_iter().map(problem).collect(),
+                    }),
+                }
+            }
             Self::Full => {
                 let file = Checkpoint::open_file(&folder.join(MODEL_FILE))?;
                 let tensors = model.config.tensors();

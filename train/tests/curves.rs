@@ -50,22 +50,28 @@ fn max_off(ours: &[Value], theirs: &[Value], key: &str) -> f64 {
             false => (ours - theirs).abs() / theirs.abs(),
         }
     };
-    ours.iter().zip(theirs).map(off).fold(0.0, f64::max)
+    largest(ours.iter().zip(theirs).map(off))
 }
 
-fn max_adapter_off(ours: &Path, theirs: &Path) -> f32 {
+fn max_adapter_off(ours: &Path, theirs: &Path) -> f64 {
     let open = |folder: &Path| Checkpoint::open_file(&folder.join(peft::MODEL_FILE)).unwrap();
     let (ours, theirs) = (open(ours), open(theirs));
     assert!(ours.tensors().eq(theirs.tensors()), "names and shapes");
-    let mut off = 0f32;
-    for (name, _) in theirs.tensors() {
+    largest(theirs.tensors().flat_map(|(name, _)| {
         let (left, right) = (ours.read(name).unwrap(), theirs.read(name).unwrap());
-        off = left
-            .iter()
-            .zip(&right)
-            .fold(off, |off, (l, r)| off.max((l - r).abs()));
-    }
-    off
+        let pairs = left.into_iter().zip(right);
+        pairs
+            .map(|(l, r)| f64::from((l - r).abs()))
+            .collect::<Vec<_>>()
+    }))
+}
+
+/// The largest difference; one that is no number is the largest of all.
+fn largest(off: impl Iterator<Item = f64>) -> f64 {
+    off.fold(0.0, |most, off| match off.is_nan() {
+        true => f64::INFINITY,
+        false => most.max(off),
+    })
 }
 
 /// Takes the run of a fixture and compares every step and the final adapter.

@@ -602,7 +602,9 @@ fn the_best_adapter_is_that_of_the_lowest_evaluation_loss() {
 
 #[test]
 fn a_run_stops_early_when_patience_ends() {
-    let (out, outcome) = run_gqa(&format!("{OVERFIT} train.early_stopping_patience=2"));
+    let (out, outcome) = run_gqa(&format!(
+        "{OVERFIT} train.early_stopping_patience=2 data.eval=given"
+    ));
     let best = outcome.best.unwrap();
     assert_eq!(outcome.stopped, Some(Stopped::Early));
     let losses = numbers(&metrics(out.path(), "eval"), "loss");

@@ -87,7 +87,7 @@ pub struct TrainArgs {
     /// Go on with the run in this folder, from its newest checkpoint
     #[arg(long, value_name = "RUN", conflicts_with_all = [
         "recipe", "model", "data", "eval_data", "output", "quant", "method", "rank", "max_steps",
-        "epochs", "set",
+        "print_recipe", "epochs", "set",
     ])]
     pub resume: Option<PathBuf>,
     /// Print the resolved recipe and stop

@@ -6,6 +6,7 @@
 
 use std::collections::VecDeque;
 use std::io::{Stderr, stderr};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -176,15 +177,31 @@ fn take_screen() -> std::io::Result<Screen> {
         give_screen_back();
         before(info);
     }));
-    enable_raw_mode()?;
-    execute!(stderr(), EnterAlternateScreen)?;
-    Terminal::new(CrosstermBackend::new(stderr()))
+    TAKEN.store(true, Ordering::Relaxed);
+    let screen = enable_raw_mode()
+        .and_then(|()| execute!(stderr(), EnterAlternateScreen))
+        .and_then(|()| Terminal::new(CrosstermBackend::new(stderr())));
+    if screen.is_err() {
+        give_screen_back();
+    }
+    screen
 }
 
-fn give_screen_back() {
-    // What fails here cannot be mended here, and the program goes on or ends all the same.
-    let _ = disable_raw_mode();
-    let _ = execute!(stderr(), LeaveAlternateScreen);
+/// Whether the screen is the dashboard's.
+static TAKEN: AtomicBool = AtomicBool::new(false);
+
+/// Leaves the terminal as it was found; does nothing if it was not taken.
+pub fn give_screen_back() {
+    if TAKEN.swap(false, Ordering::Relaxed) {
+        // What fails here cannot be mended here, and the program goes on or ends all the same.
+        let _ = disable_raw_mode();
+        let _ = execute!(stderr(), LeaveAlternateScreen);
+    }
+}
+
+/// Whether messages would be drawn over.
+pub fn has_screen() -> bool {
+    TAKEN.load(Ordering::Relaxed)
 }
 
 /// Draws and listens until the run has ended.

@@ -130,10 +130,6 @@ fn unknown(name: &str) -> anyhow::Error {
 }
 
 /// A backend that this build lacks.
-#[cfg_attr(
-    all(feature = "wgpu", feature = "cuda"),
-    expect(dead_code, reason = "nothing is lacking")
-)]
 fn not_compiled(backend: &str) -> anyhow::Error {
     Advised::failed(
         format!("--device {backend} is not compiled into this build"),
@@ -203,18 +199,14 @@ mod graphics {
     }
 
     pub fn find(backend: &str, index: usize) -> anyhow::Result<Device> {
-        let compiled = match backend {
-            "vulkan" => {
-                cfg!(any(feature = "vulkan", feature = "wgpu"))
-                    && cfg!(not(target_vendor = "apple"))
-            }
-            "metal" => {
-                cfg!(any(feature = "metal", feature = "wgpu")) && cfg!(target_vendor = "apple")
-            }
-            _ => true,
+        let apple = cfg!(target_vendor = "apple");
+        let (elsewhere, own) = match apple {
+            true => ("vulkan", "metal"),
+            false => ("metal", "vulkan"),
         };
-        if !compiled {
-            return Err(super::not_compiled(backend));
+        if backend == elsewhere {
+            let message = format!("--device {elsewhere} does not exist on this system");
+            return Err(Advised::failed(message, format!("use --device {own}")).into());
         }
         let all = adapters();
         let count = all.len();

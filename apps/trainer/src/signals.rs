@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use burn::train::Interrupter;
 
-use crate::output;
+use crate::{dashboard, output};
 
 /// Exit code of an interrupted program.
 pub const INTERRUPTED: u8 = 130;
@@ -24,9 +24,12 @@ fn listen() -> Interrupter {
     // If there is no handler, Ctrl-C ends the program at once, as it does without this call.
     let _ = ctrlc::set_handler(move || {
         if asked.swap(true, Ordering::Relaxed) {
+            dashboard::give_screen_back();
             std::process::exit(i32::from(INTERRUPTED));
         }
-        output::log("stopping after this step (again: at once)");
+        if !dashboard::has_screen() {
+            output::log("stopping after this step (again: at once)");
+        }
         handle.stop(Some("interrupted"));
     });
     interrupter

@@ -51,6 +51,8 @@ pub struct Settings {
 pub struct Prepared {
     /// The samples, in the order of their rows.
     pub samples: Vec<Sample>,
+    /// For each sample the number of its row, from 0 over all files.
+    pub row_numbers: Vec<usize>,
     /// How many rows were read, those dropped included.
     pub rows: usize,
     /// How many rows were dropped because they are too long.
@@ -120,6 +122,7 @@ impl Preparation<'_> {
         let encoded: Vec<_> = self.chunk.par_iter().map(encode).collect();
         for (row, encoded) in self.chunk.drain(..).zip(encoded) {
             let prepared = &mut self.prepared;
+            let number = prepared.rows;
             prepared.rows += 1;
             let Some(Encoded {
                 sample,
@@ -139,6 +142,7 @@ impl Preparation<'_> {
             prepared.total_tokens += sample.input_ids.len() as u64;
             prepared.rows_without_end_marker += usize::from(lacks_end_marker);
             prepared.samples.push(sample);
+            prepared.row_numbers.push(number);
         }
         Ok(())
     }

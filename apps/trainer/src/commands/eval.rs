@@ -1,7 +1,7 @@
 //! `trainer eval`
 
 use std::io::Write;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 
@@ -18,6 +18,7 @@ use model::ops::TrainBackend;
 use serde_json::json;
 use toml::Value;
 
+use super::train::problems_of;
 use super::{check_memory, open_adapter, open_model, settings};
 use crate::cli::EvalArgs;
 use crate::device::{Device, Job};
@@ -37,12 +38,17 @@ pub fn run(args: EvalArgs, device: &str, output: &Output) -> Result<ExitCode> {
         .transpose()?;
     check_memory(base.config.num_params(), &device)?;
     let encoder = encoder::open(&base, &recipe.data)?;
+    check_folder(args.per_token.as_deref())?;
     let rows = prepare(&args.data, &recipe.data.settings(), &encoder)?;
+    for problem in problems_of("these rows", &rows, &encoder) {
+        output.note(format_args!("warning: {problem}"));
+    }
     let batches = EvalBatches::new(Arc::new(rows.samples), recipe.train.micro_batch_size);
     let job = EvalJob {
         base,
         adapter,
         batches,
+        row_numbers: rows.row_numbers,
         per_token: args.per_token,
     };
     let result = device.run(job)?;
@@ -93,10 +99,27 @@ fn read_recipe(args: &EvalArgs) -> Result<Recipe> {
     Ok(Recipe::read(None, &over)?)
 }
 
+/// What cannot be written later is said before anything is computed.
+fn check_folder(file: Option<&Path>) -> Result<()> {
+    let folder = file
+        .and_then(Path::parent)
+        .filter(|folder| !folder.as_os_str().is_empty());
+    match folder {
+        Some(folder) if !folder.is_dir() => Err(Advised::failed(
+            format!("--per-token: there is no folder {}", folder.display()),
+            "create the folder, or name another file",
+        )
+        .into()),
+        _ => Ok(()),
+    }
+}
+
 struct EvalJob {
     base: ModelFolder,
     adapter: Option<PathBuf>,
     batches: EvalBatches,
+    /// Where each row of the batches stood in the data.
+    row_numbers: Vec<usize>,
     per_token: Option<PathBuf>,
 }
 
@@ -114,7 +137,10 @@ impl Job for EvalJob {
         let mut lines = Vec::new();
         let wanted = self.per_token.is_some();
         let result = evaluate(&lm, &self.batches, |row, logprobs| match wanted {
-            true => writeln!(lines, "{}", json!({"row": row, "logprobs": logprobs})),
+            true => {
+                let row = self.row_numbers[row];
+                writeln!(lines, "{}", json!({"row": row, "logprobs": logprobs}))
+            }
             false => Ok(()),
         })
         .context("cannot gather the log probabilities")?;

@@ -124,7 +124,10 @@ pub fn launch(
     output: &Output,
 ) -> Result<Finished> {
     let device = Device::find(device)?;
-    let trained = session::trained(&mut recipe)?;
+    let trained = match resume {
+        Some(_) => session::resumed(&recipe),
+        None => session::trained(&mut recipe)?,
+    };
     let folder = match resume {
         Some(run) => run.clone(),
         None => output_folder(&mut recipe)?,
@@ -301,7 +304,7 @@ pub fn read_rows(recipe: &Recipe, base: &ModelFolder, output: &Output) -> Result
 }
 
 /// What makes a run worse without stopping it.
-fn problems_of(what: &str, prepared: &Prepared, encoder: &Encoder) -> Vec<String> {
+pub fn problems_of(what: &str, prepared: &Prepared, encoder: &Encoder) -> Vec<String> {
     let mut problems = Vec::new();
     if prepared.dropped_rows > 0 {
         let (dropped, rows) = (prepared.dropped_rows, prepared.rows);

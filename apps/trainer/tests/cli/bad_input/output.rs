@@ -27,7 +27,8 @@ fn an_output_below_a_file() {
     dir.trainer(&format!("{TRAIN} rows.jsonl/run"))
         .fails(1, &["rows.jsonl/run"]);
     let line = "eval --model model --data rows.jsonl --per-token rows.jsonl/out";
-    dir.trainer(line).fails(1, &["cannot write rows.jsonl/out"]);
+    dir.trainer(line)
+        .fails(1, &["there is no folder rows.jsonl"]);
     let line = "eval --model model --data rows.jsonl --per-token gone/out --json";
     dir.trainer(line).fails(1, &["cannot write gone/out"]);
     dir.trainer("eval --model model --data rows.jsonl --per-token model")
