@@ -30,7 +30,7 @@ fn an_output_below_a_file() {
     dir.trainer(line)
         .fails(1, &["there is no folder rows.jsonl"]);
     let line = "eval --model model --data rows.jsonl --per-token gone/out --json";
-    dir.trainer(line).fails(1, &["cannot write gone/out"]);
+    dir.trainer(line).fails(1, &["there is no folder gone"]);
     dir.trainer("eval --model model --data rows.jsonl --per-token model")
         .fails(1, &["model"]);
     assert_eq!(dir.names("."), ["model", "rows.jsonl"]);
