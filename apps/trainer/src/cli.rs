@@ -132,6 +132,9 @@ pub struct GenerateArgs {
     /// Treat the prompt as a user's turn, in the model's chat template
     #[arg(long, requires = "prompt", conflicts_with = "prompt_ids")]
     pub chat: bool,
+    /// The template of --chat in place of the model's: a jinja file, or chatml, llama2, llama3, alpaca
+    #[arg(long, requires = "chat", value_name = "TEMPLATE")]
+    pub chat_template: Option<String>,
     /// Token ids to complete
     #[arg(
         long,

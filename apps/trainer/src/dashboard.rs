@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 use burn::train::Interrupter;
 use ratatui::Terminal;
 use ratatui::backend::CrosstermBackend;
+use ratatui::crossterm::cursor::Show;
 use ratatui::crossterm::event::{self, KeyCode, KeyEvent, KeyEventKind, KeyModifiers};
 use ratatui::crossterm::execute;
 use ratatui::crossterm::terminal::{
@@ -195,7 +196,7 @@ pub fn give_screen_back() {
     if TAKEN.swap(false, Ordering::Relaxed) {
         // What fails here cannot be mended here, and the program goes on or ends all the same.
         let _ = disable_raw_mode();
-        let _ = execute!(stderr(), LeaveAlternateScreen);
+        let _ = execute!(stderr(), LeaveAlternateScreen, Show);
     }
 }
 
@@ -245,9 +246,9 @@ fn on_key(key: KeyEvent, state: &Mutex<State>, interrupter: &Interrupter) {
         KeyCode::Char('q') | KeyCode::Char('c') if ctrl_c || key.code == KeyCode::Char('q') => {
             interrupter.stop(Some("interrupted"));
             let mut state = lock(state);
-            state
-                .messages
-                .push_back("saving and stopping after this step".into());
+            state.messages.push_back(
+                "saving and stopping after this step (Ctrl-C again: at once, unsaved)".into(),
+            );
             state.changed = true;
         }
         KeyCode::Left => lock(state).select(-1),

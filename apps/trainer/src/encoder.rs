@@ -30,7 +30,8 @@ pub fn open(folder: &ModelFolder, data: &DataSection) -> Result<Encoder> {
     })
 }
 
-fn named_template(name: &str) -> Result<ChatTemplate> {
+/// A template by what `data.chat_template` says: a built-in name, or a file.
+pub fn named_template(name: &str) -> Result<ChatTemplate> {
     if let Some(template) = ChatTemplate::builtin(name) {
         return Ok(template);
     }

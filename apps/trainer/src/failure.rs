@@ -134,7 +134,9 @@ fn train_advice(error: &train::Error) -> &'static str {
     match error {
         E::Model(error) | E::Encode { source: error, .. } => model_advice(error),
         E::Adapter(error) => adapter_advice(error),
-        E::Recipe { .. } => "correct these keys; the README describes every key of a recipe",
+        E::Recipe { .. } => {
+            "correct these keys; `trainer train --print-recipe` shows every key with its value"
+        }
         E::NoRecipe { .. } => "give a recipe file, or with --resume the folder of a run",
         E::Toml { .. } => "correct the recipe; it is a TOML file",
         E::Io { .. } => "check the path, its permissions and the free space on its disk",

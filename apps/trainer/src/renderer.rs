@@ -48,7 +48,9 @@ impl Renderer {
         log_every: usize,
         output: Output,
     ) -> Self {
-        let wanted = !no_tui && !output.is_quiet() && std::io::stderr().is_terminal();
+        let dumb = std::env::var_os("TERM").is_some_and(|term| term == "dumb");
+        let terminal = std::io::stderr().is_terminal() && !dumb;
+        let wanted = terminal && !no_tui && !output.is_quiet();
         let dashboard = wanted.then(|| Dashboard::open(title, interrupter));
         let view = match dashboard {
             Some(Ok(dashboard)) => View::Dashboard(dashboard),

@@ -28,7 +28,7 @@ fn listen() -> Interrupter {
             std::process::exit(i32::from(INTERRUPTED));
         }
         if !dashboard::has_screen() {
-            output::log("stopping after this step (again: at once)");
+            output::log("saving and stopping after this step (again: at once, unsaved)");
         }
         handle.stop(Some("interrupted"));
     });

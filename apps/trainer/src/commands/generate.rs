@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::Result;
-use model::chat::Message;
+use model::chat::{ChatTemplate, Message};
 use model::folder::ModelFolder;
 use model::generate::{FinishReason, Generation, Sampling, generate};
 use model::hub::Files;
@@ -16,6 +16,7 @@ use serde_json::json;
 use super::{check_memory, load_model, open_adapter, open_model};
 use crate::cli::GenerateArgs;
 use crate::device::{Device, Job};
+use crate::encoder::named_template;
 use crate::failure::Advised;
 use crate::output::Output;
 
@@ -109,27 +110,35 @@ fn prompt_ids(
     if !args.chat {
         return Ok(tokenizer.encode(prompt, true)?.ids);
     }
-    chat_ids(base, tokenizer, prompt)
+    chat_ids(base, tokenizer, args.chat_template.as_deref(), prompt)
 }
 
-/// A prompt as a user's turn in the model's chat template.
-pub fn chat_ids(base: &ModelFolder, tokenizer: &Tokenizer, prompt: &str) -> Result<Vec<u32>> {
-    let Some(template) = base.chat_template()? else {
-        return Err(Advised::failed(
-            format!(
-                "{} has no chat template, which --chat needs",
-                base.path.display()
-            ),
-            "leave --chat out, or use a model that was made for chats",
-        )
-        .into());
+/// A prompt as a user's turn in a chat template: the one that is named, the model's own, or, as in
+/// training, the plain alpaca form of a model that has none.
+pub fn chat_ids(
+    base: &ModelFolder,
+    tokenizer: &Tokenizer,
+    template: Option<&str>,
+    prompt: &str,
+) -> Result<Vec<u32>> {
+    let own = match template {
+        Some(name) => Some(named_template(name)?),
+        None => base.chat_template()?,
     };
-    let text = template.render(
-        &[Message::new("user", prompt)],
-        true,
-        tokenizer.special_tokens(),
-    )?;
-    Ok(tokenizer.encode(&text, false)?.ids)
+    let special = tokenizer.special_tokens();
+    let turn = [Message::new("user", prompt)];
+    Ok(match own {
+        Some(template) => {
+            let text = template.render(&turn, true, special)?;
+            tokenizer.encode(&text, false)?.ids
+        }
+        None => {
+            let alpaca = ChatTemplate::builtin("alpaca").expect("it is built in");
+            tokenizer
+                .encode(&alpaca.render(&turn, true, special)?, true)?
+                .ids
+        }
+    })
 }
 
 struct GenerateJob {

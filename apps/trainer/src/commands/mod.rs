@@ -28,6 +28,15 @@ fn open_model(name: &str, files: Files, output: &Output) -> Result<ModelFolder> 
 
 /// An adapter folder, downloaded if it is a Hub id.
 fn open_adapter(name: &str, output: &Output) -> Result<PathBuf> {
+    let inside = Path::new(name).join("adapter");
+    let is_adapter = |folder: &Path| folder.join(peft::CONFIG_FILE).exists();
+    if !is_adapter(Path::new(name)) && is_adapter(&inside) {
+        return Err(Advised::failed(
+            format!("{name} is the folder of a run, not an adapter"),
+            format!("give {}", inside.display()),
+        )
+        .into());
+    }
     Ok(hub::resolve(name, Files::Adapter, &mut output.downloads())?)
 }
 

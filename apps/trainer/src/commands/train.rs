@@ -9,6 +9,7 @@ use ::train::data::{Encoder, Prepared, prepare, split};
 use ::train::fit::{Event, Outcome, Stopped, fit};
 use ::train::recipe::{ModelInit, Recipe};
 use ::train::run_folder::{RECIPE_FILE, check_empty};
+use ::train::schedule::Schedule;
 use ::train::session::{self, Rows};
 use ::train::trained::Trained;
 use anyhow::Result;
@@ -107,6 +108,15 @@ impl Finished {
             ),
             None => result.display().to_string(),
         };
+        if let (Some(loss), false) = (outcome.loss, output.json) {
+            output.note(format_args!("loss {loss:.4} after step {}", outcome.steps));
+        }
+        if let (Some(best), false) = (outcome.best, output.json) {
+            output.note(format_args!(
+                "best evaluation: loss {:.4} after step {}",
+                best.loss, best.step
+            ));
+        }
         output.result(&json, &text)?;
         Ok(match interrupted {
             true => ExitCode::from(signals::INTERRUPTED),
@@ -209,6 +219,16 @@ impl Job for TrainJob {
             run.windows.num_steps(),
             self.folder.display(),
         ));
+        if run.progress.step >= run.windows.num_steps() {
+            output.note("the run has taken all its steps");
+        }
+        let schedule = Schedule::new(&run.recipe.train, run.windows.num_steps(), 0);
+        let peak = (0..run.windows.num_steps())
+            .map(|step| schedule.at(step))
+            .fold(0.0, f64::max);
+        if peak < run.recipe.train.learning_rate / 2.0 {
+            output.note("warning: the run is all warm-up; set train.warmup_steps to fewer steps");
+        }
         let title = self.folder.display().to_string();
         let renderer = Renderer::new(title, self.no_tui, interrupter.clone(), log_every, output);
         let (listener, screen) = (renderer.clone(), renderer.clone());

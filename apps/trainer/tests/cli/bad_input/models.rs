@@ -315,8 +315,9 @@ fn a_tokenizer_or_template_that_does_not_load() {
     dir.trainer("eval --model model --data rows.jsonl")
         .fails(1, &["rows.jsonl:1", "chat_template.jinja"]);
     std::fs::remove_file(dir.path("model/chat_template.jinja")).unwrap();
-    dir.trainer(line)
-        .fails(1, &["model has no chat template", "--chat"]);
+    dir.trainer(line).succeeds(); // the plain alpaca form, as in training
+    dir.trainer(&format!("{line} --chat-template nothing"))
+        .fails(2, &["\"nothing\"", "chatml"]);
     dir.write("model/tokenizer_config.json", "{");
     dir.trainer(line).fails(1, &["model/tokenizer_config.json"]);
     dir.write("model/tokenizer_config.json", "{}");
