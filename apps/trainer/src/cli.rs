@@ -10,7 +10,7 @@ use clap::{Args, Parser, Subcommand, value_parser};
 #[derive(Debug, Parser)]
 #[command(name = "trainer", version, subcommand_required = false)]
 pub struct Cli {
-    /// Where to compute: auto, cpu, wgpu[:N], vulkan[:N], metal[:N] or cuda[:N]
+    /// Where to compute: auto, cpu, wgpu, vulkan, metal or cuda; the last four also as wgpu:1
     #[arg(long, global = true, default_value = "auto", value_name = "D")]
     pub device: String,
     /// Print one JSON object on stdout
