@@ -35,6 +35,8 @@ pub struct Progress {
     pub best: Option<Best>,
     /// Evaluations since then.
     pub evaluations_without_improvement: usize,
+    /// What [`Rows::fingerprint`](crate::session::Rows::fingerprint) says of the run's rows.
+    pub rows: String,
 }
 
 /// The best evaluation of a run.
@@ -263,11 +265,12 @@ fn checksum(path: &Path) -> Result<String> {
     let mut file = File::open(path).map_err(io("open", path))?;
     let mut hash = Sha256::new();
     std::io::copy(&mut file, &mut hash).map_err(io("read", path))?;
-    Ok(hash
-        .finalize()
-        .iter()
-        .map(|byte| format!("{byte:02x}"))
-        .collect())
+    Ok(hex(&hash.finalize()))
+}
+
+/// Bytes as `sha256sum` prints them.
+pub(crate) fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 fn create(folder: &Path) -> Result<()> {

@@ -272,6 +272,12 @@ pub enum Error {
         /// The run folder.
         path: PathBuf,
     },
+    /// The rows are not those that a run began with.
+    #[error("the rows differ from those that {} was trained on", checkpoint.display())]
+    RowsChanged {
+        /// The checkpoint to go on from.
+        checkpoint: PathBuf,
+    },
     /// A file of a checkpoint is not what was written.
     #[error("{} is damaged: its checksum differs", path.display())]
     Damaged {

@@ -8,9 +8,10 @@ use burn::tensor::backend::Backend;
 use model::config::LlamaConfig;
 use model::folder::ModelFolder;
 use model::ops::TrainBackend;
+use sha2::{Digest, Sha256};
 
 use crate::batch::{EvalBatches, Windows};
-use crate::checkpoint::{Progress, read_progress, restore_optimizer};
+use crate::checkpoint::{Progress, hex, read_progress, restore_optimizer};
 use crate::data::Sample;
 use crate::error::{Error, Result};
 use crate::fit::Run;
@@ -27,6 +28,27 @@ pub struct Rows {
     pub train: Arc<Vec<Sample>>,
     /// Evaluated on; may be empty.
     pub eval: Arc<Vec<Sample>>,
+}
+
+impl Rows {
+    /// The SHA-256 of all tokens and labels: order and split of the rows follow from them, so that a
+    /// run can only go on with the same ones.
+    pub fn fingerprint(&self) -> String {
+        let mut hash = Sha256::new();
+        for rows in [&self.train, &self.eval] {
+            hash.update((rows.len() as u64).to_le_bytes());
+            for row in rows.iter() {
+                hash.update((row.input_ids.len() as u64).to_le_bytes());
+                row.input_ids
+                    .iter()
+                    .for_each(|id| hash.update(id.to_le_bytes()));
+                row.labels
+                    .iter()
+                    .for_each(|label| hash.update(label.to_le_bytes()));
+            }
+        }
+        hex(&hash.finalize())
+    }
 }
 
 /// What a recipe trains; the settings of `adapter.init_from` are taken over into the recipe.
@@ -121,7 +143,10 @@ pub fn start<B: TrainBackend>(
     }
     let folder = RunFolder::create(output, &recipe)?;
     let optimizer = AdamW::new(&recipe.train);
-    let progress = Progress::default();
+    let progress = Progress {
+        rows: rows.fingerprint(),
+        ..Progress::default()
+    };
     Ok(assemble(
         recipe, trained, base, rows, device, model, optimizer, folder, progress,
     ))
@@ -137,6 +162,12 @@ pub fn resume<B: TrainBackend>(
     checkpoint: &Path,
     device: B::Device,
 ) -> Result<Run<B>> {
+    let progress = read_progress(checkpoint)?;
+    if progress.rows != rows.fingerprint() {
+        return Err(Error::RowsChanged {
+            checkpoint: checkpoint.into(),
+        });
+    }
     let mut model = load_base::<B>(&recipe, &base, &device)?;
     if trained == Trained::Full {
         trained.attach(&mut model, recipe.train.seed, &device)?;
@@ -145,7 +176,6 @@ pub fn resume<B: TrainBackend>(
     let optimizer = AdamW::new(&recipe.train);
     let names = trained.parameters(&base.config)?;
     restore_optimizer(&optimizer, &names, checkpoint, &device)?;
-    let progress = read_progress(checkpoint)?;
     let folder = RunFolder::resume(run, progress.step)?;
     Ok(assemble(
         recipe, trained, base, rows, device, model, optimizer, folder, progress,

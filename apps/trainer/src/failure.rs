@@ -142,6 +142,9 @@ fn train_advice(error: &train::Error) -> &'static str {
         E::Io { .. } => "check the path, its permissions and the free space on its disk",
         E::OutputNotEmpty { .. } => "choose another --output, or go on with that run by --resume",
         E::NoCheckpoint { .. } => "start the run anew with a recipe and another --output",
+        E::RowsChanged { .. } => {
+            "put the rows back, or start a new run with adapter.init_from on the new ones"
+        }
         E::Damaged { .. } | E::Json { .. } => "remove this checkpoint, or resume from an older one",
         E::NotFinite { .. } => {
             "lower train.learning_rate, or check the data; --resume goes on from the last checkpoint, if there is one"

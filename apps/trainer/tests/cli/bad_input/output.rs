@@ -73,6 +73,23 @@ fn resuming_what_is_no_run() {
     assert_eq!(dir.names("run"), ["recipe.toml"]);
 }
 
+/// Order and split of the rows follow from the rows themselves.
+#[test]
+fn resuming_on_other_rows() {
+    let dir = Dir::with_tokens();
+    dir.trainer(&format!("{TRAIN} run --set train.save_every=1"))
+        .succeeds();
+    let before = dir.names("run/checkpoints");
+    let rows = fs::read_to_string(dir.path("rows.jsonl")).unwrap();
+    dir.write("rows.jsonl", &rows.replacen("[3,8", "[4,8", 1));
+    assert_ne!(fs::read_to_string(dir.path("rows.jsonl")).unwrap(), rows);
+    dir.trainer("train --resume run")
+        .fails(1, &["the rows differ", "step-000001", "init_from"]);
+    assert_eq!(dir.names("run/checkpoints"), before);
+    dir.write("rows.jsonl", &rows);
+    dir.trainer("train --resume run").succeeds();
+}
+
 /// A reader who goes away, as `| head` does, is no failure; a full disk is one.
 #[cfg(target_os = "linux")]
 #[test]
