@@ -81,7 +81,7 @@ fn resuming_on_other_rows() {
         .succeeds();
     let before = dir.names("run/checkpoints");
     let rows = fs::read_to_string(dir.path("rows.jsonl")).unwrap();
-    dir.write("rows.jsonl", &rows.replacen("[3,8", "[4,8", 1));
+    dir.write("rows.jsonl", rows.replacen("[3,8", "[4,8", 1));
     assert_ne!(fs::read_to_string(dir.path("rows.jsonl")).unwrap(), rows);
     dir.trainer("train --resume run")
         .fails(1, &["the rows differ", "step-000001", "init_from"]);
