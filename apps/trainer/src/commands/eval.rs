@@ -13,13 +13,12 @@ use ::train::step::CausalLm;
 use anyhow::{Context, Result};
 use model::checkpoint::write_file;
 use model::folder::ModelFolder;
-use model::hub::Files;
 use model::ops::TrainBackend;
 use serde_json::json;
 use toml::Value;
 
 use super::train::problems_of;
-use super::{check_memory, open_adapter, open_model, settings};
+use super::{open_adapted, settings};
 use crate::cli::EvalArgs;
 use crate::device::{Device, Job};
 use crate::encoder;
@@ -30,13 +29,7 @@ use crate::output::Output;
 pub fn run(args: EvalArgs, device: &str, output: &Output) -> Result<ExitCode> {
     let device = Device::find(device)?;
     let recipe = read_recipe(&args)?;
-    let base = open_model(&args.model, Files::Model, output)?;
-    let adapter = args
-        .adapter
-        .as_deref()
-        .map(|name| open_adapter(name, output))
-        .transpose()?;
-    check_memory(base.config.num_params(), &device)?;
+    let (base, adapter) = open_adapted(&args.model, args.adapter.as_deref(), &device, output)?;
     let encoder = encoder::open(&base, &recipe.data)?;
     check_folder(args.per_token.as_deref())?;
     let rows = prepare(&args.data, &recipe.data.settings(), &encoder)?;

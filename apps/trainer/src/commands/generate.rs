@@ -8,12 +8,11 @@ use anyhow::Result;
 use model::chat::{ChatTemplate, Message};
 use model::folder::ModelFolder;
 use model::generate::{FinishReason, Generation, Sampling, generate};
-use model::hub::Files;
 use model::ops::TrainBackend;
 use model::tokenizer::Tokenizer;
 use serde_json::json;
 
-use super::{check_memory, load_model, open_adapter, open_model};
+use super::{load_model, open_adapted};
 use crate::cli::GenerateArgs;
 use crate::device::{Device, Job};
 use crate::encoder::named_template;
@@ -33,13 +32,7 @@ pub fn run(args: GenerateArgs, device: &str, output: &Output) -> Result<ExitCode
         return Err(Advised::usage(error.to_string(), "see `trainer generate --help`").into());
     }
     let device = Device::find(device)?;
-    let base = open_model(&args.model, Files::Model, output)?;
-    let adapter = args
-        .adapter
-        .as_deref()
-        .map(|name| open_adapter(name, output))
-        .transpose()?;
-    check_memory(base.config.num_params(), &device)?;
+    let (base, adapter) = open_adapted(&args.model, args.adapter.as_deref(), &device, output)?;
     let tokenizer = base.tokenizer()?;
     let prompt = prompt_ids(&args, &base, tokenizer.as_ref())?;
     if prompt.is_empty() {

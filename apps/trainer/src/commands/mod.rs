@@ -40,6 +40,19 @@ fn open_adapter(name: &str, output: &Output) -> Result<PathBuf> {
     Ok(hub::resolve(name, Files::Adapter, &mut output.downloads())?)
 }
 
+/// The model and the adapter that a command computes with, if the device can hold them.
+fn open_adapted(
+    model: &str,
+    adapter: Option<&str>,
+    device: &Device,
+    output: &Output,
+) -> Result<(ModelFolder, Option<PathBuf>)> {
+    let base = open_model(model, Files::Model, output)?;
+    let adapter = adapter.map(|name| open_adapter(name, output)).transpose()?;
+    check_memory(base.config.num_params(), device)?;
+    Ok((base, adapter))
+}
+
 /// Reads `--set` arguments.
 fn settings(set: &[String]) -> Result<Vec<(String, Value)>> {
     let one = |text: &String| {
