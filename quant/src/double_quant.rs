@@ -43,16 +43,6 @@ impl DoubleQuantized {
             code_book: Box::new(DYNAMIC.code_book),
         }
     }
-
-    /// The absmax of one block of the weight.
-    ///
-    /// # Panics
-    /// If there is no such block.
-    #[inline]
-    pub fn get(&self, block: usize) -> f32 {
-        let value = self.code_book[usize::from(self.codes[block])];
-        value * self.absmax[block / NESTED_BLOCK_SIZE] + self.offset
-    }
 }
 
 /// Fills the codes of one block and returns its absmax. A block of zeros gets codes 0, which its
@@ -236,7 +226,8 @@ mod tests {
         let quantized = DoubleQuantized::quantize(&[0.25; 300]);
         assert_eq!(quantized.offset, 0.25);
         assert_eq!(quantized.absmax, [0.0, 0.0]);
-        assert!((0..300).all(|block| quantized.get(block) == 0.25));
+        let absmax = crate::Absmax::Double(quantized);
+        assert!((0..300).all(|block| absmax.get(block) == 0.25));
     }
 
     #[test]

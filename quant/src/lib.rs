@@ -24,11 +24,18 @@
 #![deny(missing_docs)]
 
 mod code_book;
+mod decode;
 mod double_quant;
 mod error;
+mod linear;
+mod matmul;
+mod packed;
 mod quantized;
 
 pub use code_book::Format;
 pub use double_quant::{DoubleQuantized, NESTED_BLOCK_SIZE};
 pub use error::{Error, Result};
+pub use linear::QuantLinear;
+pub use matmul::{QuantBackend, Side, matmul, reference};
+pub use packed::{NestedAbsmax, PackedLayout, PackedWeight};
 pub use quantized::{Absmax, Quantized, quantize};

@@ -4,6 +4,7 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
+use crate::decode::{AbsmaxView, View};
 use crate::{DoubleQuantized, Error, Format, NESTED_BLOCK_SIZE, Result};
 
 /// The smallest and the largest block size.
@@ -37,11 +38,19 @@ impl Absmax {
     ///
     /// # Panics
     /// If there is no such block.
-    #[inline]
     pub fn get(&self, block: usize) -> f32 {
+        self.view().get(block)
+    }
+
+    fn view(&self) -> AbsmaxView<'_> {
         match self {
-            Absmax::Plain(absmax) => absmax[block],
-            Absmax::Double(double) => double.get(block),
+            Absmax::Plain(absmax) => AbsmaxView::Plain(absmax),
+            Absmax::Double(double) => AbsmaxView::Double {
+                codes: &double.codes,
+                absmax: &double.absmax,
+                code_book: &*double.code_book,
+                offset: double.offset,
+            },
         }
     }
 
@@ -160,14 +169,20 @@ impl Quantized {
         &self.absmax
     }
 
+    /// The codes and the largest magnitudes.
+    pub fn into_parts(self) -> (Vec<u8>, Absmax) {
+        (self.codes, self.absmax)
+    }
+
     /// The whole weight, row by row, decoded on all cores.
     pub fn dequantize(&self) -> Vec<f32> {
+        let view = self.view();
         let mut weight = vec![0.0; self.shape[0] * self.shape[1]];
         weight
             .par_chunks_mut(TASK_VALUES)
             .enumerate()
             .for_each(|(task, out)| {
-                self.dequantize_from(task * TASK_VALUES, out);
+                view.decode(task * TASK_VALUES, out);
             });
         weight
     }
@@ -187,39 +202,18 @@ impl Quantized {
             rows.len() * in_features,
             "length of the output for {rows:?}"
         );
-        self.dequantize_from(rows.start * in_features, out);
+        self.view().decode(rows.start * in_features, out);
     }
 
-    /// Writes the values from the flat index `start` on, until `out` is full.
-    fn dequantize_from(&self, mut start: usize, mut out: &mut [f32]) {
-        while !out.is_empty() {
-            let block = start / self.block_size;
-            let in_block = out.len().min((block + 1) * self.block_size - start);
-            let (now, later) = out.split_at_mut(in_block);
-            let absmax = self.absmax.get(block);
-            let values = self.format.decoded().map(|value| value * absmax);
-            decode(&self.codes, start, &values, now);
-            start += in_block;
-            out = later;
+    /// The parts, borrowed, as the kernels read them.
+    pub(crate) fn view(&self) -> View<'_> {
+        View {
+            shape: self.shape,
+            block_size: self.block_size,
+            code_book: self.format.decoded(),
+            codes: &self.codes,
+            absmax: self.absmax.view(),
         }
-    }
-}
-
-/// Looks up the codes from the flat index `start` on, until `out`, which is not empty, is full.
-fn decode(codes: &[u8], start: usize, values: &[f32; 16], out: &mut [f32]) {
-    let high = |byte: u8| values[usize::from(byte >> 4)];
-    let low = |byte: u8| values[usize::from(byte & 0xf)];
-    let (first, out) = out.split_at_mut(start % 2);
-    let (pairs, last) = out.as_chunks_mut::<2>();
-    let (bytes, rest) = codes[start.div_ceil(2)..].split_at(pairs.len());
-    if let [first] = first {
-        *first = low(codes[start / 2]);
-    }
-    for (pair, byte) in pairs.iter_mut().zip(bytes) {
-        *pair = [high(*byte), low(*byte)];
-    }
-    if let [last] = last {
-        *last = high(rest[0]);
     }
 }
 

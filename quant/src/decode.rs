@@ -1,0 +1,353 @@
+//! From codes to values, and to scalar products: what all kernels on the CPU are made of.
+//!
+//! One loop over runs, which lie in one block each, with bodies for a run: portable ones, and ones
+//! for the vectors that the processor turns out to have. Values are `code_book[code] * absmax` in
+//! f32, the same bits by each.
+
+/// Defines `decode` and `dot` of a module from its vectors: `Book`, which looks up `CODES` codes at
+/// a time, and `Sum`.
+macro_rules! kernels {
+    ($features:literal) => {
+        /// See [`View::decode`].
+        #[target_feature(enable = $features)]
+        pub(super) fn decode(view: &View, start: usize, out: &mut [f32]) {
+            let book = Book::load(view.code_book);
+            view.for_each_run(start, out.len(), |run, at, len| {
+                let out = &mut out[at..at + len];
+                let (head, whole) = run.words::<{ CODES / 2 }>(len);
+                let values = book.scaled(run.absmax);
+                let (first, words) = out.split_at_mut(head);
+                let (words, tail) = words.as_chunks_mut::<CODES>();
+                for (out, word) in words.iter_mut().zip(whole) {
+                    values.write(*word, out);
+                }
+                if first.len() + tail.len() > 0 {
+                    super::decode(&run, first);
+                    super::decode(&run.after(len - tail.len()), tail);
+                }
+            });
+        }
+
+        /// See [`View::dot`].
+        #[target_feature(enable = $features)]
+        pub(super) fn dot(view: &View, start: usize, x: &[f32]) -> f32 {
+            let book = Book::load(view.code_book);
+            let (mut total, mut ends) = (Sum::zero(), 0.0);
+            view.for_each_run(start, x.len(), |run, at, len| {
+                let x = &x[at..at + len];
+                let (head, whole) = run.words::<{ CODES / 2 }>(len);
+                let (first, words) = x.split_at(head);
+                let (words, tail) = words.as_chunks::<CODES>();
+                // Two chains of additions hide each other's latency.
+                let mut sums = [Sum::zero(); 2];
+                let (pairs, last) = words.as_chunks::<2>();
+                let (whole_pairs, whole_last) = whole.as_chunks::<2>();
+                for (x, word) in pairs.iter().zip(whole_pairs) {
+                    sums[0] = sums[0].add(book, word[0], &x[0]);
+                    sums[1] = sums[1].add(book, word[1], &x[1]);
+                }
+                for (x, word) in last.iter().zip(whole_last) {
+                    sums[0] = sums[0].add(book, *word, x);
+                }
+                total = total.add_scaled(sums, run.absmax);
+                if first.len() + tail.len() > 0 {
+                    let after = run.after(len - tail.len());
+                    ends += run.absmax * (super::dot(&run, first) + super::dot(&after, tail));
+                }
+            });
+            ends + total.lanes()
+        }
+    };
+}
+
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+#[cfg(target_arch = "aarch64")]
+mod neon;
+
+use crate::NESTED_BLOCK_SIZE;
+
+/// A 4-bit weight, borrowed.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct View<'a> {
+    /// `[out, in]`.
+    pub shape: [usize; 2],
+    pub block_size: usize,
+    /// What the codes stand for.
+    pub code_book: &'a [f32; 16],
+    /// Two codes a byte, the earlier one in the high nibble; there may be more than are used.
+    pub codes: &'a [u8],
+    pub absmax: AbsmaxView<'a>,
+}
+
+/// The largest magnitude of each block, borrowed.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum AbsmaxView<'a> {
+    Plain(&'a [f32]),
+    Double {
+        codes: &'a [u8],
+        absmax: &'a [f32],
+        code_book: &'a [f32],
+        offset: f32,
+    },
+}
+
+impl AbsmaxView<'_> {
+    /// The absmax of one block.
+    #[inline(always)]
+    pub fn get(&self, block: usize) -> f32 {
+        match *self {
+            Self::Plain(absmax) => absmax[block],
+            Self::Double {
+                codes,
+                absmax,
+                code_book,
+                offset,
+            } => {
+                let value = code_book[usize::from(codes[block])];
+                value * absmax[block / NESTED_BLOCK_SIZE] + offset
+            }
+        }
+    }
+}
+
+/// Values in one block, from the flat index `start` on.
+struct Run<'a> {
+    codes: &'a [u8],
+    start: usize,
+    code_book: &'a [f32; 16],
+    absmax: f32,
+}
+
+impl View<'_> {
+    /// Writes the values from the flat index `start` on, until `out` is full.
+    pub fn decode(&self, start: usize, out: &mut [f32]) {
+        // SAFETY, of each call: the processor has the features.
+        #[cfg(target_arch = "x86_64")]
+        match vectors() {
+            Vectors::Avx512 => return unsafe { avx512::decode(self, start, out) },
+            Vectors::Avx2 => return unsafe { avx2::decode(self, start, out) },
+            Vectors::None => {}
+        }
+        #[cfg(target_arch = "aarch64")]
+        if is_aarch64_feature_detected!("neon") {
+            return unsafe { neon::decode(self, start, out) };
+        }
+        self.decode_portably(start, out);
+    }
+
+    /// The scalar product of `x` and the values from the flat index `start` on.
+    pub fn dot(&self, start: usize, x: &[f32]) -> f32 {
+        // SAFETY, of each call: the processor has the features.
+        #[cfg(target_arch = "x86_64")]
+        match vectors() {
+            Vectors::Avx512 => return unsafe { avx512::dot(self, start, x) },
+            Vectors::Avx2 => return unsafe { avx2::dot(self, start, x) },
+            Vectors::None => {}
+        }
+        #[cfg(target_arch = "aarch64")]
+        if is_aarch64_feature_detected!("neon") {
+            return unsafe { neon::dot(self, start, x) };
+        }
+        self.dot_portably(start, x)
+    }
+
+    fn decode_portably(&self, start: usize, out: &mut [f32]) {
+        self.for_each_run(start, out.len(), |run, at, len| {
+            decode(&run, &mut out[at..at + len]);
+        });
+    }
+
+    fn dot_portably(&self, start: usize, x: &[f32]) -> f32 {
+        let mut sum = 0.0;
+        self.for_each_run(start, x.len(), |run, at, len| {
+            sum += run.absmax * dot(&run, &x[at..at + len]);
+        });
+        sum
+    }
+
+    /// Calls `f(run, at, len)` for the runs that make up `len` values from `start` on; `at` counts
+    /// from `start`.
+    #[inline(always)]
+    fn for_each_run(&self, start: usize, len: usize, mut f: impl FnMut(Run, usize, usize)) {
+        let mut at = 0;
+        let shift = self.block_size.trailing_zeros(); // block sizes are powers of two
+        while at < len {
+            let block = (start + at) >> shift;
+            let run = Run {
+                codes: self.codes,
+                start: start + at,
+                code_book: self.code_book,
+                absmax: self.absmax.get(block),
+            };
+            let in_block = (block + 1) * self.block_size - run.start;
+            let in_run = in_block.min(len - at);
+            f(run, at, in_run);
+            at += in_run;
+        }
+    }
+}
+
+/// The vectors of an x86-64 processor that have kernels.
+#[cfg(target_arch = "x86_64")]
+enum Vectors {
+    Avx512,
+    Avx2,
+    None,
+}
+
+#[cfg(target_arch = "x86_64")]
+fn vectors() -> Vectors {
+    match is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
+        true if is_x86_feature_detected!("avx512f") => Vectors::Avx512,
+        true => Vectors::Avx2,
+        false => Vectors::None,
+    }
+}
+
+impl<'a> Run<'a> {
+    /// What each code of the run decodes to.
+    fn values(&self) -> [f32; 16] {
+        self.code_book.map(|value| value * self.absmax)
+    }
+
+    /// The rest of the run, `count` codes later.
+    #[inline(always)]
+    fn after(&self, count: usize) -> Self {
+        Self {
+            start: self.start + count,
+            ..*self
+        }
+    }
+
+    /// How many codes come before the first whole byte of a run of `len`, and the words of `BYTES`
+    /// bytes after them.
+    #[inline(always)]
+    fn words<const BYTES: usize>(&self, len: usize) -> (usize, &'a [[u8; BYTES]]) {
+        let head = (self.start % 2).min(len);
+        let from = self.start.div_ceil(2);
+        let bytes = &self.codes[from..from + (len - head) / 2];
+        (head, bytes.as_chunks().0)
+    }
+
+    /// The codes of a run of `len`, as it lies in the bytes: perhaps a low nibble, whole bytes,
+    /// perhaps a high nibble.
+    fn parts(&self, len: usize) -> (Option<u8>, &[u8], Option<u8>) {
+        let first = (self.start % 2 == 1 && len > 0).then(|| self.codes[self.start / 2] & 0xf);
+        let whole = (len - usize::from(first.is_some())) / 2;
+        let from = self.start.div_ceil(2);
+        let left = len - usize::from(first.is_some()) - 2 * whole;
+        let last = (left == 1).then(|| self.codes[from + whole] >> 4);
+        (first, &self.codes[from..from + whole], last)
+    }
+}
+
+/// Decodes a run; portable.
+fn decode(run: &Run, out: &mut [f32]) {
+    let values = run.values();
+    let (first, bytes, last) = run.parts(out.len());
+    let (head, out) = out.split_at_mut(usize::from(first.is_some()));
+    let (pairs, tail) = out.as_chunks_mut::<2>();
+    for (x, code) in head
+        .iter_mut()
+        .chain(tail)
+        .zip(first.into_iter().chain(last))
+    {
+        *x = values[usize::from(code)];
+    }
+    for (pair, byte) in pairs.iter_mut().zip(bytes) {
+        *pair = [
+            values[usize::from(byte >> 4)],
+            values[usize::from(byte & 0xf)],
+        ];
+    }
+}
+
+/// The scalar product of `x` and the code book's entries of a run; portable.
+fn dot(run: &Run, x: &[f32]) -> f32 {
+    let (first, bytes, last) = run.parts(x.len());
+    let (head, x) = x.split_at(usize::from(first.is_some()));
+    let (pairs, tail) = x.as_chunks::<2>();
+    let value = |code: u8| run.code_book[usize::from(code)];
+    let ends = head.iter().chain(tail).zip(first.into_iter().chain(last));
+    let ends: f32 = ends.map(|(x, code)| x * value(code)).sum();
+    let mut sums = [0.0; 2]; // two chains of additions
+    for ([even, odd], byte) in pairs.iter().zip(bytes) {
+        sums[0] += even * value(byte >> 4);
+        sums[1] += odd * value(byte & 0xf);
+    }
+    ends + sums[0] + sums[1]
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::{Format, quantize};
+
+    /// By every kernel that runs here.
+    fn decoded(view: &View, start: usize, len: usize) -> Vec<Vec<f32>> {
+        let by = |decode: &dyn Fn(&mut [f32])| {
+            let mut out = vec![0.0; len];
+            decode(&mut out);
+            out
+        };
+        vec![
+            by(&|out| view.decode(start, out)),
+            by(&|out| view.decode_portably(start, out)),
+            #[cfg(target_arch = "x86_64")]
+            by(&|out| match vectors() {
+                // SAFETY: the processor has the features.
+                Vectors::Avx512 | Vectors::Avx2 => unsafe { avx2::decode(view, start, out) },
+                Vectors::None => view.decode_portably(start, out),
+            }),
+        ]
+    }
+
+    fn dots(view: &View, start: usize, x: &[f32]) -> Vec<f32> {
+        vec![
+            view.dot(start, x),
+            view.dot_portably(start, x),
+            #[cfg(target_arch = "x86_64")]
+            match vectors() {
+                // SAFETY: the processor has the features.
+                Vectors::Avx512 | Vectors::Avx2 => unsafe { avx2::dot(view, start, x) },
+                Vectors::None => view.dot_portably(start, x),
+            },
+        ]
+    }
+
+    proptest! {
+        /// Every start and length, odd ones and across blocks.
+        #[test]
+        fn any_part_decodes_as_in_the_whole(
+            seed in 0_u32..1000,
+            format in prop_oneof![Just(Format::Nf4), Just(Format::Fp4)],
+            double_quant: bool,
+            start in 0_usize..300,
+            len in 0_usize..200,
+        ) {
+            let noise = |i: u32| ((i ^ seed).wrapping_mul(2_654_435_761) as f32 / 4e9 - 0.5) * 3.0;
+            let weight: Vec<f32> = (0..500).map(noise).collect();
+            let quantized = quantize(&weight, [5, 100], format, 32, double_quant).unwrap();
+            let (view, whole) = (quantized.view(), quantized.dequantize());
+            let expected: Vec<u32> = whole[start..start + len].iter().map(|x| x.to_bits()).collect();
+
+            for found in decoded(&view, start, len) {
+                let bits: Vec<u32> = found.iter().map(|x| x.to_bits()).collect();
+                prop_assert_eq!(&bits, &expected);
+            }
+
+            let x: Vec<f32> = (1000..1000 + len as u32).map(noise).collect();
+            let expected: f64 = x.iter().zip(&whole[start..]).map(|(x, w)| f64::from(x * w)).sum();
+            let scale: f64 = x.iter().zip(&whole[start..]).map(|(x, w)| f64::from((x * w).abs())).sum();
+            for found in dots(&view, start, &x) {
+                let off = (f64::from(found) - expected).abs();
+                prop_assert!(off <= 2e-6 * scale, "{found} is off by {off}");
+            }
+        }
+    }
+}

@@ -1,0 +1,26 @@
+//! A linear layer with a 4-bit weight.
+
+use burn::module::Module;
+use burn::tensor::{Tensor, backend::Backend};
+
+use crate::{PackedWeight, QuantBackend, matmul};
+
+/// `y = x Wᵀ + b`, where `W` is in 4 bits and stays so.
+#[derive(Module, Debug)]
+pub struct QuantLinear<B: Backend> {
+    /// `[out, in]`.
+    pub weight: PackedWeight<B>,
+    /// `[out]`, not quantised.
+    pub bias: Option<Tensor<B, 1>>,
+}
+
+impl<B: QuantBackend> QuantLinear<B> {
+    /// `x` `[n, in]` to `[n, out]`.
+    pub fn forward(&self, x: Tensor<B, 2>) -> Tensor<B, 2> {
+        let y = matmul(x, &self.weight);
+        match &self.bias {
+            Some(bias) => y + bias.clone().unsqueeze(),
+            None => y,
+        }
+    }
+}
