@@ -2,29 +2,24 @@
 //! everything.
 
 use burn::tensor::{Tensor, TensorData, backend::Backend};
-use model::linear::Linear;
 use model::llama::Llama;
 use model::load::normal;
 use model::weight::{BaseWeight, named_param, param_id};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
+use crate::base::BaseLinear;
 use crate::config::{LoraConfig, LoraInit, LoraLayer};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::lora::{AdaptedLinear, Dropout, Lora, mix};
 
 /// A model whose linear layers may be adapted.
 pub type AdaptedLlama<B> = Llama<B, AdaptedLinear<B>>;
 
-/// Wraps a linear layer of the base model; what `model::load` makes of each.
-pub fn unadapted<B: Backend>(_: &str, base: Linear<B>) -> AdaptedLinear<B> {
-    AdaptedLinear { base, lora: None }
-}
-
 /// Puts LoRA layers beside the targets and unfreezes `modules_to_save`.
 ///
 /// # Errors
-/// [`crate::Error::Fit`], see [`LoraConfig::layers`].
+/// [`crate::Error::Fit`], see [`LoraConfig::layers`], or for `modules_to_save` in 4 bits.
 pub fn attach<B: Backend>(
     model: &mut AdaptedLlama<B>,
     config: &LoraConfig,
@@ -37,13 +32,15 @@ pub fn attach<B: Backend>(
             linear.lora = Some(fresh(&layer, config.init, seed, device));
         }
     }
-    unfreeze(model, |module| config.saves(module));
-    Ok(())
+    unfreeze(model, |module| config.saves(module))
 }
 
 /// Makes every weight of the model a trained one.
-pub fn train_all<B: Backend>(model: &mut AdaptedLlama<B>) {
-    unfreeze(model, |_| true);
+///
+/// # Errors
+/// [`crate::Error::Fit`] if some are in 4 bits, which cannot be trained.
+pub fn train_all<B: Backend>(model: &mut AdaptedLlama<B>) -> Result<()> {
+    unfreeze(model, |_| true)
 }
 
 /// Turns dropout on for one forward pass: `seed` decides what every layer drops.
@@ -88,7 +85,7 @@ fn fresh_a(name: &str, layer: &LoraLayer, init: LoraInit, seed: u64) -> Vec<f32>
 }
 
 /// Trains the modules that `chosen` picks by name as a whole.
-fn unfreeze<B: Backend>(model: &mut AdaptedLlama<B>, chosen: impl Fn(&str) -> bool) {
+fn unfreeze<B: Backend>(model: &mut AdaptedLlama<B>, chosen: impl Fn(&str) -> bool) -> Result<()> {
     unfreeze_weight(
         &mut model.embed_tokens,
         "model.embed_tokens",
@@ -115,11 +112,26 @@ fn unfreeze<B: Backend>(model: &mut AdaptedLlama<B>, chosen: impl Fn(&str) -> bo
             &chosen,
         );
     }
+    let mut problems = Vec::new();
     for (name, linear) in model.projections_mut() {
-        unfreeze_weight(&mut linear.base.weight, &name, "weight", &chosen);
-        if let Some(bias) = &mut linear.base.bias {
-            unfreeze_weight(bias, &name, "bias", &chosen);
+        match &mut linear.base {
+            BaseLinear::Dense(base) => {
+                unfreeze_weight(&mut base.weight, &name, "weight", &chosen);
+                if let Some(bias) = &mut base.bias {
+                    unfreeze_weight(bias, &name, "bias", &chosen);
+                }
+            }
+            BaseLinear::Quantized(_) if chosen(&name) => {
+                problems.push(format!(
+                    "{name} is in 4 bits and cannot be trained as a whole"
+                ));
+            }
+            BaseLinear::Quantized(_) => {}
         }
+    }
+    match problems.is_empty() {
+        true => Ok(()),
+        false => Err(Error::Fit { problems }),
     }
 }
 

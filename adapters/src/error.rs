@@ -26,6 +26,22 @@ pub enum Error {
         /// One sentence a problem.
         problems: Vec<String>,
     },
+    /// The base model's checkpoint is quantised in a way that is not supported.
+    #[error("{}", path.display())]
+    Quantization {
+        /// The checkpoint.
+        path: PathBuf,
+        /// What is not.
+        source: quant::Error,
+    },
+    /// A weight of the base model cannot be quantised.
+    #[error("cannot quantise {name}")]
+    Weight {
+        /// Its name.
+        name: String,
+        /// Why.
+        source: quant::Error,
+    },
     /// Tensors are missing, unexpected or of another shape; every one is listed.
     #[error("{} is not an adapter of this model: {}", path.display(), problems.join("; "))]
     Tensors {

@@ -1,17 +1,19 @@
 //! LoRA adapters on a Llama, and PEFT's file format.
 //!
-//! [`attach`] puts fresh adapters on a model, [`peft`] loads and saves them, [`lora`] is the layer.
+//! [`load`] makes a base model, [`attach`] puts fresh adapters on a model, [`peft`] loads and saves them, [`lora`] is the layer.
 
 #![deny(missing_docs)]
 
 mod attach;
+mod base;
 mod config;
 mod error;
 pub mod lora;
 mod parameters;
 pub mod peft;
 
-pub use attach::{AdaptedLlama, attach, set_dropout, train_all, unadapted};
+pub use attach::{AdaptedLlama, attach, set_dropout, train_all};
+pub use base::{AdaptedBackend, BaseLinear, TrainBackend, init, load, scheme};
 pub use config::{LoraConfig, LoraInit, LoraLayer, Pattern, Targets};
 pub use error::{Error, Result};
 pub use parameters::{parameters, read_parameters, write_parameters};

@@ -4,14 +4,17 @@
 
 use burn::module::{Module, Param};
 use burn::tensor::{Tensor, TensorData, backend::Backend};
-use model::linear::{Linear, Projection};
+use model::linear::Projection;
+use quant::QuantBackend;
 use rayon::prelude::*;
+
+use crate::base::BaseLinear;
 
 /// A linear layer, with or without LoRA.
 #[derive(Module, Debug)]
 pub struct AdaptedLinear<B: Backend> {
     /// The layer of the base model.
-    pub base: Linear<B>,
+    pub base: BaseLinear<B>,
     /// What is trained beside it.
     pub lora: Option<Lora<B>>,
 }
@@ -40,7 +43,7 @@ pub struct Dropout {
     pub seed: u64,
 }
 
-impl<B: Backend> Projection<B> for AdaptedLinear<B> {
+impl<B: QuantBackend> Projection<B> for AdaptedLinear<B> {
     fn forward(&self, x: Tensor<B, 2>) -> Tensor<B, 2> {
         match &self.lora {
             None => self.base.forward(x),

@@ -11,6 +11,7 @@ use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
 use crate::attach::{AdaptedLlama, attach};
+use crate::base::scheme;
 use crate::config::{ALL_LINEAR, LoraConfig, LoraInit, Pattern, Targets};
 use crate::error::{Error, Result};
 use crate::parameters::{parameters, read_parameters, write_parameters};
@@ -19,6 +20,9 @@ use crate::parameters::{parameters, read_parameters, write_parameters};
 pub const CONFIG_FILE: &str = "adapter_config.json";
 /// File name of the tensors.
 pub const MODEL_FILE: &str = "adapter_model.safetensors";
+/// What the tensors' file says of the base model that the adapter was trained on; PEFT does not
+/// read it.
+const BASE_QUANTIZATION: &str = "base_quantization";
 /// What PEFT puts before the names of the base model's modules.
 const PREFIX: &str = "base_model.model.";
 
@@ -238,11 +242,33 @@ pub fn save<B: Backend>(
             name: key(&name),
             shape,
         });
-    write_safetensors(&folder.join(MODEL_FILE), &tensors.collect::<Vec<_>>())?;
+    let metadata = [(BASE_QUANTIZATION, quantization(model))];
+    let tensors: Vec<_> = tensors.collect();
+    write_safetensors(&folder.join(MODEL_FILE), &tensors, &metadata)?;
     let json = serde_json::to_string_pretty(&config_json(config, base_model));
     let json = json.expect("a JSON value can be written");
     write_file(&folder.join(CONFIG_FILE), json.as_bytes())?;
     Ok(())
+}
+
+/// How the base of an adapter was quantised when it was trained, if its file says so and it differs
+/// from how `model` is: the two in words, first the adapter's.
+///
+/// # Errors
+/// If the adapter's tensors cannot be opened.
+pub fn other_base<B: Backend>(
+    model: &AdaptedLlama<B>,
+    folder: &Path,
+) -> Result<Option<[String; 2]>> {
+    let file = Checkpoint::open_file(&folder.join(MODEL_FILE))?;
+    let (theirs, ours) = (file.metadata(BASE_QUANTIZATION), quantization(model));
+    let differs = theirs.filter(|theirs| *theirs != ours);
+    Ok(differs.map(|theirs| [theirs.to_owned(), ours]))
+}
+
+/// In words.
+fn quantization<B: Backend>(model: &AdaptedLlama<B>) -> String {
+    scheme(model).map_or("none".into(), |scheme| scheme.to_string())
 }
 
 /// PEFT adds the base weights of an adapted `lm_head`, unchanged; the model has them already.

@@ -37,7 +37,7 @@ fn base(name: &str) -> AdaptedLlama<B> {
     let folder = root("../model/tests/fixtures/models").join(name);
     let config = LlamaConfig::from_file(&folder.join("config.json")).unwrap();
     let checkpoint = Checkpoint::open_folder(&folder).unwrap();
-    model::load::load(&config, &checkpoint, &Default::default(), unadapted).unwrap()
+    adapters::load(&config, &checkpoint, None, &Default::default()).unwrap()
 }
 
 fn base_of(adapter: &Path) -> AdaptedLlama<B> {

@@ -1,7 +1,7 @@
 //! Safetensors files: memory-mapped reading, shard by shard, and writing that is whole or absent.
 
 use std::borrow::Cow;
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fs::File;
 use std::io::Write;
 use std::ops::Range;
@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use half::{bf16, f16};
 use memmap2::Mmap;
 use rayon::prelude::*;
+use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
 use serde_json::Value;
 
@@ -26,6 +27,7 @@ pub struct Checkpoint {
     path: PathBuf,
     shards: Vec<Shard>,
     tensors: BTreeMap<String, Entry>,
+    metadata: HashMap<String, String>,
 }
 
 #[derive(Debug)]
@@ -75,6 +77,7 @@ impl Checkpoint {
             path: path.into(),
             shards: Vec::new(),
             tensors: BTreeMap::new(),
+            metadata: HashMap::new(),
         };
         for file in files {
             checkpoint.add(file)?;
@@ -97,6 +100,9 @@ impl Checkpoint {
             reason,
         };
         let parsed = SafeTensors::deserialize(&map).map_err(|e| damaged(e.to_string()))?;
+        let (_, header) = SafeTensors::read_metadata(&map).map_err(|e| damaged(e.to_string()))?;
+        self.metadata
+            .extend(header.metadata().clone().unwrap_or_default());
         for (name, view) in parsed.iter() {
             let start = view.data().as_ptr() as usize - map.as_ptr() as usize;
             let entry = Entry {
@@ -130,6 +136,26 @@ impl Checkpoint {
         self.tensors.get(name).map(|entry| entry.shape.as_slice())
     }
 
+    /// What a file says of itself under `key`.
+    pub fn metadata(&self, key: &str) -> Option<&str> {
+        self.metadata.get(key).map(String::as_str)
+    }
+
+    /// A tensor as the file has it.
+    pub fn view(&self, name: &str) -> Option<TensorView<'_>> {
+        let entry = self.tensors.get(name)?;
+        let bytes = &self.shards[entry.shard].map[entry.bytes.clone()];
+        let view = TensorView::new(entry.dtype, entry.shape.clone(), bytes);
+        Some(view.expect("checked when the file was opened"))
+    }
+
+    /// Lets the pages of a tensor go that was read through [`Checkpoint::view`].
+    pub fn release(&self, name: &str) {
+        if let Some(entry) = self.tensors.get(name) {
+            self.shards[entry.shard].release(&entry.bytes);
+        }
+    }
+
     /// Compares names and shapes with what a model needs.
     ///
     /// # Errors
@@ -139,6 +165,22 @@ impl Checkpoint {
         wanted: &[(String, Vec<usize>)],
         ignored: impl Fn(&str) -> bool,
     ) -> Result<()> {
+        match self.differences(wanted, ignored) {
+            problems if problems.is_empty() => Ok(()),
+            problems => Err(Error::Tensors {
+                path: self.path.clone(),
+                problems,
+            }),
+        }
+    }
+
+    /// One sentence for everything that is missing, of another shape, or neither wanted nor
+    /// ignored.
+    pub fn differences(
+        &self,
+        wanted: &[(String, Vec<usize>)],
+        ignored: impl Fn(&str) -> bool,
+    ) -> Vec<String> {
         let mut problems = Vec::new();
         for (name, shape) in wanted {
             match self.shape(name) {
@@ -155,13 +197,7 @@ impl Checkpoint {
                 problems.push(format!("{name} is unexpected"));
             }
         }
-        if problems.is_empty() {
-            return Ok(());
-        }
-        Err(Error::Tensors {
-            path: self.path.clone(),
-            problems,
-        })
+        problems
     }
 
     /// Reads a tensor as f32, whatever float type the file holds, and lets its pages go.
@@ -275,14 +311,23 @@ impl safetensors::View for &NamedTensor {
     }
 }
 
-/// Writes F32 tensors with the metadata that PyTorch's loaders look for.
+/// Writes F32 tensors with the metadata that PyTorch's loaders look for, and some more.
 ///
 /// # Errors
 /// [`Error::Io`]; the file is complete or absent.
-pub fn write_safetensors(path: &Path, tensors: &[NamedTensor]) -> Result<()> {
-    let metadata = [("format".to_owned(), "pt".to_owned())].into();
+pub fn write_safetensors(
+    path: &Path,
+    tensors: &[NamedTensor],
+    metadata: &[(&str, String)],
+) -> Result<()> {
+    let mut all = HashMap::from([("format".to_owned(), "pt".to_owned())]);
+    all.extend(
+        metadata
+            .iter()
+            .map(|(key, value)| ((*key).to_owned(), value.clone())),
+    );
     let views = tensors.iter().map(|tensor| (&tensor.name, tensor));
-    let bytes = safetensors::serialize(views, Some(metadata)).map_err(|e| Error::Safetensors {
+    let bytes = safetensors::serialize(views, Some(all)).map_err(|e| Error::Safetensors {
         path: path.into(),
         reason: e.to_string(),
     })?;
@@ -332,7 +377,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("a.safetensors");
         let (a, b) = (tensor("a", &[2, 3]), tensor("b", &[4]));
-        write_safetensors(&path, &[a.clone(), b.clone()]).unwrap();
+        write_safetensors(&path, &[a.clone(), b.clone()], &[]).unwrap();
         let read = Checkpoint::open_file(&path).unwrap();
         assert_eq!(read.read("a").unwrap(), a.values);
         assert_eq!(read.shape("b"), Some(&[4][..]));
@@ -358,7 +403,7 @@ mod tests {
     fn lying_headers_are_refused() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("a.safetensors");
-        write_safetensors(&path, &[tensor("a", &[2, 3])]).unwrap();
+        write_safetensors(&path, &[tensor("a", &[2, 3])], &[]).unwrap();
         let good = std::fs::read(&path).unwrap();
         let header = String::from_utf8(good[8..good.len() - 24].to_vec()).unwrap();
         let with_header = |text: &str| {
@@ -395,7 +440,7 @@ mod tests {
     fn check_lists_everything_that_differs() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("a.safetensors");
-        write_safetensors(&path, &[tensor("a", &[2, 3]), tensor("odd", &[1])]).unwrap();
+        write_safetensors(&path, &[tensor("a", &[2, 3]), tensor("odd", &[1])], &[]).unwrap();
         let wanted = [("a".into(), vec![3, 2]), ("b".into(), vec![1])];
         let read = Checkpoint::open_file(&path).unwrap();
         let text = read.check(&wanted, |_| false).unwrap_err().to_string();

@@ -41,6 +41,9 @@ pub struct LlamaConfig {
     pub tie_word_embeddings: bool,
     /// Standard deviation of random weights.
     pub initializer_range: f64,
+    /// What the checkpoint says about weights that are not stored as they are; whoever makes the
+    /// linear layers reads it.
+    pub quantization_config: Option<Value>,
 }
 
 /// The rotary scalings of `transformers/modeling_rope_utils.py` that Llamas use.
@@ -141,6 +144,7 @@ impl LlamaConfig {
             mlp_bias: f.flag("mlp_bias", false),
             tie_word_embeddings: f.flag("tie_word_embeddings", false),
             initializer_range: f.positive("initializer_range", Some(0.02)),
+            quantization_config: f.get("quantization_config").cloned(),
         };
         config.check_heads(object, &mut f.problems);
         if f.problems.is_empty() {
@@ -321,12 +325,6 @@ impl<'a> Fields<'a> {
             self.problem(
                 "hidden_act",
                 format!("is {act}: only \"silu\" is supported"),
-            );
-        }
-        if self.get("quantization_config").is_some() {
-            self.problem(
-                "quantization_config",
-                "is set: quantized checkpoints are not supported, use the original one",
             );
         }
     }

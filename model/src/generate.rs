@@ -348,7 +348,7 @@ mod tests {
         let folder = ModelFolder::open(&fixtures().join("models").join(name)).unwrap();
         let checkpoint = folder.checkpoint().unwrap();
         let device = Default::default();
-        let model = crate::load::load(&folder.config, &checkpoint, &device, |_, linear| linear);
+        let model = crate::load::load(&folder.config, &checkpoint, &device);
         let model = model.unwrap();
         (folder, model)
     }

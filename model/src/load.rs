@@ -8,58 +8,107 @@ use rand_chacha::ChaCha8Rng;
 
 use crate::checkpoint::Checkpoint;
 use crate::config::LlamaConfig;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::linear::Linear;
 use crate::llama::{DecoderLayer, Llama, Mlp, RmsNorm, SelfAttention};
 use crate::weight::BaseWeight;
 
 /// Reads the model that `config` describes, tensor by tensor.
 ///
-/// `make` gets each linear layer with its name as soon as it is read, so that what it drops or
-/// shrinks is never held for the whole model.
-///
 /// # Errors
-/// [`crate::Error::Tensors`] with everything that is missing, unexpected or of another shape.
-pub fn load<B: Backend, P>(
+/// [`Error::Tensors`] with everything that is missing, unexpected or of another shape.
+pub fn load<B: Backend>(
     config: &LlamaConfig,
     checkpoint: &Checkpoint,
     device: &B::Device,
-    make: impl FnMut(&str, Linear<B>) -> P,
-) -> Result<Llama<B, P>> {
+) -> Result<Llama<B, Linear<B>>> {
     checkpoint.check(&config.tensors(), |name| is_redundant(config, name))?;
     let values = |name: &str, _: &[usize]| checkpoint.read(name);
-    Builder {
+    build(config, device, values, |source| source.linear())
+}
+
+/// Makes the model that `config` describes: `values` gives each tensor's elements by name and
+/// shape, and `make` turns each linear layer into what it shall be, before the next one is read.
+///
+/// # Errors
+/// Those of `values` and `make`.
+pub fn build<B: Backend, P, E: From<Error>>(
+    config: &LlamaConfig,
+    device: &B::Device,
+    values: impl FnMut(&str, &[usize]) -> Result<Vec<f32>>,
+    make: impl FnMut(LinearSource<B>) -> std::result::Result<P, E>,
+) -> std::result::Result<Llama<B, P>, E> {
+    let builder = Builder {
         config,
         device,
         values,
         make,
-    }
-    .llama()
+    };
+    builder.llama()
 }
 
-/// Makes a model with fresh weights: normal with `initializer_range`, gains 1, biases 0, as
-/// transformers' `_init_weights`; each tensor's numbers follow from `seed` and its name.
-pub fn init<B: Backend, P>(
-    config: &LlamaConfig,
-    seed: u64,
-    device: &B::Device,
-    make: impl FnMut(&str, Linear<B>) -> P,
-) -> Llama<B, P> {
-    let fresh = |name: &str, shape: &[usize]| -> Result<Vec<f32>> {
+/// Values for [`build`] that begin a model anew: normal with `initializer_range`, gains 1, biases
+/// 0, as transformers' `_init_weights`; each tensor's numbers follow from `seed` and its name.
+pub fn fresh(config: &LlamaConfig, seed: u64) -> impl Fn(&str, &[usize]) -> Result<Vec<f32>> {
+    let deviation = config.initializer_range;
+    move |name, shape| {
         let count = shape.iter().product();
         Ok(match shape {
             [_] if name.ends_with("bias") => vec![0.0; count],
             [_] => vec![1.0; count],
-            _ => normal(seed, name, count, config.initializer_range),
+            _ => normal(seed, name, count, deviation),
         })
-    };
-    let builder = Builder {
-        config,
-        device,
-        values: fresh,
-        make,
-    };
-    builder.llama().expect("fresh values cannot fail")
+    }
+}
+
+/// A linear layer that has not been read yet.
+pub struct LinearSource<'a, B: Backend> {
+    /// Its name in the checkpoint, without `.weight`.
+    pub name: &'a str,
+    /// `[out, in]`.
+    pub shape: [usize; 2],
+    /// Where the layer shall be.
+    pub device: &'a B::Device,
+    has_bias: bool,
+    values: &'a mut dyn FnMut(&str, &[usize]) -> Result<Vec<f32>>,
+}
+
+impl<B: Backend> LinearSource<'_, B> {
+    /// The elements of the weight, row by row.
+    ///
+    /// # Errors
+    /// Those of the values that the model is made of.
+    pub fn weight(&mut self) -> Result<Vec<f32>> {
+        (self.values)(&format!("{}.weight", self.name), &self.shape)
+    }
+
+    /// The bias `[out]`, if the layer has one.
+    ///
+    /// # Errors
+    /// As [`LinearSource::weight`].
+    pub fn bias(&mut self) -> Result<Option<Tensor<B, 1>>> {
+        if !self.has_bias {
+            return Ok(None);
+        }
+        let shape = [self.shape[0]];
+        let values = (self.values)(&format!("{}.bias", self.name), &shape)?;
+        Ok(Some(Tensor::from_data(
+            TensorData::new(values, shape),
+            self.device,
+        )))
+    }
+
+    /// The layer as it is.
+    ///
+    /// # Errors
+    /// As [`LinearSource::weight`].
+    pub fn linear(mut self) -> Result<Linear<B>> {
+        let weight = TensorData::new(self.weight()?, self.shape);
+        Ok(Linear {
+            weight: BaseWeight::Frozen(Tensor::from_data(weight, self.device)),
+            bias: self.bias()?.map(BaseWeight::Frozen),
+        })
+    }
 }
 
 /// `count` normally distributed numbers that follow from `seed` and `name` alone.
@@ -75,7 +124,7 @@ pub fn normal(seed: u64, name: &str, count: usize, deviation: f64) -> Vec<f32> {
 }
 
 /// Tensors that some checkpoints hold although they follow from the others.
-fn is_redundant(config: &LlamaConfig, name: &str) -> bool {
+pub fn is_redundant(config: &LlamaConfig, name: &str) -> bool {
     name.ends_with("rotary_emb.inv_freq")
         || (config.tie_word_embeddings && name == "lm_head.weight")
 }
@@ -90,10 +139,11 @@ struct Builder<'a, B: Backend, V, M> {
     make: M,
 }
 
-impl<B: Backend, V, M, P> Builder<'_, B, V, M>
+impl<B: Backend, V, M, P, E> Builder<'_, B, V, M>
 where
     V: FnMut(&str, &[usize]) -> Result<Vec<f32>>,
-    M: FnMut(&str, Linear<B>) -> P,
+    M: FnMut(LinearSource<B>) -> std::result::Result<P, E>,
+    E: From<Error>,
 {
     fn weight<const D: usize>(
         &mut self,
@@ -112,16 +162,22 @@ where
         })
     }
 
-    fn linear(&mut self, name: &str, [out, r#in]: [usize; 2], bias: bool) -> Result<P> {
-        let weight = self.weight(&format!("{name}.weight"), [out, r#in])?;
-        let bias = match bias {
-            true => Some(self.weight(&format!("{name}.bias"), [out])?),
-            false => None,
-        };
-        Ok((self.make)(name, Linear { weight, bias }))
+    fn linear(
+        &mut self,
+        name: &str,
+        shape: [usize; 2],
+        has_bias: bool,
+    ) -> std::result::Result<P, E> {
+        (self.make)(LinearSource {
+            name,
+            shape,
+            device: self.device,
+            has_bias,
+            values: &mut self.values,
+        })
     }
 
-    fn layer(&mut self, index: usize) -> Result<DecoderLayer<B, P>> {
+    fn layer(&mut self, index: usize) -> std::result::Result<DecoderLayer<B, P>, E> {
         let name = |part: &str| format!("model.layers.{index}.{part}");
         let config = self.config;
         let [q, k, v, o, gate, up, down] = config.projections();
@@ -148,13 +204,13 @@ where
         })
     }
 
-    fn llama(mut self) -> Result<Llama<B, P>> {
+    fn llama(mut self) -> std::result::Result<Llama<B, P>, E> {
         let vocab = [self.config.vocab_size, self.config.hidden_size];
         Ok(Llama {
             embed_tokens: self.weight("model.embed_tokens.weight", vocab)?,
             layers: (0..self.config.num_hidden_layers)
                 .map(|index| self.layer(index))
-                .collect::<Result<_>>()?,
+                .collect::<std::result::Result<_, E>>()?,
             norm: self.norm("model.norm")?,
             lm_head: match self.config.tie_word_embeddings {
                 true => None,

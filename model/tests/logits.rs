@@ -31,10 +31,7 @@ fn fixtures() -> Vec<PathBuf> {
 fn load(folder: &Path) -> Llama<B, Linear<B>> {
     let config = LlamaConfig::from_file(&folder.join("config.json")).unwrap();
     let checkpoint = Checkpoint::open_folder(folder).unwrap();
-    model::load::load(&config, &checkpoint, &Default::default(), |_, linear| {
-        linear
-    })
-    .unwrap()
+    model::load::load(&config, &checkpoint, &Default::default()).unwrap()
 }
 
 /// `input_ids` `[b, s]` and `logits` `[b · s, v]`.
@@ -126,8 +123,7 @@ fn a_missing_shard_or_tensor_is_named() {
     std::fs::copy(copy.path().join(&shards[1]), copy.path().join(MODEL_FILE)).unwrap();
     let config = LlamaConfig::from_file(&copy.path().join("config.json")).unwrap();
     let checkpoint = Checkpoint::open_folder(copy.path()).unwrap();
-    let keep = |_: &str, linear| linear;
-    let loaded = model::load::load::<B, _>(&config, &checkpoint, &Default::default(), keep);
+    let loaded = model::load::load::<B>(&config, &checkpoint, &Default::default());
     let error = loaded.unwrap_err().to_string();
     assert!(error.contains("is missing"), "{error}");
 }

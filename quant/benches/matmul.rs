@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use burn::backend::Flex;
 use burn::backend::flex::FlexTensor;
 use burn::tensor::{Distribution, Tensor, ops::FloatTensorOps};
-use quant::{Format, PackedWeight, QuantBackend, Side, quantize};
+use quant::{Format, PackedWeight, QuantBackend, Scheme, Side, quantize};
 
 /// `[out, in]`: SmolLM2-135M's `q_proj`, `gate_proj`, `down_proj`, Llama-2-7B's `q_proj`,
 /// `gate_proj`.
@@ -48,7 +48,7 @@ fn compare(n: usize, shape: [usize; 2], side: Side, copies: usize) {
     let packed = |double_quant| -> Vec<PackedWeight<Flex>> {
         let pack = |dense: &FlexTensor| {
             let values = dense.as_slice().expect("just made");
-            let weight = quantize(values, shape, Format::Nf4, 64, double_quant);
+            let weight = quantize(values, shape, Scheme::new(Format::Nf4, 64, double_quant));
             PackedWeight::new(weight.expect("finite"), &Default::default())
         };
         dense.iter().map(pack).collect()

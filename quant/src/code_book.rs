@@ -76,6 +76,21 @@ const fn midpoints(code_book: &[f32; 16], ascending: &[u8; 16]) -> [f32; 15] {
 }
 
 impl Format {
+    /// Its name in recipes and in checkpoints.
+    pub fn name(self) -> &'static str {
+        match self {
+            Format::Nf4 => "nf4",
+            Format::Fp4 => "fp4",
+        }
+    }
+
+    /// The format of a name.
+    pub fn from_name(name: &str) -> Option<Self> {
+        [Format::Nf4, Format::Fp4]
+            .into_iter()
+            .find(|format| format.name() == name)
+    }
+
     /// The value of each code as bitsandbytes stores it (`quant_map`), between -1 and 1.
     pub fn code_book(self) -> &'static [f32; 16] {
         match self {

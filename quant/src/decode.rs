@@ -286,7 +286,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::{Format, quantize};
+    use crate::{Format, Scheme, quantize};
 
     /// By every kernel that runs here.
     fn decoded(view: &View, start: usize, len: usize) -> Vec<Vec<f32>> {
@@ -332,7 +332,7 @@ mod tests {
         ) {
             let noise = |i: u32| ((i ^ seed).wrapping_mul(2_654_435_761) as f32 / 4e9 - 0.5) * 3.0;
             let weight: Vec<f32> = (0..500).map(noise).collect();
-            let quantized = quantize(&weight, [5, 100], format, 32, double_quant).unwrap();
+            let quantized = quantize(&weight, [5, 100], Scheme::new(format, 32, double_quant)).unwrap();
             let (view, whole) = (quantized.view(), quantized.dequantize());
             let expected: Vec<u32> = whole[start..start + len].iter().map(|x| x.to_bits()).collect();
 

@@ -49,4 +49,39 @@ pub enum Error {
         /// The value.
         value: f32,
     },
+    /// A checkpoint lacks a part of a 4-bit weight.
+    #[error("{name} is missing")]
+    MissingPart {
+        /// Its name.
+        name: String,
+    },
+    /// A part of a 4-bit weight in a checkpoint is of another type or length than the others call
+    /// for.
+    #[error("{name} is {found}, expected {expected}")]
+    WrongPart {
+        /// Its name.
+        name: String,
+        /// What the others call for.
+        expected: String,
+        /// What it is.
+        found: String,
+    },
+    /// What describes a 4-bit weight in a checkpoint cannot be read, or describes another one.
+    #[error("{name}: {reason}")]
+    QuantState {
+        /// The part's name.
+        name: String,
+        /// Why.
+        reason: String,
+    },
+    /// A `quantization_config` of something else than bitsandbytes' 4 bits.
+    #[error(
+        "quantization_config.{key} is {found}: only 4-bit weights of bitsandbytes are supported"
+    )]
+    QuantConfig {
+        /// The key.
+        key: &'static str,
+        /// Its value, in JSON.
+        found: String,
+    },
 }

@@ -7,10 +7,10 @@
 //! double quantization the absmax values are themselves stored in 8 bits ([`DoubleQuantized`]).
 //!
 //! ```
-//! use quant::{Format, quantize};
+//! use quant::{Format, Scheme, quantize};
 //!
 //! let weight: Vec<f32> = (0..6 * 32).map(|i| (i as f32 * 0.7).sin()).collect();
-//! let quantized = quantize(&weight, [6, 32], Format::Nf4, 64, false)?;
+//! let quantized = quantize(&weight, [6, 32], Scheme::new(Format::Nf4, 64, false))?;
 //! assert_eq!(quantized.codes().len(), 6 * 32 / 2);
 //!
 //! let mut row = vec![0.0; 32];
@@ -23,6 +23,7 @@
 
 #![deny(missing_docs)]
 
+pub mod bitsandbytes;
 mod code_book;
 mod decode;
 mod double_quant;
@@ -38,4 +39,4 @@ pub use error::{Error, Result};
 pub use linear::QuantLinear;
 pub use matmul::{QuantBackend, Side, matmul, reference};
 pub use packed::{NestedAbsmax, PackedLayout, PackedWeight};
-pub use quantized::{Absmax, Quantized, quantize};
+pub use quantized::{Absmax, Quantized, Scheme, quantize};

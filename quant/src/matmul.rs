@@ -128,7 +128,7 @@ mod tests {
     use burn::tensor::TensorData;
 
     use super::*;
-    use crate::{Format, quantize};
+    use crate::{Format, Scheme, quantize};
 
     type Train = Autodiff<Flex>;
 
@@ -146,7 +146,8 @@ mod tests {
         (format, block_size, double_quant): (Format, usize, bool),
     ) -> PackedWeight<B> {
         let dense = noise(shape[0] * shape[1], 1);
-        let weight = quantize(&dense, shape, format, block_size, double_quant).unwrap();
+        let weight =
+            quantize(&dense, shape, Scheme::new(format, block_size, double_quant)).unwrap();
         PackedWeight::new(weight, &Default::default())
     }
 
@@ -187,7 +188,8 @@ mod tests {
             for (_, shape) in CASES {
                 let dense = noise(shape[0] * shape[1], 1);
                 let (format, block_size, double_quant) = scheme;
-                let host = quantize(&dense, shape, format, block_size, double_quant).unwrap();
+                let host =
+                    quantize(&dense, shape, Scheme::new(format, block_size, double_quant)).unwrap();
                 let expected: Vec<u32> = host.dequantize().iter().map(|x| x.to_bits()).collect();
                 let found = weight::<Flex>(shape, scheme).dequantize().into_data();
                 let found: Vec<u32> = found.iter::<f32>().map(f32::to_bits).collect();

@@ -3,7 +3,7 @@
 use burn::module::Module;
 use burn::tensor::{Bytes, DType, Int, IntDType, Tensor, TensorData, backend::Backend};
 
-use crate::{Absmax, NESTED_BLOCK_SIZE, Quantized};
+use crate::{Absmax, NESTED_BLOCK_SIZE, Quantized, Scheme};
 
 /// A weight `[out, in]` in 4 bits, as [`Quantized`], in a backend's memory.
 ///
@@ -35,13 +35,13 @@ pub struct NestedAbsmax<B: Backend> {
     pub offset: f32,
 }
 
-/// Shape and blocks of a [`PackedWeight`].
+/// What the tensors of a [`PackedWeight`] mean.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct PackedLayout {
     /// `[out, in]`.
     pub shape: [usize; 2],
-    /// How many values share one absmax.
-    pub block_size: usize,
+    /// Format and blocks.
+    pub scheme: Scheme,
 }
 
 impl PackedLayout {
@@ -52,7 +52,7 @@ impl PackedLayout {
 
     /// Number of blocks.
     pub fn blocks(&self) -> usize {
-        self.len().div_ceil(self.block_size)
+        self.len().div_ceil(self.scheme.block_size)
     }
 }
 
@@ -61,7 +61,7 @@ impl<B: Backend> PackedWeight<B> {
     pub fn new(weight: Quantized, device: &B::Device) -> Self {
         let layout = PackedLayout {
             shape: weight.shape(),
-            block_size: weight.block_size(),
+            scheme: weight.scheme(),
         };
         let code_book = floats(weight.format().decoded().to_vec(), device);
         let (codes, absmax) = weight.into_parts();
@@ -108,7 +108,8 @@ impl<B: Backend> PackedWeight<B> {
     /// The dense weight `[out, in]`, in plain tensor operations: the reference that the kernels
     /// are held to, and what backends without a kernel use.
     pub fn dequantize(&self) -> Tensor<B, 2> {
-        let PackedLayout { shape, block_size } = self.layout;
+        let PackedLayout { shape, scheme } = self.layout;
+        let block_size = scheme.block_size;
         let (len, blocks) = (self.layout.len(), self.layout.blocks());
         // The high nibble of a byte is the earlier code.
         let codes = unpack(self.codes.clone(), [4, 0, 12, 8, 20, 16, 28, 24], 0xf);

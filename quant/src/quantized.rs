@@ -14,6 +14,43 @@ const MIN_ABSMAX: f32 = 1e-38;
 /// How many values a rayon task quantises or decodes at least.
 const TASK_VALUES: usize = 1 << 14;
 
+/// How a weight is quantised.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Scheme {
+    /// What the codes stand for.
+    pub format: Format,
+    /// How many values share one absmax: a power of two from 32 to 4096.
+    pub block_size: usize,
+    /// Whether the absmax values are in 8 bits, too.
+    pub double_quant: bool,
+}
+
+impl Scheme {
+    /// Whether bitsandbytes has this block size.
+    pub fn is_supported(&self) -> bool {
+        check_block_size(self.block_size).is_ok()
+    }
+
+    /// A format, its block size, and whether the absmax values are in 8 bits, too.
+    pub fn new(format: Format, block_size: usize, double_quant: bool) -> Self {
+        Self {
+            format,
+            block_size,
+            double_quant,
+        }
+    }
+}
+
+impl std::fmt::Display for Scheme {
+    fn fmt(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
+        write!(f, "{} in blocks of {}", self.format.name(), self.block_size)?;
+        match self.double_quant {
+            true => f.write_str(" with double quantization"),
+            false => Ok(()),
+        }
+    }
+}
+
 /// A weight `[out, in]` in 4 bits.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Quantized {
@@ -77,13 +114,12 @@ impl Absmax {
 /// # Errors
 /// If the block size is not a power of two from 32 to 4096, the shape has no values or doesn't fit
 /// the weight, a weight is infinite or NaN, or the mean absmax of a double quantization overflows.
-pub fn quantize(
-    weight: &[f32],
-    shape: [usize; 2],
-    format: Format,
-    block_size: usize,
-    double_quant: bool,
-) -> Result<Quantized> {
+pub fn quantize(weight: &[f32], shape: [usize; 2], scheme: Scheme) -> Result<Quantized> {
+    let Scheme {
+        format,
+        block_size,
+        double_quant,
+    } = scheme;
     check_block_size(block_size)?;
     let len = count_values(shape)?;
     check_len("weight", len, weight.len())?;
@@ -157,6 +193,12 @@ impl Quantized {
     /// How many values share one absmax.
     pub fn block_size(&self) -> usize {
         self.block_size
+    }
+
+    /// Format and blocks.
+    pub fn scheme(&self) -> Scheme {
+        let double_quant = matches!(self.absmax, Absmax::Double(_));
+        Scheme::new(self.format, self.block_size, double_quant)
     }
 
     /// The codes, two a byte, the earlier one in the high nibble.
@@ -260,7 +302,7 @@ fn encode(weight: &[f32], scale: impl Fn(f32) -> f32, format: Format, codes: &mu
     }
 }
 
-fn check_block_size(block_size: usize) -> Result<()> {
+pub(crate) fn check_block_size(block_size: usize) -> Result<()> {
     let [smallest, largest] = BLOCK_SIZES;
     if block_size.is_power_of_two() && (smallest..=largest).contains(&block_size) {
         Ok(())
@@ -324,14 +366,14 @@ mod tests {
     fn the_earlier_code_is_in_the_high_nibble() {
         let mut weight = vec![0.0; 32];
         (weight[0], weight[3]) = (1.0, -1.0);
-        let quantized = quantize(&weight, [1, 32], Format::Nf4, 32, false).unwrap();
+        let quantized = quantize(&weight, [1, 32], Scheme::new(Format::Nf4, 32, false)).unwrap();
         assert_eq!(quantized.codes()[..3], [0xf7, 0x70, 0x77]);
     }
 
     #[test]
     fn an_odd_value_out_is_padded_with_the_code_of_zero() {
         for (format, byte) in [(Format::Nf4, 0xf7), (Format::Fp4, 0x30)] {
-            let quantized = quantize(&[2.0], [1, 1], format, 64, false).unwrap();
+            let quantized = quantize(&[2.0], [1, 1], Scheme::new(format, 64, false)).unwrap();
             assert_eq!(quantized.codes(), [byte]);
             assert_eq!(quantized.dequantize(), [2.0]);
         }
@@ -342,7 +384,7 @@ mod tests {
         for format in [Format::Nf4, Format::Fp4] {
             let mut weight = vec![1.0; 32];
             weight[..15].copy_from_slice(format.midpoints());
-            let quantized = quantize(&weight, [1, 32], format, 32, false).unwrap();
+            let quantized = quantize(&weight, [1, 32], Scheme::new(format, 32, false)).unwrap();
             let codes = quantized
                 .codes()
                 .iter()
@@ -354,7 +396,7 @@ mod tests {
     #[test]
     fn a_block_may_span_rows() {
         let weight = ramp(3 * 48);
-        let quantized = quantize(&weight, [3, 48], Format::Nf4, 64, false).unwrap();
+        let quantized = quantize(&weight, [3, 48], Scheme::new(Format::Nf4, 64, false)).unwrap();
         let Absmax::Plain(absmax) = quantized.absmax() else {
             panic!("double quantised")
         };
@@ -366,7 +408,12 @@ mod tests {
     fn tasks_meet_without_a_seam() {
         // Longer than one rayon task, with an odd row length.
         let [out, inp] = [401, 123];
-        let quantized = quantize(&ramp(out * inp), [out, inp], Format::Nf4, 32, true).unwrap();
+        let quantized = quantize(
+            &ramp(out * inp),
+            [out, inp],
+            Scheme::new(Format::Nf4, 32, true),
+        )
+        .unwrap();
         let whole = quantized.dequantize();
         let mut rows = vec![0.0; out * inp];
         quantized.dequantize_rows(0..out, &mut rows);
@@ -376,7 +423,12 @@ mod tests {
     #[test]
     fn block_sizes_that_bitsandbytes_lacks_are_refused() {
         for block_size in [0, 1, 16, 48, 63, 100, 4097, 8192] {
-            let error = quantize(&ramp(64), [1, 64], Format::Nf4, block_size, false).unwrap_err();
+            let error = quantize(
+                &ramp(64),
+                [1, 64],
+                Scheme::new(Format::Nf4, block_size, false),
+            )
+            .unwrap_err();
             assert_eq!(
                 error.to_string(),
                 format!("block size {block_size} is not a power of two from 32 to 4096")
@@ -387,7 +439,7 @@ mod tests {
     #[test]
     fn shapes_that_do_not_fit_are_refused() {
         let refused = |shape, len| {
-            quantize(&ramp(len), shape, Format::Fp4, 64, false)
+            quantize(&ramp(len), shape, Scheme::new(Format::Fp4, 64, false))
                 .unwrap_err()
                 .to_string()
         };
@@ -401,7 +453,8 @@ mod tests {
 
     #[test]
     fn a_mean_absmax_that_overflows_is_refused() {
-        let error = quantize(&[3e38; 128], [2, 64], Format::Nf4, 64, true).unwrap_err();
+        let error =
+            quantize(&[3e38; 128], [2, 64], Scheme::new(Format::Nf4, 64, true)).unwrap_err();
         assert_eq!(
             error.to_string(),
             "nested_offset[0] is inf, expected a finite value"
@@ -412,7 +465,7 @@ mod tests {
     fn the_first_value_that_is_not_finite_is_named() {
         let mut weight = ramp(70_000);
         (weight[69_999], weight[350]) = (f32::NAN, f32::NEG_INFINITY);
-        let error = quantize(&weight, [700, 100], Format::Nf4, 64, false).unwrap_err();
+        let error = quantize(&weight, [700, 100], Scheme::new(Format::Nf4, 64, false)).unwrap_err();
         assert_eq!(
             error.to_string(),
             "weight[3, 50] is -inf, and only finite values can be quantised"
@@ -456,7 +509,7 @@ mod tests {
     #[test]
     #[should_panic(expected = "rows 1..3 of a weight with 2 rows")]
     fn rows_beyond_the_weight_are_a_bug() {
-        let quantized = quantize(&ramp(64), [2, 32], Format::Nf4, 32, false).unwrap();
+        let quantized = quantize(&ramp(64), [2, 32], Scheme::new(Format::Nf4, 32, false)).unwrap();
         quantized.dequantize_rows(1..3, &mut [0.0; 64]);
     }
 }

@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use quant::{Absmax, Format, Quantized, quantize};
+use quant::{Absmax, Format, Quantized, Scheme, quantize};
 use safetensors::SafeTensors;
 
 /// One file of `fixtures/nf4`.
@@ -67,9 +67,7 @@ impl Case {
         quantize(
             &weight,
             self.shape(),
-            self.format,
-            self.block_size,
-            self.double_quant,
+            Scheme::new(self.format, self.block_size, self.double_quant),
         )
         .unwrap()
     }

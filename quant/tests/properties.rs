@@ -2,7 +2,7 @@
 
 use proptest::collection::vec;
 use proptest::prelude::*;
-use quant::{Absmax, Format, NESTED_BLOCK_SIZE, Quantized, quantize};
+use quant::{Absmax, Format, NESTED_BLOCK_SIZE, Quantized, Scheme, quantize};
 
 fn format() -> impl Strategy<Value = Format> {
     prop_oneof![Just(Format::Nf4), Just(Format::Fp4)]
@@ -51,7 +51,7 @@ proptest! {
     fn round_trip_stays_within_half_the_widest_gap(
         (shape, weight) in weight(), format in format(), block_size in block_size(),
     ) {
-        let quantized = quantize(&weight, shape, format, block_size, false).unwrap();
+        let quantized = quantize(&weight, shape, Scheme::new(format, block_size, false)).unwrap();
         // Rounding of value / absmax, of the midpoints and of the product, a few 2^-24 together
         // (2^-22 where 1 / absmax is a denormal).
         let gap = half_widest_gap(format) + 1e-6;
@@ -67,7 +67,7 @@ proptest! {
     fn absmax_is_the_largest_magnitude_of_its_block(
         (shape, weight) in weight(), format in format(), block_size in block_size(),
     ) {
-        let quantized = quantize(&weight, shape, format, block_size, false).unwrap();
+        let quantized = quantize(&weight, shape, Scheme::new(format, block_size, false)).unwrap();
         for (block, values) in weight.chunks(block_size).enumerate() {
             let largest = values.iter().fold(0.0_f32, |max, value| max.max(value.abs()));
             let bounded = if values.len() < block_size { largest.max(1e-38) } else { largest };
@@ -82,7 +82,7 @@ proptest! {
     ) {
         // A double quantised absmax that overflows is an error, tested elsewhere.
         let weight: Vec<f32> = weight.iter().map(|value| value.clamp(-1e30, 1e30)).collect();
-        let quantized = quantize(&weight, shape, format, block_size, double_quant).unwrap();
+        let quantized = quantize(&weight, shape, Scheme::new(format, block_size, double_quant)).unwrap();
         prop_assert_eq!(quantized.codes().len(), weight.len().div_ceil(2));
         for (i, decoded) in quantized.dequantize().into_iter().enumerate() {
             let value = format.decoded()[usize::from(code(&quantized, i))];
@@ -100,7 +100,7 @@ proptest! {
         (shape, weight) in weight(), format in format(), block_size in block_size(),
         ends in any::<[prop::sample::Index; 2]>(),
     ) {
-        let quantized = quantize(&weight, shape, format, block_size, false).unwrap();
+        let quantized = quantize(&weight, shape, Scheme::new(format, block_size, false)).unwrap();
         let [out_features, in_features] = shape;
         let mut ends = ends.map(|end| end.index(out_features + 1));
         ends.sort_unstable();
@@ -117,7 +117,7 @@ proptest! {
         double_quant in any::<bool>(),
     ) {
         let weight = vec![0.0; shape[0] * shape[1]];
-        let quantized = quantize(&weight, shape, format, block_size, double_quant).unwrap();
+        let quantized = quantize(&weight, shape, Scheme::new(format, block_size, double_quant)).unwrap();
         prop_assert_eq!(quantized.dequantize(), weight);
     }
 
@@ -125,8 +125,8 @@ proptest! {
     fn double_quantised_absmax_stays_within_half_the_widest_gap(
         weight in vec(-1.0_f32..1.0, 32 * 600), format in format(),
     ) {
-        let plain = quantize(&weight, [600, 32], format, 32, false).unwrap();
-        let double = quantize(&weight, [600, 32], format, 32, true).unwrap();
+        let plain = quantize(&weight, [600, 32], Scheme::new(format, 32, false)).unwrap();
+        let double = quantize(&weight, [600, 32], Scheme::new(format, 32, true)).unwrap();
         prop_assert_eq!(plain.codes(), double.codes());
         let Absmax::Double(nested) = double.absmax() else { panic!("not double quantised") };
         for block in 0..600 {
@@ -144,7 +144,7 @@ proptest! {
     ) {
         let index = at.index(weight.len());
         weight[index] = value;
-        let error = quantize(&weight, shape, format, 64, false).unwrap_err();
+        let error = quantize(&weight, shape, Scheme::new(format, 64, false)).unwrap_err();
         let [row, column] = [index / shape[1], index % shape[1]];
         let message = format!("weight[{row}, {column}] is {value}, and only finite values can be quantised");
         prop_assert_eq!(error.to_string(), message);

@@ -38,7 +38,7 @@ fn config() -> LlamaConfig {
 /// LoRA r 16 on every linear layer.
 fn language_model() -> CausalLm<B> {
     let device = Default::default();
-    let mut model = model::load::init(&config(), 1, &device, unadapted);
+    let mut model = adapters::init(&config(), 1, &device);
     attach(&mut model, &Recipe::default().adapter.lora(), 1, &device).expect("it fits");
     CausalLm {
         model,

@@ -96,7 +96,7 @@ impl Checkpoints {
             .trained
             .save(snapshot.model, snapshot.base, snapshot.base_name, &part)?;
         let moments = moments_to_tensors(snapshot)?;
-        write_safetensors(&part.join(OPTIMIZER_FILE), &moments)?;
+        write_safetensors(&part.join(OPTIMIZER_FILE), &moments, &[])?;
         let json = serde_json::to_vec_pretty(snapshot.progress).expect("a plain structure");
         write_file(&part.join(STATE_FILE), &json)?;
         let sums = checksums(&part)?;

@@ -1,6 +1,6 @@
 //! The loss of a model on given rows, token by token if wanted.
 
-use model::ops::ModelBackend;
+use adapters::AdaptedBackend;
 
 use crate::batch::EvalBatches;
 use crate::step::CausalLm;
@@ -19,7 +19,7 @@ pub struct Evaluation {
 }
 
 /// Evaluates all batches; `row` hears of each row's natural-log probabilities, in order.
-pub fn evaluate<B: ModelBackend, E>(
+pub fn evaluate<B: AdaptedBackend, E>(
     lm: &CausalLm<B>,
     batches: &EvalBatches,
     mut row: impl FnMut(usize, &[f32]) -> Result<(), E>,

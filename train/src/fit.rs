@@ -8,6 +8,7 @@ use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
+use adapters::TrainBackend;
 use burn::data::dataloader::Progress as Shown;
 use burn::module::AutodiffModule;
 use burn::tensor::backend::AutodiffBackend;
@@ -19,7 +20,6 @@ use burn::train::{
     TrainingItem, TrainingModel, TrainingStrategy, ValidLoader,
 };
 use model::folder::ModelFolder;
-use model::ops::TrainBackend;
 
 use crate::batch::{EvalBatches, Windows};
 use crate::checkpoint::{Best, Checkpoints, Progress, Snapshot};

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use adapters::{LoraConfig, LoraInit, Pattern, Targets};
 use model::chat::TrainOn;
+use quant::Scheme;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use toml::{Table, Value};
@@ -73,12 +74,20 @@ pub enum ModelInit {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct QuantizationSection {
-    /// `"none"`.
+    /// `"none"`, `"nf4"` or `"fp4"`: what the linear layers of the decoder are stored in.
     pub format: String,
     /// Weights that share a scale.
     pub block_size: usize,
     /// Whether the scales are quantized, too.
     pub double_quant: bool,
+}
+
+impl QuantizationSection {
+    /// How the base is quantised, if it is.
+    pub fn scheme(&self) -> Option<Scheme> {
+        let format = quant::Format::from_name(&self.format)?;
+        Some(Scheme::new(format, self.block_size, self.double_quant))
+    }
 }
 
 /// `[adapter]`
@@ -455,7 +464,7 @@ impl Recipe {
     }
 
     fn model_problems(&self) -> Vec<(&'static str, String)> {
-        let (model, adapter, format) = (&self.model, &self.adapter, &self.quantization.format);
+        let (model, adapter) = (&self.model, &self.adapter);
         let mut problems = Vec::new();
         let mut check = |ok: bool, key, text: &str| add(&mut problems, ok, key, text);
         check(
@@ -469,8 +478,17 @@ impl Recipe {
             "model.init",
             "= \"random\" needs adapter.method = \"full\"",
         );
-        let unsupported = format!("= {format:?} is not supported: only \"none\" is");
-        check(format == "none", "quantization.format", &unsupported);
+        let (format, scheme) = (&self.quantization.format, self.quantization.scheme());
+        let unknown = format!("= {format:?} is unknown: expected \"none\", \"nf4\" or \"fp4\"");
+        let known = scheme.is_some() || format == "none";
+        check(known, "quantization.format", &unknown);
+        let block_size = scheme.is_none_or(|scheme| scheme.is_supported());
+        let text = "must be a power of two from 32 to 4096";
+        check(block_size, "quantization.block_size", text);
+        let text = "cannot be trained as a whole: use adapter.method = \"lora\", or \"none\"";
+        let text = format!("= {format:?} {text}");
+        let frozen = scheme.is_none() || !adapter.is_full();
+        check(frozen, "quantization.format", &text);
 
         let method = &adapter.method;
         let unsupported = format!("= {method:?} is not supported: expected \"lora\" or \"full\"");

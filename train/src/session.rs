@@ -3,11 +3,11 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use adapters::{AdaptedLlama, peft, unadapted};
+use adapters::TrainBackend;
+use adapters::{AdaptedLlama, peft};
 use burn::tensor::backend::Backend;
 use model::config::LlamaConfig;
 use model::folder::ModelFolder;
-use model::ops::TrainBackend;
 use sha2::{Digest, Sha256};
 
 use crate::batch::{EvalBatches, Windows};
@@ -118,9 +118,10 @@ pub fn load_base<B: Backend>(
     device: &B::Device,
 ) -> Result<AdaptedLlama<B>> {
     Ok(match recipe.model.init {
-        ModelInit::Random => model::load::init(&base.config, recipe.train.seed, device, unadapted),
+        ModelInit::Random => adapters::init(&base.config, recipe.train.seed, device),
         ModelInit::Pretrained => {
-            model::load::load(&base.config, &base.checkpoint()?, device, unadapted)?
+            let scheme = recipe.quantization.scheme();
+            adapters::load(&base.config, &base.checkpoint()?, scheme, device)?
         }
     })
 }

@@ -4,12 +4,12 @@
 //! trained tokens in it, so that one batch of eight rows and eight batches of one are the same
 //! step.
 
-use adapters::{AdaptedLlama, set_dropout};
+use adapters::{AdaptedBackend, AdaptedLlama, TrainBackend, set_dropout};
 use burn::module::{AutodiffModule, Module, ModuleVisitor, Param};
 use burn::optim::{GradientsAccumulator, GradientsParams};
 use burn::tensor::{Tensor, backend::Backend};
 use burn::train::{InferenceStep, ItemLazy, TrainOutput, TrainStep};
-use model::ops::{self, ModelBackend, TrainBackend};
+use model::ops;
 use model::rope::Rope;
 
 use crate::batch::{MicroBatch, Window};
@@ -125,7 +125,7 @@ impl<B: TrainBackend> CausalLm<B> {
     }
 }
 
-impl<B: ModelBackend> CausalLm<B> {
+impl<B: AdaptedBackend> CausalLm<B> {
     /// The normed hidden states `[m, d]` that predict the trained tokens.
     fn hidden(&self, batch: &MicroBatch) -> Tensor<B, 2> {
         let device = self.device();
@@ -182,7 +182,7 @@ impl ItemLazy for EvalItem {
     }
 }
 
-impl<B: ModelBackend> InferenceStep for CausalLm<B> {
+impl<B: AdaptedBackend> InferenceStep for CausalLm<B> {
     type Input = MicroBatch;
     type Output = EvalItem;
 

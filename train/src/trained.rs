@@ -56,7 +56,7 @@ impl Trained {
     ) -> Result<()> {
         match self {
             Self::Lora(lora) => adapters::attach(model, lora, seed, device)?,
-            Self::Full => adapters::train_all(model),
+            Self::Full => adapters::train_all(model)?,
         }
         Ok(())
     }
@@ -84,7 +84,7 @@ impl Trained {
                     shape,
                 };
                 let tensors: Vec<_> = model.config.tensors().into_iter().map(tensor).collect();
-                write_safetensors(&folder.join(MODEL_FILE), &tensors)?;
+                write_safetensors(&folder.join(MODEL_FILE), &tensors, &[])?;
                 base.copy_assets(&folder)?;
                 set_dtype(&folder.join("config.json"))?;
             }

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use adapters::{AdaptedLlama, peft, read_parameters, unadapted};
+use adapters::{AdaptedLlama, BaseLinear, peft, read_parameters};
 use burn::backend::Flex;
 use burn::data::dataloader::DataLoader;
 use burn::module::{AutodiffModule, ModuleVisitor, Param, ParamId};
@@ -135,7 +135,7 @@ fn checkpoints(run: &Path) -> Vec<String> {
 fn load(folder: &Path) -> AdaptedLlama<Flex> {
     let folder = ModelFolder::open(folder).unwrap();
     let checkpoint = folder.checkpoint().unwrap();
-    model::load::load(&folder.config, &checkpoint, &Default::default(), unadapted).unwrap()
+    adapters::load(&folder.config, &checkpoint, None, &Default::default()).unwrap()
 }
 
 fn lm(model: AdaptedLlama<Flex>) -> CausalLm<Flex> {
@@ -268,7 +268,10 @@ fn the_base_stays_as_it_is() {
             );
         }
         for (name, linear) in model.projections_mut() {
-            add(&name, linear.base.weight.val().into_data());
+            let BaseLinear::Dense(base) = &linear.base else {
+                panic!("the base is not quantised");
+            };
+            add(&name, base.weight.val().into_data());
         }
         all
     }

@@ -11,12 +11,12 @@ use std::time::Instant;
 
 use ::train::fit::Stopped;
 use ::train::recipe::Recipe;
+use adapters::TrainBackend;
 use anyhow::{Context, Result};
 use burn::train::Interrupter;
 use model::checkpoint::write_file;
 use model::folder::ModelFolder;
 use model::generate::{Sampling, generate};
-use model::ops::TrainBackend;
 use serde::Deserialize;
 use serde_json::{Value, json};
 use toml::Table;

@@ -1,8 +1,8 @@
 //! The devices of this machine that this build can use, and the way from a name to one of them.
 
+use adapters::TrainBackend;
 use anyhow::Result;
 use burn::backend::{Autodiff, Flex};
-use model::ops::TrainBackend;
 use serde::Serialize;
 
 use crate::failure::Advised;

@@ -37,7 +37,7 @@ pub mod reference {
     pub use super::swiglu::reference_backward as swiglu_backward;
 }
 
-use burn::tensor::backend::{AutodiffBackend, Backend};
+use burn::tensor::backend::Backend;
 use burn::tensor::ops::FloatTensor;
 use burn::tensor::{Tensor, TensorPrimitive};
 
@@ -51,11 +51,6 @@ impl<B> ModelBackend for B where
     B: AttentionBackend + CrossEntropyBackend + RmsNormBackend + RotaryBackend + SwigluBackend
 {
 }
-
-/// A backend that can train: it differentiates, and its inner backend has the operations, too.
-pub trait TrainBackend: ModelBackend + AutodiffBackend<InnerBackend: ModelBackend> {}
-
-impl<B: ModelBackend + AutodiffBackend<InnerBackend: ModelBackend>> TrainBackend for B {}
 
 fn tensor<B: Backend, const D: usize>(primitive: FloatTensor<B>) -> Tensor<B, D> {
     Tensor::from_primitive(TensorPrimitive::Float(primitive))

@@ -73,7 +73,7 @@ impl Parts {
         let code_book = self.code_book.storage::<f32>();
         View {
             shape: weight.layout.shape,
-            block_size: weight.layout.block_size,
+            block_size: weight.layout.scheme.block_size,
             code_book: code_book.try_into().expect("sixteen values"),
             codes: bytemuck::cast_slice(self.codes.storage::<u32>()),
             absmax: match &self.nested {

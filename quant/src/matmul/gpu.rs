@@ -50,7 +50,7 @@ impl<R: CubeRuntime, F: FloatElement, I: IntElement, BT: BoolElement> QuantBacke
         weight: &PackedWeight<Self>,
         side: Side,
     ) -> FloatTensor<Self> {
-        let PackedLayout { shape, block_size } = weight.layout;
+        let PackedLayout { shape, scheme } = weight.layout;
         let float = |tensor: Tensor<Self, 1>| into_contiguous(tensor.into_primitive().tensor());
         let codes = into_contiguous(weight.codes.clone().into_primitive());
         let absmax = float(weight.block_absmax());
@@ -68,7 +68,7 @@ impl<R: CubeRuntime, F: FloatElement, I: IntElement, BT: BoolElement> QuantBacke
             absmax.into_array_arg(),
             code_book.into_array_arg(),
             dense.clone().into_array_arg(),
-            block_size,
+            scheme.block_size,
             dtype.into(),
         );
         match side {

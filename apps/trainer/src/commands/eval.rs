@@ -10,10 +10,10 @@ use ::train::data::prepare;
 use ::train::evaluate::{Evaluation, evaluate};
 use ::train::recipe::Recipe;
 use ::train::step::CausalLm;
+use adapters::TrainBackend;
 use anyhow::{Context, Result};
 use model::checkpoint::write_file;
 use model::folder::ModelFolder;
-use model::ops::TrainBackend;
 use serde_json::json;
 use toml::Value;
 

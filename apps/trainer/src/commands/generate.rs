@@ -4,11 +4,11 @@ use std::ops::ControlFlow;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
+use adapters::TrainBackend;
 use anyhow::Result;
 use model::chat::{ChatTemplate, Message};
 use model::folder::ModelFolder;
 use model::generate::{FinishReason, Generation, Sampling, generate};
-use model::ops::TrainBackend;
 use model::tokenizer::Tokenizer;
 use serde_json::json;
 

@@ -12,10 +12,10 @@ use ::train::run_folder::{RECIPE_FILE, check_empty};
 use ::train::schedule::Schedule;
 use ::train::session::{self, Rows};
 use ::train::trained::Trained;
+use adapters::TrainBackend;
 use anyhow::Result;
 use model::folder::ModelFolder;
 use model::hub::Files;
-use model::ops::TrainBackend;
 use serde_json::json;
 use toml::Value;
 
