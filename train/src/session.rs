@@ -176,7 +176,7 @@ pub fn resume<B: TrainBackend>(
     let optimizer = AdamW::new(&recipe.train);
     let names = trained.parameters(&base.config)?;
     restore_optimizer(&optimizer, &names, checkpoint, &device)?;
-    let folder = RunFolder::resume(run, progress.step)?;
+    let folder = RunFolder::resume(run, &progress)?;
     Ok(assemble(
         recipe, trained, base, rows, device, model, optimizer, folder, progress,
     ))

@@ -99,7 +99,7 @@ pub fn run(device: &str, no_tui: bool, output: &Output) -> Result<ExitCode> {
     let questions = questions()?;
 
     let Some(before) = ask(&found, &place.base, None, &questions)? else {
-        return interrupted(output);
+        return signals::interrupted(output);
     };
     let count = questions.len();
     let right = num_right(&questions, &before);
@@ -112,7 +112,7 @@ pub fn run(device: &str, no_tui: bool, output: &Output) -> Result<ExitCode> {
         return finished.announce(output);
     }
     let Some(after) = ask(&found, &place.base, Some(&finished.result), &questions)? else {
-        return interrupted(output);
+        return signals::interrupted(output);
     };
     let scores = Scores {
         questions,
@@ -123,11 +123,6 @@ pub fn run(device: &str, no_tui: bool, output: &Output) -> Result<ExitCode> {
     let seconds = start.elapsed().as_secs_f64();
     scores.report(&place, &finished.result, seconds, output)?;
     Ok(ExitCode::SUCCESS)
-}
-
-fn interrupted(output: &Output) -> Result<ExitCode> {
-    output.result(&json!({"interrupted": true}), "interrupted")?;
-    Ok(ExitCode::from(signals::INTERRUPTED))
 }
 
 /// Writes the model and the rows, and makes the recipe of a run with them.
@@ -185,7 +180,7 @@ fn ask(
         base: ModelFolder::open(base)?,
         adapter,
         questions,
-        interrupter: signals::interrupter(),
+        interrupter: signals::interrupter("stopping after this answer (again: at once)"),
     })
 }
 

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 
-use ::train::batch::EvalBatches;
+use ::train::batch::{EvalBatches, MicroBatch};
 use ::train::data::prepare;
 use ::train::evaluate::{Evaluation, evaluate};
 use ::train::recipe::Recipe;
@@ -24,6 +24,7 @@ use crate::device::{Device, Job};
 use crate::encoder;
 use crate::failure::Advised;
 use crate::output::Output;
+use crate::signals;
 
 /// Measures the loss of a model on rows.
 pub fn run(args: EvalArgs, device: &str, output: &Output) -> Result<ExitCode> {
@@ -43,8 +44,11 @@ pub fn run(args: EvalArgs, device: &str, output: &Output) -> Result<ExitCode> {
         batches,
         row_numbers: rows.row_numbers,
         per_token: args.per_token,
+        output: *output,
     };
-    let result = device.run(job)?;
+    let Some(result) = device.run(job)? else {
+        return signals::interrupted(output);
+    };
     let json = json!({
         "loss": result.loss,
         "perplexity": result.perplexity,
@@ -114,12 +118,14 @@ struct EvalJob {
     /// Where each row of the batches stood in the data.
     row_numbers: Vec<usize>,
     per_token: Option<PathBuf>,
+    output: Output,
 }
 
 impl Job for EvalJob {
-    type Output = Evaluation;
+    /// `None` when Ctrl-C came.
+    type Output = Option<Evaluation>;
 
-    fn run<B: TrainBackend>(self, device: B::Device) -> Result<Evaluation> {
+    fn run<B: TrainBackend>(self, device: B::Device) -> Result<Self::Output> {
         let model =
             super::load_model::<B::InnerBackend>(&self.base, self.adapter.as_deref(), &device)?;
         let lm = CausalLm::<B::InnerBackend> {
@@ -127,16 +133,25 @@ impl Job for EvalJob {
             dropout: 0.0,
             seed: 0,
         };
+        let interrupter = signals::interrupter("stopping after this batch (again: at once)");
+        let rows = self.row_numbers.len();
+        self.output.note(format_args!("evaluating {rows} rows"));
         let mut lines = Vec::new();
+        let mut row_numbers = self.row_numbers.iter();
         let wanted = self.per_token.is_some();
-        let result = evaluate(&lm, &self.batches, |row, logprobs| match wanted {
-            true => {
-                let row = self.row_numbers[row];
-                writeln!(lines, "{}", json!({"row": row, "logprobs": logprobs}))
+        let gather = |batch: &MicroBatch, nll: &[f32]| {
+            for (nll, row) in batch.by_row(nll).zip(&mut row_numbers).filter(|_| wanted) {
+                let logprobs: Vec<f32> = nll.iter().map(|nll| -nll).collect();
+                writeln!(lines, "{}", json!({"row": row, "logprobs": logprobs}))?;
             }
-            false => Ok(()),
-        })
-        .context("cannot gather the log probabilities")?;
+            Ok::<_, std::io::Error>(())
+        };
+        let interrupted = || interrupter.should_stop();
+        let result = evaluate(&lm, &self.batches, &interrupted, gather)
+            .context("cannot gather the log probabilities")?;
+        let Some(result) = result else {
+            return Ok(None);
+        };
         if !result.loss.is_finite() {
             return Err(Advised::failed(
                 "the loss of these rows is not a finite number",
@@ -147,6 +162,6 @@ impl Job for EvalJob {
         if let Some(path) = &self.per_token {
             write_file(path, &lines)?;
         }
-        Ok(result)
+        Ok(Some(result))
     }
 }

@@ -191,7 +191,6 @@ impl Job for TrainJob {
     type Output = Outcome;
 
     fn run<B: TrainBackend>(self, device: B::Device) -> Result<Outcome> {
-        let interrupter = signals::interrupter();
         let (log_every, output) = (self.recipe.train.log_every, self.output);
         let run = match &self.checkpoint {
             None => session::start::<B>(
@@ -212,6 +211,8 @@ impl Job for TrainJob {
                 device,
             )?,
         };
+        let answer = "saving and stopping (again: at once, unsaved)";
+        let interrupter = signals::interrupter(answer);
         let trained = run.trained.num_params(&run.base.config)?;
         output.note(format_args!(
             "training {trained} of {} parameters for {} steps in {}",
@@ -219,7 +220,7 @@ impl Job for TrainJob {
             run.windows.num_steps(),
             self.folder.display(),
         ));
-        if run.progress.step >= run.windows.num_steps() {
+        if run.progress.step >= run.windows.num_steps() && !run.progress.evaluation_due {
             output.note("the run has taken all its steps");
         }
         let schedule = Schedule::new(&run.recipe.train, run.windows.num_steps(), 0);
