@@ -147,19 +147,26 @@ pub struct GenerateArgs {
     #[arg(long, default_value_t = 128, allow_negative_numbers = true)]
     #[arg(value_parser = value_parser!(u32).range(1..))]
     pub max_new_tokens: u32,
+    #[command(flatten)]
+    pub sampling: SamplingArgs,
+}
+
+/// How the next token is chosen.
+#[derive(Debug, Args)]
+pub struct SamplingArgs {
     /// 0 takes the likeliest token
     #[arg(long, default_value_t = 0.0, allow_negative_numbers = true)]
     pub temperature: f64,
-    /// Sample from the likeliest tokens with this probability together
+    /// Sample from the likeliest tokens with this probability together (needs a temperature above 0)
     #[arg(long, allow_negative_numbers = true)]
     pub top_p: Option<f64>,
-    /// Sample from this many tokens
+    /// Sample from this many tokens (needs a temperature above 0)
     #[arg(long, allow_negative_numbers = true)]
     pub top_k: Option<usize>,
     /// Above 1: tokens that occurred become less likely
     #[arg(long, default_value_t = 1.0, allow_negative_numbers = true)]
     pub repetition_penalty: f64,
-    /// Decides the random numbers
+    /// Decides the random numbers: the same seed, the same text
     #[arg(long, default_value_t = 42, allow_negative_numbers = true)]
     pub seed: u64,
 }
