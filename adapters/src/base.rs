@@ -91,6 +91,27 @@ pub fn init<B: Backend>(config: &LlamaConfig, seed: u64, device: &B::Device) -> 
     model.expect("fresh values cannot fail")
 }
 
+/// Bytes of a base model's weights in memory: those that are quantised, by `scheme` or because
+/// their checkpoint is, in 4 bits, the others in f32.
+///
+/// # Errors
+/// [`quant::Error::QuantConfig`] if the checkpoint is quantised in a way that is not supported.
+pub fn base_bytes(config: &LlamaConfig, scheme: Option<Scheme>) -> quant::Result<u64> {
+    let scheme = match &config.quantization_config {
+        Some(quantization) => Some(bitsandbytes::check_config(quantization)?),
+        None => scheme,
+    };
+    let f32s = |len: u64| len * size_of::<f32>() as u64;
+    let linear = config.projections();
+    let layer: u64 = linear
+        .iter()
+        .map(|(_, [out, r#in], _)| (*out as u64) * (*r#in as u64))
+        .sum();
+    let all = layer * config.num_hidden_layers as u64;
+    let rest = f32s(config.num_params().saturating_sub(all));
+    Ok(rest + scheme.map_or(f32s(all), |scheme| scheme.bytes(all)))
+}
+
 /// How the linear layers of a model are quantised, if they are.
 pub fn scheme<B: Backend>(model: &AdaptedLlama<B>) -> Option<Scheme> {
     let linears = model.layers.iter().flat_map(|layer| {

@@ -13,7 +13,7 @@ mod parameters;
 pub mod peft;
 
 pub use attach::{AdaptedLlama, attach, set_dropout, train_all};
-pub use base::{AdaptedBackend, BaseLinear, TrainBackend, init, load, scheme};
+pub use base::{AdaptedBackend, BaseLinear, TrainBackend, base_bytes, init, load, scheme};
 pub use config::{LoraConfig, LoraInit, LoraLayer, Pattern, Targets};
 pub use error::{Error, Result};
 pub use parameters::{parameters, read_parameters, write_parameters};

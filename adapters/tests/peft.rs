@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use adapters::{AdaptedLlama, LoraConfig, LoraInit, Pattern, Targets, peft, unadapted};
+use adapters::{AdaptedLlama, LoraConfig, LoraInit, Pattern, Targets, peft};
 use burn::tensor::{Tensor, TensorData};
 use model::checkpoint::Checkpoint;
 use model::config::LlamaConfig;

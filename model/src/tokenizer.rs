@@ -231,11 +231,14 @@ impl DecodeStream<'_> {
     }
 
     fn pending(&self) -> Result<String> {
-        let given = self
-            .tokenizer
-            .decode(&self.ids[..self.read], self.skip_special_tokens)?;
-        let all = self.tokenizer.decode(&self.ids, self.skip_special_tokens)?;
-        Ok(all.get(given.len()..).unwrap_or_default().to_owned())
+        let decode = |ids: &[u32]| self.tokenizer.decode(ids, self.skip_special_tokens);
+        let given = decode(&self.ids[..self.read])?;
+        let all = decode(&self.ids)?;
+        match all.strip_prefix(&given) {
+            Some(text) => Ok(text.to_owned()),
+            // bytes that make no character take those in front of them along, which are given out
+            None => decode(&self.ids[self.read..]),
+        }
     }
 }
 
@@ -501,6 +504,31 @@ mod tests {
         }
     }
 
+    proptest! {
+        /// A model may choose any tokens.
+        #[test]
+        fn a_stream_of_any_tokens_gives_their_text(
+            ids in proptest::collection::vec(0u32..700, 0..40), // some are outside of the vocabulary
+            skip: bool,
+        ) {
+            for name in ["byte_level", "metaspace"] {
+                let tokenizer = tokenizer(name);
+                let mut stream = tokenizer.decode_stream(skip);
+                let mut streamed = String::new();
+                for &id in &ids {
+                    streamed += &stream.push(id).expect("it decodes");
+                }
+                streamed += &stream.finish().expect("it decodes");
+                let whole = tokenizer.decode(&ids, skip).expect("it decodes");
+                let broken = |text: &str| text.contains(char::REPLACEMENT_CHARACTER);
+                prop_assert_eq!(broken(&streamed), broken(&whole));
+                // half characters may take whole ones along when all is decoded at once
+                prop_assert!(streamed == whole || (name == "metaspace" && broken(&whole)),
+                    "{:?} {:?}", streamed, whole);
+            }
+        }
+    }
+
     #[test]
     fn a_stream_waits_for_whole_characters() -> Anything {
         let tokenizer = tokenizer("byte_level");
@@ -513,6 +541,31 @@ mod tests {
         assert_eq!(pieces, ["a", "", "", "", "😀"]);
         stream.push(ids[1])?;
         assert_eq!(stream.finish()?, "\u{fffd}");
+        Ok(())
+    }
+
+    /// With byte fallback, a byte that ends nowhere makes the line break in front of it invalid,
+    /// too: what has been given out stays, and the text goes on.
+    #[test]
+    fn a_stream_goes_on_after_bytes_that_are_no_character() -> Anything {
+        let tokenizer = tokenizer("metaspace");
+        let byte = |byte: u8| {
+            tokenizer
+                .token_to_id(&format!("<0x{byte:02X}>"))
+                .ok_or("a byte")
+        };
+        let text = tokenizer.encode("the", false)?.ids;
+        let mut stream = tokenizer.decode_stream(false); // this tokenizer calls its bytes special
+        let mut streamed = stream.push(byte(b'\n')?)?;
+        assert_eq!(streamed, "\n");
+        for id in [byte(0xF0)?].into_iter().chain(text) {
+            streamed += &stream.push(id)?;
+        }
+        assert_eq!(streamed, "\n\u{fffd} the");
+        for end in [0xF0, 0x9F, 0x98, 0x80] {
+            streamed += &stream.push(byte(end)?)?;
+        }
+        assert_eq!(streamed + &stream.finish()?, "\n\u{fffd} the😀");
         Ok(())
     }
 

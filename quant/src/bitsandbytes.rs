@@ -12,7 +12,7 @@ use std::borrow::Cow;
 use safetensors::Dtype;
 use safetensors::tensor::TensorView;
 use serde::{Deserialize, Serialize};
-use serde_json::{Map, Value, json};
+use serde_json::{Value, json};
 
 use crate::{Absmax, DoubleQuantized, Error, Format, NESTED_BLOCK_SIZE, Quantized, Result, Scheme};
 
@@ -294,37 +294,40 @@ pub fn config(scheme: Scheme, compute_dtype: &str) -> Value {
     })
 }
 
-/// Whether a `quantization_config` describes what [`Stored`] reads.
+/// What a `quantization_config` says of the weights, which [`Stored`] reads; their block size is
+/// not in it and stands for transformers' 64.
 ///
 /// # Errors
-/// [`Error::QuantConfig`] with the key that does not.
-pub fn check_config(config: &Value) -> Result<()> {
-    let unsupported = |key: &'static str, found: &Value| Error::QuantConfig {
+/// [`Error::QuantConfig`] with the key that describes something else.
+pub fn check_config(config: &Value) -> Result<Scheme> {
+    let get = |key: &str| config.get(key).unwrap_or(&Value::Null);
+    let is_true = |key: &str| get(key) == &Value::Bool(true);
+    let unsupported = |key: &'static str| Error::QuantConfig {
         key,
-        found: found.to_string(),
+        found: get(key).to_string(),
     };
-    let empty = Map::new();
-    let object = config.as_object().unwrap_or(&empty);
-    let get = |key: &str| object.get(key).unwrap_or(&Value::Null);
-    match get("quant_method") {
-        Value::Null if get("load_in_4bit") == &Value::Bool(true) => {}
-        method if method == "bitsandbytes" => {}
-        other => return Err(unsupported("quant_method", other)),
+    let method = get("quant_method");
+    if method != "bitsandbytes" && !(method.is_null() && is_true("load_in_4bit")) {
+        return Err(unsupported("quant_method"));
     }
-    if get("load_in_4bit") != &Value::Bool(true) {
-        let key = match get("load_in_8bit") {
-            Value::Bool(true) => "load_in_8bit",
-            _ => "load_in_4bit",
-        };
-        return Err(unsupported(key, get(key)));
+    if !is_true("load_in_4bit") {
+        return Err(match is_true("load_in_8bit") {
+            true => unsupported("load_in_8bit"),
+            false => unsupported("load_in_4bit"),
+        });
     }
-    let quant_type = get("bnb_4bit_quant_type");
-    match FORMATS.iter().any(|format| quant_type == format.name()) {
-        true => Ok(()),
-        // bitsandbytes' own default
-        false if quant_type.is_null() => Ok(()),
-        false => Err(unsupported("bnb_4bit_quant_type", quant_type)),
-    }
+    let format = match get("bnb_4bit_quant_type") {
+        Value::Null => Format::Fp4, // transformers' default
+        Value::String(name) => {
+            Format::from_name(name).ok_or_else(|| unsupported("bnb_4bit_quant_type"))?
+        }
+        _ => return Err(unsupported("bnb_4bit_quant_type")),
+    };
+    Ok(Scheme::new(
+        format,
+        64,
+        is_true("bnb_4bit_use_double_quant"),
+    ))
 }
 
 fn state_name(weight: &str, format: Format) -> String {
@@ -386,7 +389,10 @@ mod tests {
                 },
                 "float32",
             );
-            assert_eq!(check_config(&config), Ok(()));
+            assert_eq!(
+                check_config(&config),
+                Ok(Scheme::new(Format::Nf4, 64, false))
+            );
             config[key] = value;
             config
         };

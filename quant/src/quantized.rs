@@ -26,6 +26,16 @@ pub struct Scheme {
 }
 
 impl Scheme {
+    /// About how many bytes `len` values take.
+    pub fn bytes(&self, len: u64) -> u64 {
+        let blocks = len.div_ceil(self.block_size as u64);
+        let absmax = match self.double_quant {
+            true => blocks + 4 * blocks.div_ceil(NESTED_BLOCK_SIZE as u64),
+            false => 4 * blocks,
+        };
+        len.div_ceil(2) + absmax
+    }
+
     /// Whether bitsandbytes has this block size.
     pub fn is_supported(&self) -> bool {
         check_block_size(self.block_size).is_ok()

@@ -3,7 +3,7 @@
 
 use std::ops::ControlFlow;
 
-use adapters::{attach, unadapted};
+use adapters::attach;
 use burn::backend::{Autodiff, Flex};
 use burn::module::AutodiffModule;
 use burn::optim::Optimizer;

@@ -98,9 +98,13 @@ impl MicroBatch {
         self.targets.len()
     }
 
-    /// Trained tokens of each row, in the order of `at`.
-    pub fn trained_by_row(&self) -> &[usize] {
-        &self.trained
+    /// Takes values of the trained tokens, `[m]`, apart: those of each row.
+    pub fn by_row<'a, T>(&'a self, mut values: &'a [T]) -> impl Iterator<Item = &'a [T]> {
+        self.trained.iter().map(move |&trained| {
+            let (here, after) = values.split_at(trained);
+            values = after;
+            here
+        })
     }
 
     /// Tokens without padding.
@@ -351,7 +355,8 @@ mod tests {
         assert_eq!(batch.input_ids, [0, 1, 2, 3, 4, 10, 11, 12, 0, 0]);
         assert_eq!(batch.at, [1, 2, 3, 6]);
         assert_eq!(batch.targets, [2, 3, 4, 12]);
-        assert_eq!(batch.trained_by_row(), [3, 1]);
+        let by_row: Vec<_> = batch.by_row(&batch.targets).collect();
+        assert_eq!(by_row, [&[2, 3, 4][..], &[12]]);
         assert_eq!(batch.num_tokens(), 8);
     }
 

@@ -35,6 +35,9 @@ pub struct Progress {
     pub best: Option<Best>,
     /// Evaluations since then.
     pub evaluations_without_improvement: usize,
+    /// Whether the evaluation that belongs after `step` is still to be made.
+    #[serde(default)]
+    pub evaluation_due: bool,
     /// What [`Rows::fingerprint`](crate::session::Rows::fingerprint) says of the run's rows.
     pub rows: String,
 }

@@ -2,7 +2,7 @@
 
 use adapters::AdaptedBackend;
 
-use crate::batch::EvalBatches;
+use crate::batch::{EvalBatches, MicroBatch};
 use crate::step::CausalLm;
 
 /// The result of an evaluation.
@@ -18,31 +18,37 @@ pub struct Evaluation {
     pub rows: usize,
 }
 
-/// Evaluates all batches; `row` hears of each row's natural-log probabilities, in order.
+/// Evaluates all batches; `None` if `interrupted` says yes before one of them.
+///
+/// `heard` gets each batch with the negative natural-log probabilities of its trained tokens,
+/// which [`MicroBatch::by_row`] takes apart.
 pub fn evaluate<B: AdaptedBackend, E>(
     lm: &CausalLm<B>,
     batches: &EvalBatches,
-    mut row: impl FnMut(usize, &[f32]) -> Result<(), E>,
-) -> Result<Evaluation, E> {
+    interrupted: &dyn Fn() -> bool,
+    mut heard: impl FnMut(&MicroBatch, &[f32]) -> Result<(), E>,
+) -> Result<Option<Evaluation>, E> {
     let (mut total, mut tokens, mut rows) = (0.0, 0, 0);
     for batch in batches.batches() {
-        let nll = lm.token_nll(&batch);
-        total += nll.iter().map(|nll| f64::from(*nll)).sum::<f64>();
-        tokens += nll.len();
-        let log_p: Vec<f32> = nll.iter().map(|nll| -nll).collect();
-        let mut rest = log_p.as_slice();
-        for &trained in batch.trained_by_row() {
-            let (here, after) = rest.split_at(trained);
-            row(rows, here)?;
-            rest = after;
-            rows += 1;
+        if interrupted() {
+            return Ok(None);
         }
+        let nll = lm.token_nll(&batch);
+        total += sum(&nll);
+        tokens += nll.len();
+        rows += batch.by_row(&nll).count();
+        heard(&batch, &nll)?;
     }
     let loss = total / tokens as f64;
-    Ok(Evaluation {
+    Ok(Some(Evaluation {
         loss,
         perplexity: loss.exp(),
         tokens,
         rows,
-    })
+    }))
+}
+
+/// The sum of a batch, in f64.
+pub(crate) fn sum(nll: &[f32]) -> f64 {
+    nll.iter().map(|nll| f64::from(*nll)).sum()
 }

@@ -6,24 +6,25 @@
 
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use adapters::TrainBackend;
-use burn::data::dataloader::Progress as Shown;
+use burn::data::dataloader::{DataLoaderIterator, Progress as Shown};
 use burn::module::AutodiffModule;
 use burn::tensor::backend::AutodiffBackend;
 use burn::train::renderer::MetricsRenderer;
 use burn::train::{
-    EventProcessorTraining, InferenceStep, Interrupter, Learner, LearnerEvent,
-    LearningComponentsMarker, LearningComponentsTypes, LearningResult, SupervisedLearningStrategy,
-    SupervisedTraining, SupervisedTrainingEventProcessor, TrainLoader, TrainingComponents,
-    TrainingItem, TrainingModel, TrainingStrategy, ValidLoader,
+    EventProcessorTraining, Interrupter, Learner, LearnerEvent, LearningComponentsMarker,
+    LearningComponentsTypes, LearningResult, SupervisedLearningStrategy, SupervisedTraining,
+    SupervisedTrainingEventProcessor, TrainLoader, TrainingComponents, TrainingItem, TrainingModel,
+    TrainingStrategy, ValidLoader,
 };
 use model::folder::ModelFolder;
 
-use crate::batch::{EvalBatches, Windows};
+use crate::batch::{EvalBatches, MicroBatch, Window, Windows};
 use crate::checkpoint::{Best, Checkpoints, Progress, Snapshot};
 use crate::error::{Error, Result};
+use crate::evaluate::{evaluate, sum};
 use crate::metrics::{Gauge, NoMetricFiles};
 use crate::optimizer::AdamW;
 use crate::recipe::Recipe;
@@ -52,6 +53,8 @@ pub struct Run<B: TrainBackend> {
     pub folder: RunFolder,
     /// How far the run is.
     pub progress: Progress,
+    /// How long it took to load the base model.
+    pub load_time: Duration,
     /// Where it computes.
     pub device: B::Device,
 }
@@ -113,7 +116,7 @@ pub fn fit<B: TrainBackend, R: MetricsRenderer + 'static>(
     let schedule = Schedule::new(train, run.windows.num_steps(), run.progress.step);
     // The model moves into the learner: a second handle would keep the first weights for the run.
     let learner = Learner::new(run.model, run.optimizer.clone(), schedule);
-    let (windows, eval) = (Arc::new(run.windows.clone()), Arc::new(run.eval));
+    let (windows, eval) = (Arc::new(run.windows.clone()), Arc::new(run.eval.clone()));
     let strategy = Arc::new(StepByStep {
         checkpoints: Checkpoints::new(&path, train.keep_checkpoints),
         optimizer: run.optimizer,
@@ -121,6 +124,7 @@ pub fn fit<B: TrainBackend, R: MetricsRenderer + 'static>(
         base: run.base,
         recipe: run.recipe,
         windows: run.windows,
+        eval: run.eval,
         device: run.device,
         state: Mutex::new(State {
             folder: run.folder,
@@ -182,6 +186,7 @@ struct StepByStep<B: TrainBackend> {
     base: ModelFolder,
     optimizer: AdamW<B::InnerBackend>,
     windows: Windows,
+    eval: EvalBatches,
     checkpoints: Checkpoints,
     device: B::Device,
     report: Report,
@@ -226,7 +231,7 @@ impl<B: TrainBackend> SupervisedLearningStrategy<Components<B>> for StepByStep<B
         components: TrainingComponents<Components<B>>,
         mut learner: Learner<Components<B>>,
         train: TrainLoader<Components<B>>,
-        valid: ValidLoader<Components<B>>,
+        _: ValidLoader<Components<B>>, // `eval`, behind another interface
         _: usize,
     ) -> (
         TrainingModel<Components<B>>,
@@ -239,17 +244,15 @@ impl<B: TrainBackend> SupervisedLearningStrategy<Components<B>> for StepByStep<B
         if self.is_out_of_patience(&state.progress) {
             state.stopped = Some(Stopped::Early); // it goes on from where it had stopped early
         }
-        while state.stopped.is_none() && state.progress.step < self.windows.num_steps() {
-            let interrupted = || components.interrupter.should_stop();
-            let stepped = self.advance(
-                &mut *windows,
-                &mut learner,
-                &valid,
-                &mut events,
-                &mut state,
-                &interrupted,
-            );
-            if let Err(error) = stepped {
+        let interrupted = || components.interrupter.should_stop();
+        while state.stopped.is_none() && self.has_work(&state.progress) {
+            let mut done = Ok(());
+            if !state.progress.evaluation_due {
+                done = self.advance(&mut *windows, &mut learner, &mut events, &mut state);
+            }
+            done =
+                done.and_then(|()| self.follow_up(&learner, &mut events, &mut state, &interrupted));
+            if let Err(error) = done {
                 state.error = Some(error);
                 break;
             }
@@ -259,21 +262,33 @@ impl<B: TrainBackend> SupervisedLearningStrategy<Components<B>> for StepByStep<B
 }
 
 impl<B: TrainBackend> StepByStep<B> {
-    /// One optimizer step and what is due after it.
+    /// Whether there is a step to take, or an evaluation to make that was cut short.
+    fn has_work(&self, progress: &Progress) -> bool {
+        progress.evaluation_due || progress.step < self.windows.num_steps()
+    }
+
+    /// Whether something that is done `every` so many steps (0: each epoch) is done after `step`.
+    fn is_due(&self, every: usize, step: usize) -> bool {
+        match every {
+            0 => self.windows.ends_epoch(step - 1),
+            every => step.is_multiple_of(every) || step == self.windows.num_steps(),
+        }
+    }
+
+    /// One optimizer step.
     fn advance(
         &self,
-        windows: &mut dyn burn::data::dataloader::DataLoaderIterator<crate::batch::Window>,
+        windows: &mut dyn DataLoaderIterator<Window>,
         learner: &mut Learner<Components<B>>,
-        valid: &ValidLoader<Components<B>>,
         events: &mut SupervisedTrainingEventProcessor<Components<B>>,
         state: &mut State,
-        interrupted: &dyn Fn() -> bool,
     ) -> Result<()> {
-        let train = &self.recipe.train;
         let item = self.step(windows, learner)?;
         state.progress.step += 1;
         state.loss = Some(item.loss);
         let step = state.progress.step;
+        let every = self.recipe.train.eval_every;
+        state.progress.evaluation_due = !self.eval.is_empty() && self.is_due(every, step);
         state.folder.write(&Line::Train {
             step,
             epoch: item.epoch,
@@ -289,22 +304,28 @@ impl<B: TrainBackend> StepByStep<B> {
         let global = Shown::new(1, 1);
         let shown = TrainingItem::new(item, shown, global, Some(step), Some(item.lr));
         events.process_train(LearnerEvent::ProcessedItem(shown));
+        Ok(())
+    }
 
-        let last = step == self.windows.num_steps();
-        let due = |every: usize| match every {
-            0 => self.windows.ends_epoch(step - 1),
-            every => step.is_multiple_of(every) || last,
-        };
-        if valid.num_items() > 0 && due(train.eval_every) {
-            self.evaluate(learner, valid, events, state)?;
+    /// What is due after a step: an evaluation, a checkpoint, or the end.
+    fn follow_up(
+        &self,
+        learner: &Learner<Components<B>>,
+        events: &mut SupervisedTrainingEventProcessor<Components<B>>,
+        state: &mut State,
+        interrupted: &dyn Fn() -> bool,
+    ) -> Result<()> {
+        if state.progress.evaluation_due {
+            self.evaluate(learner, events, state, interrupted)?;
         }
-        if interrupted() && !last {
+        if interrupted() && self.has_work(&state.progress) {
             state.stopped = Some(Stopped::Interrupted);
         }
         if self.is_out_of_patience(&state.progress) {
             state.stopped = Some(Stopped::Early);
         }
-        if due(train.save_every) || state.stopped.is_some() {
+        let save_every = self.recipe.train.save_every;
+        if self.is_due(save_every, state.progress.step) || state.stopped.is_some() {
             let model = learner.model().valid().model;
             let checkpoint = self.checkpoints.save(&Snapshot {
                 model: &model,
@@ -329,7 +350,7 @@ impl<B: TrainBackend> StepByStep<B> {
     /// Forward, backward, clipping and the optimizer.
     fn step(
         &self,
-        windows: &mut dyn burn::data::dataloader::DataLoaderIterator<crate::batch::Window>,
+        windows: &mut dyn DataLoaderIterator<Window>,
         learner: &mut Learner<Components<B>>,
     ) -> Result<StepItem> {
         let start = Instant::now();
@@ -352,38 +373,43 @@ impl<B: TrainBackend> StepByStep<B> {
         })
     }
 
+    /// The evaluation that is due. One that is interrupted leaves no trace and stays due.
     fn evaluate(
         &self,
         learner: &Learner<Components<B>>,
-        valid: &ValidLoader<Components<B>>,
         events: &mut SupervisedTrainingEventProcessor<Components<B>>,
         state: &mut State,
+        interrupted: &dyn Fn() -> bool,
     ) -> Result<()> {
         let model = learner.model().valid();
-        let mut batches = valid.iter();
-        let (mut nll, mut tokens) = (0.0, 0);
-        let mut done = 0;
-        while let Some(batch) = batches.next() {
-            let item: EvalItem = InferenceStep::step(&model, batch);
-            nll += item.nll;
-            tokens += item.trained_tokens;
+        let (mut done, all) = (0, self.eval.batches().len());
+        let heard = |_: &MicroBatch, nll: &[f32]| {
             done += 1;
-            let shown =
-                TrainingItem::new(item, batches.progress(), Shown::new(1, 1), Some(done), None);
+            let item = EvalItem {
+                nll: sum(nll),
+                trained_tokens: nll.len(),
+            };
+            let (shown, global) = (Shown::new(done, all), Shown::new(1, 1));
+            let shown = TrainingItem::new(item, shown, global, Some(done), None);
             events.process_valid(LearnerEvent::ProcessedItem(shown));
-        }
+            Ok::<_, Error>(())
+        };
+        let result = evaluate(&model, &self.eval, interrupted, heard)?;
         events.process_valid(LearnerEvent::EndEpoch(1));
-        let step = state.progress.step;
-        let loss = nll / tokens as f64;
+        let Some(result) = result else {
+            return Ok(());
+        };
+        let (step, loss) = (state.progress.step, result.loss);
         if !loss.is_finite() {
             return Err(Error::NotFinite { step });
         }
         state.folder.write(&Line::Eval {
             step,
             loss,
-            perplexity: loss.exp(),
-            tokens,
+            perplexity: result.perplexity,
+            tokens: result.tokens,
         })?;
+        state.progress.evaluation_due = false;
         (self.report)(Event::Evaluated { step, loss });
         let improved = state.progress.best.is_none_or(|best| loss < best.loss);
         if !improved {

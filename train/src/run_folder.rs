@@ -8,6 +8,7 @@ use model::checkpoint::write_file;
 use serde::Serialize;
 use serde_json::Value;
 
+use crate::checkpoint::Progress;
 use crate::error::{Error, Result};
 use crate::recipe::Recipe;
 
@@ -73,17 +74,20 @@ impl RunFolder {
         Self::open(path)
     }
 
-    /// Continues a run folder after `step`: lines of later steps are dropped, since they will be
-    /// written again.
-    pub fn resume(path: &Path, step: usize) -> Result<Self> {
+    /// Continues a run folder: lines of what comes after `progress` are dropped, since they will
+    /// be written again.
+    pub fn resume(path: &Path, progress: &Progress) -> Result<Self> {
         let metrics = path.join(METRICS_FILE);
         let file = File::open(&metrics).map_err(io("open", &metrics))?;
         let mut kept = String::new();
         for line in BufReader::new(file).lines() {
             let line = line.map_err(io("read", &metrics))?;
-            let at = serde_json::from_str::<Value>(&line).ok();
-            let at = at.and_then(|json| json["step"].as_u64());
-            if at.is_some_and(|at| at <= step as u64) {
+            let json = serde_json::from_str::<Value>(&line).unwrap_or_default();
+            let last = match json["kind"] == "eval" && progress.evaluation_due {
+                true => progress.step.saturating_sub(1),
+                false => progress.step,
+            };
+            if json["step"].as_u64().is_some_and(|at| at <= last as u64) {
                 kept.push_str(&line);
                 kept.push('\n');
             }

@@ -2,6 +2,7 @@
 
 use std::path::Path;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use adapters::TrainBackend;
 use adapters::{AdaptedLlama, peft};
@@ -137,7 +138,9 @@ pub fn start<B: TrainBackend>(
     output: &Path,
     device: B::Device,
 ) -> Result<Run<B>> {
+    let start = Instant::now();
     let mut model = load_base::<B>(&recipe, &base, &device)?;
+    let load_time = start.elapsed();
     match &recipe.adapter.init_from {
         Some(folder) => model = peft::load(model, folder, &device)?.0,
         None => trained.attach(&mut model, recipe.train.seed, &device)?,
@@ -149,7 +152,7 @@ pub fn start<B: TrainBackend>(
         ..Progress::default()
     };
     Ok(assemble(
-        recipe, trained, base, rows, device, model, optimizer, folder, progress,
+        recipe, trained, base, rows, device, model, optimizer, folder, progress, load_time,
     ))
 }
 
@@ -169,7 +172,9 @@ pub fn resume<B: TrainBackend>(
             checkpoint: checkpoint.into(),
         });
     }
+    let start = Instant::now();
     let mut model = load_base::<B>(&recipe, &base, &device)?;
+    let load_time = start.elapsed();
     if trained == Trained::Full {
         trained.attach(&mut model, recipe.train.seed, &device)?;
     }
@@ -177,9 +182,9 @@ pub fn resume<B: TrainBackend>(
     let optimizer = AdamW::new(&recipe.train);
     let names = trained.parameters(&base.config)?;
     restore_optimizer(&optimizer, &names, checkpoint, &device)?;
-    let folder = RunFolder::resume(run, progress.step)?;
+    let folder = RunFolder::resume(run, &progress)?;
     Ok(assemble(
-        recipe, trained, base, rows, device, model, optimizer, folder, progress,
+        recipe, trained, base, rows, device, model, optimizer, folder, progress, load_time,
     ))
 }
 
@@ -197,6 +202,7 @@ fn assemble<B: TrainBackend>(
     optimizer: AdamW<B::InnerBackend>,
     folder: RunFolder,
     progress: Progress,
+    load_time: Duration,
 ) -> Run<B> {
     let train = &recipe.train;
     Run {
@@ -213,6 +219,7 @@ fn assemble<B: TrainBackend>(
         optimizer,
         folder,
         progress,
+        load_time,
         device,
     }
 }

@@ -15,8 +15,8 @@ use burn::data::dataloader::DataLoader;
 use burn::module::{AutodiffModule, ModuleVisitor, Param, ParamId};
 use burn::optim::{GradientsParams, Optimizer};
 use burn::tensor::{Tensor, TensorData};
-use burn::train::TrainStep;
-use harness::{B, finish, metrics, recipe, start, tiny_model};
+use burn::train::{Interrupter, TrainStep};
+use harness::{B, Silent, finish, metrics, recipe, start, tiny_model};
 use model::checkpoint::MODEL_FILE;
 use model::folder::ModelFolder;
 use model::rope::Rope;
@@ -27,7 +27,7 @@ use train::batch::{EvalBatches, MicroBatch, Window, Windows};
 use train::checkpoint::Checkpoints;
 use train::data::{IGNORED, Sample};
 use train::evaluate::{Evaluation, evaluate};
-use train::fit::{Event, Outcome, Run, Stopped};
+use train::fit::{Event, Outcome, Run, Stopped, fit};
 use train::recipe::Recipe;
 use train::run_folder::{METRICS_FILE, RECIPE_FILE};
 use train::session::{self, Rows};
@@ -148,10 +148,10 @@ fn lm(model: AdaptedLlama<Flex>) -> CausalLm<Flex> {
 
 fn evaluation(model: AdaptedLlama<Flex>, rows: &Arc<Vec<Sample>>, batch: usize) -> Evaluation {
     let batches = EvalBatches::new(rows.clone(), batch);
-    evaluate(&lm(model), &batches, |_, _| {
+    let result = evaluate(&lm(model), &batches, &|| false, |_, _| {
         Ok::<_, std::convert::Infallible>(())
-    })
-    .unwrap()
+    });
+    result.unwrap().unwrap()
 }
 
 /// Logits `[s, v]` of one row.
@@ -346,6 +346,64 @@ fn a_resumed_run_is_the_uninterrupted_one() {
     }
 }
 
+/// Interrupts a run in its `number`-th evaluation, counted from 1, after a batch or a few: the
+/// renderer hears of a batch before the one after the next begins.
+fn cut_evaluation(run: Run<B>, number: usize) -> Outcome {
+    let interrupter = Interrupter::new();
+    let (handle, mut evaluations) = (interrupter.clone(), 0);
+    let renderer = Silent(Box::new(move |batch| {
+        evaluations += usize::from(batch == 1);
+        if evaluations == number {
+            handle.stop(Some("test"));
+        }
+    }));
+    fit(run, renderer, interrupter, Arc::new(|_| {})).unwrap()
+}
+
+#[test]
+fn an_evaluation_that_was_cut_short_is_made_again() {
+    let text = EVENTFUL.replace("batch_size=2", "batch_size=1");
+    let text = text.replace("steps=2", "steps=4"); // five batches an evaluation
+    let (whole, _) = run_gqa(&text);
+    let out = tempdir().unwrap();
+    let evaluated = || numbers(&metrics(out.path(), "eval"), "step");
+
+    let part = cut_evaluation(start_gqa(&text, out.path()), 1);
+    assert_eq!((part.steps, part.stopped), (3, Some(Stopped::Interrupted)));
+    assert_eq!((evaluated(), part.best), (vec![], None));
+    assert!(!out.path().join("best").exists());
+    assert_eq!(checkpoints(out.path()), ["step-000002", "step-000003"]);
+    // and cut again where it goes on, which is before anything else
+    let part = cut_evaluation(resume(out.path(), &rows()), 1);
+    assert_eq!((part.steps, part.stopped), (3, Some(Stopped::Interrupted)));
+    assert!(evaluated().is_empty());
+    // made, but the checkpoints that know of it are lost
+    let part = finish(resume(out.path(), &rows()), |event, interrupter| {
+        if matches!(event, Event::Saved { checkpoint } if checkpoint.ends_with("step-000004")) {
+            interrupter.stop(Some("test"));
+        }
+    });
+    assert_eq!((part.unwrap().steps, evaluated()), (5, vec![3.0]));
+    for step in 4..=5 {
+        let checkpoint = format!("checkpoints/step-{step:06}");
+        std::fs::remove_dir_all(out.path().join(checkpoint)).unwrap();
+    }
+    // the last one comes after the last step, where a checkpoint is due, too
+    let part = cut_evaluation(resume(out.path(), &rows()), 3);
+    assert_eq!((part.steps, part.stopped), (8, Some(Stopped::Interrupted)));
+    assert_eq!(evaluated(), [3.0, 6.0]);
+    assert!(!out.path().join("adapter").exists());
+    let rest = finish(resume(out.path(), &rows()), |_, _| {}).unwrap();
+    assert_eq!((rest.steps, rest.stopped), (8, None));
+
+    assert_eq!(evaluated(), [3.0, 6.0, 8.0]);
+    assert_eq!(steady_metrics(out.path()), steady_metrics(whole.path()));
+    for folder in ["adapter", "best", "checkpoints/step-000008"] {
+        let bytes = |run: &TempDir| files(&run.path().join(folder));
+        assert!(bytes(&out) == bytes(&whole), "{folder} differs");
+    }
+}
+
 /// Every file below a folder.
 fn files(folder: &Path) -> Vec<(PathBuf, Vec<u8>)> {
     let mut all = Vec::new();
@@ -493,18 +551,19 @@ fn evaluation_is_the_mean_over_tokens_row_by_row() {
     let by_hand: Vec<Vec<f64>> = rows.iter().map(|row| nll_by_hand(&model, row)).collect();
     let tokens: usize = by_hand.iter().map(Vec::len).sum();
     let loss = by_hand.iter().flatten().sum::<f64>() / tokens as f64;
-    let mut seen = Vec::new();
-    let hear = |index: usize, log_p: &[f32]| {
-        seen.push(index);
-        let off = by_hand[index]
-            .iter()
-            .zip(log_p)
-            .map(|(nll, p)| (nll + f64::from(*p)).abs());
-        assert_eq!(log_p.len(), by_hand[index].len());
-        assert!(off.fold(0.0, f64::max) < 2e-6); // one f32 rounding of values up to 10
+    let mut expected = by_hand.iter();
+    let hear = |batch: &MicroBatch, nll: &[f32]| {
+        for row in batch.by_row(nll) {
+            let expected = expected.next().unwrap();
+            assert_eq!(row.len(), expected.len());
+            let pairs = expected.iter().zip(row);
+            let off = pairs.map(|(expected, nll)| (expected - f64::from(*nll)).abs());
+            assert!(off.fold(0.0, f64::max) < 2e-6); // one f32 rounding of values up to 10
+        }
         Ok::<_, std::convert::Infallible>(())
     };
-    let result = evaluate(&lm(model), &EvalBatches::new(rows.clone(), 3), hear).unwrap();
+    let (lm, batches) = (lm(model), EvalBatches::new(rows.clone(), 3));
+    let result = evaluate(&lm, &batches, &|| false, hear).unwrap().unwrap();
     assert!(
         (result.loss - loss).abs() < 1e-6 * loss,
         "{} {loss}",
@@ -512,7 +571,19 @@ fn evaluation_is_the_mean_over_tokens_row_by_row() {
     );
     assert_eq!((result.tokens, result.rows), (tokens, rows.len()));
     assert_eq!(result.perplexity, result.loss.exp());
-    assert!(seen.iter().copied().eq(0..rows.len()));
+    assert_eq!(expected.next(), None);
+
+    // asked before each of the four batches
+    for answered in 0..4 {
+        let asked = AtomicUsize::new(0);
+        let mut heard = 0;
+        let cut = || asked.fetch_add(1, Ordering::Relaxed) == answered;
+        let result = evaluate(&lm, &batches, &cut, |_, _| {
+            heard += 1;
+            Ok::<_, std::convert::Infallible>(())
+        });
+        assert_eq!((result.unwrap(), heard), (None, answered));
+    }
 }
 
 #[test]

@@ -95,14 +95,37 @@ pub struct TrainArgs {
     pub print_recipe: bool,
 }
 
+/// The model that a command computes with.
 #[derive(Debug, Args)]
-pub struct EvalArgs {
+pub struct ModelArgs {
     /// A model folder or a Hub id
     #[arg(long)]
     pub model: String,
     /// A PEFT adapter folder or Hub id
     #[arg(long)]
     pub adapter: Option<String>,
+    /// Keep the linear layers in 4 bits: nf4 or fp4 (a model that is stored so needs no --quant)
+    #[arg(long, value_name = "FORMAT", value_parser = ["none", "nf4", "fp4"])]
+    pub quant: Option<String>,
+    #[command(flatten)]
+    pub blocks: BlockArgs,
+}
+
+/// How --quant cuts weights into blocks.
+#[derive(Debug, Args)]
+pub struct BlockArgs {
+    /// Weights that share a scale: a power of two from 32 to 4096
+    #[arg(long, default_value_t = 64, requires = "quant")]
+    pub block_size: usize,
+    /// Keep the scales in 8 bits
+    #[arg(long, requires = "quant")]
+    pub double_quant: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct EvalArgs {
+    #[command(flatten)]
+    pub model: ModelArgs,
     /// The rows (repeatable)
     #[arg(long, value_name = "FILE", required = true)]
     pub data: Vec<PathBuf>,
@@ -116,12 +139,8 @@ pub struct EvalArgs {
 
 #[derive(Debug, Args)]
 pub struct GenerateArgs {
-    /// A model folder or a Hub id
-    #[arg(long)]
-    pub model: String,
-    /// A PEFT adapter folder or Hub id
-    #[arg(long)]
-    pub adapter: Option<String>,
+    #[command(flatten)]
+    pub model: ModelArgs,
     /// The text to complete
     #[arg(
         long,
@@ -147,19 +166,26 @@ pub struct GenerateArgs {
     #[arg(long, default_value_t = 128, allow_negative_numbers = true)]
     #[arg(value_parser = value_parser!(u32).range(1..))]
     pub max_new_tokens: u32,
+    #[command(flatten)]
+    pub sampling: SamplingArgs,
+}
+
+/// How the next token is chosen.
+#[derive(Debug, Args)]
+pub struct SamplingArgs {
     /// 0 takes the likeliest token
     #[arg(long, default_value_t = 0.0, allow_negative_numbers = true)]
     pub temperature: f64,
-    /// Sample from the likeliest tokens with this probability together
+    /// Sample from the likeliest tokens with this probability together (needs a temperature above 0)
     #[arg(long, allow_negative_numbers = true)]
     pub top_p: Option<f64>,
-    /// Sample from this many tokens
+    /// Sample from this many tokens (needs a temperature above 0)
     #[arg(long, allow_negative_numbers = true)]
     pub top_k: Option<usize>,
     /// Above 1: tokens that occurred become less likely
     #[arg(long, default_value_t = 1.0, allow_negative_numbers = true)]
     pub repetition_penalty: f64,
-    /// Decides the random numbers
+    /// Decides the random numbers: the same seed, the same text
     #[arg(long, default_value_t = 42, allow_negative_numbers = true)]
     pub seed: u64,
 }

@@ -246,9 +246,9 @@ fn on_key(key: KeyEvent, state: &Mutex<State>, interrupter: &Interrupter) {
         KeyCode::Char('q') | KeyCode::Char('c') if ctrl_c || key.code == KeyCode::Char('q') => {
             interrupter.stop(Some("interrupted"));
             let mut state = lock(state);
-            state.messages.push_back(
-                "saving and stopping after this step (Ctrl-C again: at once, unsaved)".into(),
-            );
+            state
+                .messages
+                .push_back("saving and stopping (Ctrl-C again: at once, unsaved)".into());
             state.changed = true;
         }
         KeyCode::Left => lock(state).select(-1),

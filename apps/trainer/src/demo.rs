@@ -21,8 +21,8 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 use toml::Table;
 
+use crate::commands::Adapted;
 use crate::commands::generate::chat_ids;
-use crate::commands::load_model;
 use crate::commands::train::launch;
 use crate::device::{Device, Job};
 use crate::failure::Advised;
@@ -98,8 +98,8 @@ pub fn run(device: &str, no_tui: bool, output: &Output) -> Result<ExitCode> {
     let place = write_files()?;
     let questions = questions()?;
 
-    let Some(before) = ask(&found, &place.base, None, &questions)? else {
-        return interrupted(output);
+    let Some(before) = ask(&found, &place, None, &questions, output)? else {
+        return signals::interrupted(output);
     };
     let count = questions.len();
     let right = num_right(&questions, &before);
@@ -111,8 +111,8 @@ pub fn run(device: &str, no_tui: bool, output: &Output) -> Result<ExitCode> {
     if finished.outcome.stopped == Some(Stopped::Interrupted) {
         return finished.announce(output);
     }
-    let Some(after) = ask(&found, &place.base, Some(&finished.result), &questions)? else {
-        return interrupted(output);
+    let Some(after) = ask(&found, &place, Some(&finished.result), &questions, output)? else {
+        return signals::interrupted(output);
     };
     let scores = Scores {
         questions,
@@ -123,11 +123,6 @@ pub fn run(device: &str, no_tui: bool, output: &Output) -> Result<ExitCode> {
     let seconds = start.elapsed().as_secs_f64();
     scores.report(&place, &finished.result, seconds, output)?;
     Ok(ExitCode::SUCCESS)
-}
-
-fn interrupted(output: &Output) -> Result<ExitCode> {
-    output.result(&json!({"interrupted": true}), "interrupted")?;
-    Ok(ExitCode::from(signals::INTERRUPTED))
 }
 
 /// Writes the model and the rows, and makes the recipe of a run with them.
@@ -177,21 +172,25 @@ fn questions() -> Result<Vec<Question>> {
 /// The model's answers; `None` when Ctrl-C came.
 fn ask(
     device: &Device,
-    base: &Path,
+    place: &Place,
     adapter: Option<&Path>,
     questions: &[Question],
+    output: &Output,
 ) -> Result<Option<Vec<String>>> {
     device.clone().run(Ask {
-        base: ModelFolder::open(base)?,
-        adapter,
+        adapted: Adapted {
+            base: ModelFolder::open(&place.base)?,
+            adapter: adapter.map(Path::to_path_buf),
+            scheme: place.recipe.quantization.scheme(),
+            output: *output,
+        },
         questions,
-        interrupter: signals::interrupter(),
+        interrupter: signals::interrupter("stopping after this answer (again: at once)"),
     })
 }
 
 struct Ask<'a> {
-    base: ModelFolder,
-    adapter: Option<&'a Path>,
+    adapted: Adapted,
     questions: &'a [Question],
     interrupter: Interrupter,
 }
@@ -200,12 +199,12 @@ impl Job for Ask<'_> {
     type Output = Option<Vec<String>>;
 
     fn run<B: TrainBackend>(self, device: B::Device) -> Result<Self::Output> {
-        let model = load_model::<B::InnerBackend>(&self.base, self.adapter, &device)?;
-        let tokenizer = self
-            .base
+        let model = self.adapted.load::<B::InnerBackend>(&device)?;
+        let base = &self.adapted.base;
+        let tokenizer = base
             .tokenizer()?
             .context("the demo's model has no tokenizer")?;
-        let stop = &self.base.generation.eos_token_ids;
+        let stop = &base.generation.eos_token_ids;
         let greedy = Sampling::default();
         let go_on = &mut |_| ControlFlow::Continue(());
         let mut answers = Vec::with_capacity(self.questions.len());
@@ -213,7 +212,7 @@ impl Job for Ask<'_> {
             if self.interrupter.should_stop() {
                 return Ok(None);
             }
-            let prompt = chat_ids(&self.base, &tokenizer, None, &question.prompt)?;
+            let prompt = chat_ids(base, &tokenizer, None, &question.prompt)?;
             let answer = generate(
                 &model,
                 &prompt,

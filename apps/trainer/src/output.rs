@@ -1,6 +1,7 @@
 //! Where words go: results to stdout, everything else to stderr.
 
 use std::io::{self, ErrorKind, Write};
+use std::ops::ControlFlow;
 
 use anyhow::{Context, Result};
 use indicatif::{ProgressBar, ProgressStyle};
@@ -49,6 +50,17 @@ impl Output {
                 Err(e).context("cannot write the result to stdout")
             }
             _ => Ok(()),
+        }
+    }
+
+    /// Prints a part of a text that is still being made. A reader who has gone away ends it.
+    pub fn part(&self, text: &str) -> Result<ControlFlow<()>> {
+        let mut stdout = io::stdout().lock();
+        let written = stdout.write_all(text.as_bytes());
+        match written.and_then(|()| stdout.flush()) {
+            Ok(()) => Ok(ControlFlow::Continue(())),
+            Err(e) if e.kind() == ErrorKind::BrokenPipe => Ok(ControlFlow::Break(())),
+            Err(e) => Err(e).context("cannot write the text to stdout"),
         }
     }
 

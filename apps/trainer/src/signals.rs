@@ -1,20 +1,33 @@
-//! Ctrl-C and SIGTERM: the first asks the run to save and stop, the second ends it.
+//! Ctrl-C and SIGTERM: the first asks what is being done to stop, the second ends it.
 
-use std::sync::OnceLock;
+use std::process::ExitCode;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, OnceLock, PoisonError};
 
+use anyhow::Result;
 use burn::train::Interrupter;
+use serde_json::json;
 
+use crate::output::Output;
 use crate::{dashboard, output};
 
 /// Exit code of an interrupted program.
 pub const INTERRUPTED: u8 = 130;
 
 static INTERRUPTER: OnceLock<Interrupter> = OnceLock::new();
+/// What Ctrl-C says.
+static ANSWER: Mutex<&str> = Mutex::new("");
 
-/// The handle that Ctrl-C sets.
-pub fn interrupter() -> Interrupter {
+/// The handle that Ctrl-C sets; `answer` is what it then says.
+pub fn interrupter(answer: &'static str) -> Interrupter {
+    *ANSWER.lock().unwrap_or_else(PoisonError::into_inner) = answer;
     INTERRUPTER.get_or_init(listen).clone()
+}
+
+/// The end of a command that was interrupted and leaves nothing behind.
+pub fn interrupted(output: &Output) -> Result<ExitCode> {
+    output.result(&json!({"interrupted": true}), "interrupted")?;
+    Ok(ExitCode::from(INTERRUPTED))
 }
 
 fn listen() -> Interrupter {
@@ -28,7 +41,7 @@ fn listen() -> Interrupter {
             std::process::exit(i32::from(INTERRUPTED));
         }
         if !dashboard::has_screen() {
-            output::log("saving and stopping after this step (again: at once, unsaved)");
+            output::log(*ANSWER.lock().unwrap_or_else(PoisonError::into_inner));
         }
         handle.stop(Some("interrupted"));
     });

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 
-use ::train::batch::EvalBatches;
+use ::train::batch::{EvalBatches, MicroBatch};
 use ::train::data::prepare;
 use ::train::evaluate::{Evaluation, evaluate};
 use ::train::recipe::Recipe;
@@ -13,24 +13,24 @@ use ::train::step::CausalLm;
 use adapters::TrainBackend;
 use anyhow::{Context, Result};
 use model::checkpoint::write_file;
-use model::folder::ModelFolder;
 use serde_json::json;
 use toml::Value;
 
 use super::train::problems_of;
-use super::{open_adapted, settings};
+use super::{Adapted, settings};
 use crate::cli::EvalArgs;
 use crate::device::{Device, Job};
 use crate::encoder;
 use crate::failure::Advised;
 use crate::output::Output;
+use crate::signals;
 
 /// Measures the loss of a model on rows.
 pub fn run(args: EvalArgs, device: &str, output: &Output) -> Result<ExitCode> {
     let device = Device::find(device)?;
     let recipe = read_recipe(&args)?;
-    let (base, adapter) = open_adapted(&args.model, args.adapter.as_deref(), &device, output)?;
-    let encoder = encoder::open(&base, &recipe.data)?;
+    let adapted = Adapted::open(&args.model, &device, output)?;
+    let encoder = encoder::open(&adapted.base, &recipe.data)?;
     check_folder(args.per_token.as_deref())?;
     let rows = prepare(&args.data, &recipe.data.settings(), &encoder)?;
     for problem in problems_of("these rows", &rows, &encoder) {
@@ -38,13 +38,14 @@ pub fn run(args: EvalArgs, device: &str, output: &Output) -> Result<ExitCode> {
     }
     let batches = EvalBatches::new(Arc::new(rows.samples), recipe.train.micro_batch_size);
     let job = EvalJob {
-        base,
-        adapter,
+        adapted,
         batches,
         row_numbers: rows.row_numbers,
         per_token: args.per_token,
     };
-    let result = device.run(job)?;
+    let Some(result) = device.run(job)? else {
+        return signals::interrupted(output);
+    };
     let json = json!({
         "loss": result.loss,
         "perplexity": result.perplexity,
@@ -71,7 +72,10 @@ const SETTINGS: [&str; 6] = [
 
 /// `--set` means recipe keys; those of an evaluation are a recipe's.
 fn read_recipe(args: &EvalArgs) -> Result<Recipe> {
-    let mut over = vec![("model.path".to_owned(), Value::String(args.model.clone()))];
+    let mut over = vec![(
+        "model.path".to_owned(),
+        Value::String(args.model.model.clone()),
+    )];
     let path = |path: &PathBuf| Value::String(path.display().to_string());
     over.push((
         "data.train".to_owned(),
@@ -108,8 +112,7 @@ fn check_folder(file: Option<&Path>) -> Result<()> {
 }
 
 struct EvalJob {
-    base: ModelFolder,
-    adapter: Option<PathBuf>,
+    adapted: Adapted,
     batches: EvalBatches,
     /// Where each row of the batches stood in the data.
     row_numbers: Vec<usize>,
@@ -117,26 +120,36 @@ struct EvalJob {
 }
 
 impl Job for EvalJob {
-    type Output = Evaluation;
+    /// `None` when Ctrl-C came.
+    type Output = Option<Evaluation>;
 
-    fn run<B: TrainBackend>(self, device: B::Device) -> Result<Evaluation> {
-        let model =
-            super::load_model::<B::InnerBackend>(&self.base, self.adapter.as_deref(), &device)?;
+    fn run<B: TrainBackend>(self, device: B::Device) -> Result<Self::Output> {
+        let model = self.adapted.load::<B::InnerBackend>(&device)?;
         let lm = CausalLm::<B::InnerBackend> {
             model,
             dropout: 0.0,
             seed: 0,
         };
+        let interrupter = signals::interrupter("stopping after this batch (again: at once)");
+        let rows = self.row_numbers.len();
+        let output = self.adapted.output;
+        output.note(format_args!("evaluating {rows} rows"));
         let mut lines = Vec::new();
+        let mut row_numbers = self.row_numbers.iter();
         let wanted = self.per_token.is_some();
-        let result = evaluate(&lm, &self.batches, |row, logprobs| match wanted {
-            true => {
-                let row = self.row_numbers[row];
-                writeln!(lines, "{}", json!({"row": row, "logprobs": logprobs}))
+        let gather = |batch: &MicroBatch, nll: &[f32]| {
+            for (nll, row) in batch.by_row(nll).zip(&mut row_numbers).filter(|_| wanted) {
+                let logprobs: Vec<f32> = nll.iter().map(|nll| -nll).collect();
+                writeln!(lines, "{}", json!({"row": row, "logprobs": logprobs}))?;
             }
-            false => Ok(()),
-        })
-        .context("cannot gather the log probabilities")?;
+            Ok::<_, std::io::Error>(())
+        };
+        let interrupted = || interrupter.should_stop();
+        let result = evaluate(&lm, &self.batches, &interrupted, gather)
+            .context("cannot gather the log probabilities")?;
+        let Some(result) = result else {
+            return Ok(None);
+        };
         if !result.loss.is_finite() {
             return Err(Advised::failed(
                 "the loss of these rows is not a finite number",
@@ -147,6 +160,6 @@ impl Job for EvalJob {
         if let Some(path) = &self.per_token {
             write_file(path, &lines)?;
         }
-        Ok(result)
+        Ok(Some(result))
     }
 }

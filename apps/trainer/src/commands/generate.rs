@@ -1,7 +1,6 @@
 //! `trainer generate`
 
 use std::ops::ControlFlow;
-use std::path::PathBuf;
 use std::process::ExitCode;
 
 use adapters::TrainBackend;
@@ -9,11 +8,11 @@ use anyhow::Result;
 use model::chat::{ChatTemplate, Message};
 use model::folder::ModelFolder;
 use model::generate::{FinishReason, Generation, Sampling, generate};
-use model::tokenizer::Tokenizer;
+use model::tokenizer::{DecodeStream, Tokenizer};
 use serde_json::json;
 
-use super::{load_model, open_adapted};
-use crate::cli::GenerateArgs;
+use super::Adapted;
+use crate::cli::{GenerateArgs, SamplingArgs};
 use crate::device::{Device, Job};
 use crate::encoder::named_template;
 use crate::failure::Advised;
@@ -21,6 +20,46 @@ use crate::output::Output;
 
 /// Completes a prompt.
 pub fn run(args: GenerateArgs, device: &str, output: &Output) -> Result<ExitCode> {
+    let sampling = read_sampling(&args.sampling)?;
+    let device = Device::find(device)?;
+    let adapted = Adapted::open(&args.model, &device, output)?;
+    let tokenizer = adapted.base.tokenizer()?;
+    let prompt = prompt_ids(&args, &adapted.base, tokenizer.as_ref())?;
+    if prompt.is_empty() {
+        return Err(model::Error::EmptyPrompt.into()); // before the weights are loaded
+    }
+    let mut answer = Answer::new(tokenizer.as_ref(), *output);
+    let generation = device.run(GenerateJob {
+        adapted,
+        prompt,
+        max_new_tokens: args.max_new_tokens as usize,
+        sampling,
+        answer: &mut answer,
+    })?;
+    let text = answer.finish()?;
+    if !output.json {
+        output.detail(format_args!(
+            "{} tokens, {:.1} tokens/s",
+            generation.token_ids.len(),
+            generation.tokens_per_second()
+        ));
+        return Ok(ExitCode::SUCCESS); // the text has been printed
+    }
+    let json = json!({
+        "text": text,
+        "token_ids": generation.token_ids,
+        "finish_reason": match generation.finish_reason {
+            FinishReason::Stop => "stop",
+            FinishReason::Length => "length",
+        },
+        "tokens_per_second": generation.tokens_per_second(),
+    });
+    output.result(&json, "")?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// The rule of choice that a command line asks for.
+pub fn read_sampling(args: &SamplingArgs) -> Result<Sampling> {
     let sampling = Sampling {
         temperature: args.temperature,
         top_p: args.top_p,
@@ -31,44 +70,84 @@ pub fn run(args: GenerateArgs, device: &str, output: &Output) -> Result<ExitCode
     if let Err(error) = sampling.validate() {
         return Err(Advised::usage(error.to_string(), "see `trainer generate --help`").into());
     }
-    let device = Device::find(device)?;
-    let (base, adapter) = open_adapted(&args.model, args.adapter.as_deref(), &device, output)?;
-    let tokenizer = base.tokenizer()?;
-    let prompt = prompt_ids(&args, &base, tokenizer.as_ref())?;
-    if prompt.is_empty() {
-        return Err(model::Error::EmptyPrompt.into()); // before the weights are loaded
+    let flags = [
+        ("--top-p", args.top_p.is_some()),
+        ("--top-k", args.top_k.is_some()),
+    ];
+    let given = flags.iter().find(|(_, given)| *given);
+    match given.filter(|_| args.temperature == 0.0) {
+        Some((flag, _)) => Err(Advised::usage(
+            format!("{flag} needs --temperature above 0: at 0 the likeliest token is taken"),
+            format!("add --temperature 0.7, for example, or leave {flag} out"),
+        )
+        .into()),
+        None => Ok(sampling),
     }
-    let generation = device.run(GenerateJob {
-        base,
-        adapter,
-        prompt,
-        max_new_tokens: args.max_new_tokens as usize,
-        sampling,
-    })?;
-    let text = match &tokenizer {
-        Some(tokenizer) => tokenizer.decode(generation.text_ids(), true)?,
-        None => String::new(),
-    };
-    let json = json!({
-        "text": text,
-        "token_ids": generation.token_ids,
-        "finish_reason": match generation.finish_reason {
-            FinishReason::Stop => "stop",
-            FinishReason::Length => "length",
-        },
-        "tokens_per_second": generation.tokens_per_second(),
-    });
-    let shown = match &tokenizer {
-        Some(_) => text,
-        None => generation
-            .token_ids
-            .iter()
-            .map(u32::to_string)
-            .collect::<Vec<_>>()
-            .join(","),
-    };
-    output.result(&json, &shown)?;
-    Ok(ExitCode::SUCCESS)
+}
+
+/// A text that is printed while its tokens come, unless it is to be one JSON object; the ids
+/// themselves where there is no tokenizer.
+pub struct Answer<'a> {
+    stream: Option<DecodeStream<'a>>,
+    text: String,
+    output: Output,
+    /// What printing or the tokenizer failed with, which ended the text.
+    error: Option<anyhow::Error>,
+}
+
+impl<'a> Answer<'a> {
+    /// An empty text.
+    pub fn new(tokenizer: Option<&'a Tokenizer>, output: Output) -> Self {
+        Self {
+            stream: tokenizer.map(|tokenizer| tokenizer.decode_stream(true)),
+            text: String::new(),
+            output,
+            error: None,
+        }
+    }
+
+    /// Adds a token; ends the text when it cannot be shown.
+    pub fn push(&mut self, id: u32) -> ControlFlow<()> {
+        let piece = match &mut self.stream {
+            Some(stream) => stream.push(id).map_err(anyhow::Error::from),
+            None if self.text.is_empty() => Ok(id.to_string()),
+            None => Ok(format!(",{id}")),
+        };
+        match piece.and_then(|piece| self.show(&piece)) {
+            Ok(flow) => flow,
+            Err(error) => {
+                self.error = Some(error);
+                ControlFlow::Break(())
+            }
+        }
+    }
+
+    fn show(&mut self, piece: &str) -> Result<ControlFlow<()>> {
+        self.text.push_str(piece);
+        match self.output.json || piece.is_empty() {
+            true => Ok(ControlFlow::Continue(())),
+            false => self.output.part(piece),
+        }
+    }
+
+    /// Prints what is left and the end of the line, and gives the whole text.
+    pub fn finish(mut self) -> Result<String> {
+        if let Some(error) = self.error {
+            return Err(error);
+        }
+        let has_tokenizer = self.stream.is_some();
+        if let Some(stream) = self.stream.take() {
+            let rest = stream.finish()?;
+            let _ = self.show(&rest)?;
+        }
+        if !self.output.json {
+            let _ = self.output.part("\n")?;
+        }
+        Ok(match has_tokenizer {
+            true => self.text,
+            false => String::new(), // ids are no text
+        })
+    }
 }
 
 fn prompt_ids(
@@ -134,21 +213,21 @@ pub fn chat_ids(
     })
 }
 
-struct GenerateJob {
-    base: ModelFolder,
-    adapter: Option<PathBuf>,
+struct GenerateJob<'a, 't> {
+    adapted: Adapted,
     prompt: Vec<u32>,
     max_new_tokens: usize,
     sampling: Sampling,
+    answer: &'a mut Answer<'t>,
 }
 
-impl Job for GenerateJob {
+impl Job for GenerateJob<'_, '_> {
     type Output = Generation;
 
     fn run<B: TrainBackend>(self, device: B::Device) -> Result<Generation> {
-        let model = load_model::<B::InnerBackend>(&self.base, self.adapter.as_deref(), &device)?;
-        let stop = &self.base.generation.eos_token_ids;
-        let go_on = &mut |_| ControlFlow::Continue(());
+        let model = self.adapted.load::<B::InnerBackend>(&device)?;
+        let stop = &self.adapted.base.generation.eos_token_ids;
+        let mut show = |id| self.answer.push(id);
         let generation = generate(
             &model,
             &self.prompt,
@@ -156,7 +235,7 @@ impl Job for GenerateJob {
             stop,
             self.sampling,
             &device,
-            go_on,
+            &mut show,
         )?;
         Ok(generation)
     }

@@ -7,15 +7,18 @@ pub mod plan;
 pub mod train;
 
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use ::train::recipe::parse_setting;
-use adapters::{AdaptedLlama, peft, unadapted};
+use adapters::{AdaptedLlama, base_bytes, peft};
 use anyhow::Result;
 use burn::tensor::backend::Backend;
 use model::folder::ModelFolder;
 use model::hub::{self, Files};
+use quant::{Format, Scheme};
 use toml::Value;
 
+use crate::cli::{BlockArgs, ModelArgs};
 use crate::device::Device;
 use crate::failure::Advised;
 use crate::output::Output;
@@ -40,17 +43,78 @@ fn open_adapter(name: &str, output: &Output) -> Result<PathBuf> {
     Ok(hub::resolve(name, Files::Adapter, &mut output.downloads())?)
 }
 
-/// The model and the adapter that a command computes with, if the device can hold them.
-fn open_adapted(
-    model: &str,
-    adapter: Option<&str>,
-    device: &Device,
-    output: &Output,
-) -> Result<(ModelFolder, Option<PathBuf>)> {
-    let base = open_model(model, Files::Model, output)?;
-    let adapter = adapter.map(|name| open_adapter(name, output)).transpose()?;
-    check_memory(base.config.num_params(), device)?;
-    Ok((base, adapter))
+/// A model and the adapter on it, found and not loaded yet.
+pub struct Adapted {
+    /// The model's folder.
+    pub base: ModelFolder,
+    /// The adapter's folder.
+    pub adapter: Option<PathBuf>,
+    /// What the linear layers are quantised to.
+    pub scheme: Option<Scheme>,
+    /// Where loading is reported.
+    pub output: Output,
+}
+
+impl Adapted {
+    /// Finds what the command line names, if the device can hold it.
+    pub fn open(args: &ModelArgs, device: &Device, output: &Output) -> Result<Self> {
+        let scheme = read_scheme(args.quant.as_deref(), &args.blocks)?;
+        let base = open_model(&args.model, Files::Model, output)?;
+        let adapter = args.adapter.as_deref();
+        let adapter = adapter.map(|name| open_adapter(name, output)).transpose()?;
+        check_memory(base_bytes(&base.config, scheme)?, device)?;
+        Ok(Self {
+            base,
+            adapter,
+            scheme,
+            output: *output,
+        })
+    }
+
+    /// Loads the model and puts the adapter on it.
+    pub fn load<B: Backend>(&self, device: &B::Device) -> Result<AdaptedLlama<B>> {
+        let start = Instant::now();
+        let checkpoint = self.base.checkpoint()?;
+        let model = adapters::load(&self.base.config, &checkpoint, self.scheme, device)?;
+        self.output.detail(loaded(&model, start.elapsed()));
+        let Some(folder) = &self.adapter else {
+            return Ok(model);
+        };
+        if let Some([theirs, ours]) = peft::other_base(&model, folder)? {
+            self.output.note(format_args!(
+                "warning: the adapter was trained on a base with quantization {theirs}, and the \
+                 base in use has quantization {ours}: results differ from those of training"
+            ));
+        }
+        Ok(peft::load(model, folder, device)?.0)
+    }
+}
+
+/// What loading did and how long it took, in words.
+pub fn loaded<B: Backend>(model: &AdaptedLlama<B>, time: Duration) -> String {
+    let seconds = time.as_secs_f64();
+    match adapters::scheme(model) {
+        Some(scheme) => {
+            format!("loaded the model in {seconds:.1} s, its linear layers as {scheme}")
+        }
+        None => format!("loaded the model in {seconds:.1} s"),
+    }
+}
+
+/// What `--quant` and the flags beside it ask for.
+fn read_scheme(format: Option<&str>, blocks: &BlockArgs) -> Result<Option<Scheme>> {
+    let Some(format) = format.and_then(Format::from_name) else {
+        return Ok(None);
+    };
+    let scheme = Scheme::new(format, blocks.block_size, blocks.double_quant);
+    match scheme.is_supported() {
+        true => Ok(Some(scheme)),
+        false => Err(Advised::usage(
+            format!("--block-size {} is not a block size", blocks.block_size),
+            "give a power of two from 32 to 4096",
+        )
+        .into()),
+    }
 }
 
 /// Reads `--set` arguments.
@@ -67,10 +131,9 @@ fn settings(set: &[String]) -> Result<Vec<(String, Value)>> {
     set.iter().map(one).collect()
 }
 
-/// Refuses what cannot fit before anything of it is allocated; `numbers` is the least that will be
-/// held, in f32.
-fn check_memory(numbers: u64, device: &Device) -> Result<()> {
-    let needed = numbers.saturating_mul(4);
+/// Refuses what cannot fit before anything of it is allocated; `needed` is the least that will be
+/// held, in bytes.
+fn check_memory(needed: u64, device: &Device) -> Result<()> {
     let Some(there) = device.memory_bytes().filter(|there| *there < needed) else {
         return Ok(());
     };
@@ -80,19 +143,7 @@ fn check_memory(numbers: u64, device: &Device) -> Result<()> {
         gib(needed),
         gib(there)
     );
-    let help = "use a smaller model, or to train it a lower adapter.rank";
+    let help = "keep the model in 4 bits (--quant nf4), use a smaller one, or to train it a lower \
+                adapter.rank";
     Err(Advised::failed(message, help).into())
-}
-
-/// Loads a model and the adapter that belongs on it.
-pub fn load_model<B: Backend>(
-    base: &ModelFolder,
-    adapter: Option<&Path>,
-    device: &B::Device,
-) -> Result<AdaptedLlama<B>> {
-    let model = model::load::load(&base.config, &base.checkpoint()?, device, unadapted)?;
-    Ok(match adapter {
-        Some(folder) => peft::load(model, folder, device)?.0,
-        None => model,
-    })
 }

@@ -12,14 +12,14 @@ use ::train::run_folder::{RECIPE_FILE, check_empty};
 use ::train::schedule::Schedule;
 use ::train::session::{self, Rows};
 use ::train::trained::Trained;
-use adapters::TrainBackend;
+use adapters::{TrainBackend, base_bytes};
 use anyhow::Result;
 use model::folder::ModelFolder;
 use model::hub::Files;
 use serde_json::json;
 use toml::Value;
 
-use super::{check_memory, open_model, settings};
+use super::{check_memory, loaded, open_model, settings};
 use crate::cli::{RecipeArgs, TrainArgs};
 use crate::device::{Device, Job};
 use crate::encoder;
@@ -153,8 +153,13 @@ pub fn launch(
     let base = open_model(&recipe.model.path, files, output)?;
     // what does not fit is said before anything is loaded
     let trainable = session::num_params(&recipe, &trained, &base.config)?;
-    let all = all_params(&trained, &base, trainable);
-    check_memory(all.saturating_add(trainable.saturating_mul(3)), &device)?; // gradient and moments
+    let weights = base_bytes(&base.config, recipe.quantization.scheme())?;
+    let trained_bytes = trainable.saturating_mul(size_of::<f32>() as u64);
+    let kept = match &trained {
+        Trained::Full => trained_bytes.saturating_mul(3), // gradient and moments
+        Trained::Lora(_) => trained_bytes.saturating_mul(4),
+    };
+    check_memory(weights.saturating_add(kept), &device)?;
     let rows = read_rows(&recipe, &base, output)?.rows;
     recipe.make_paths_absolute(); // messages so far name paths as they were typed
     let job = TrainJob {
@@ -191,7 +196,6 @@ impl Job for TrainJob {
     type Output = Outcome;
 
     fn run<B: TrainBackend>(self, device: B::Device) -> Result<Outcome> {
-        let interrupter = signals::interrupter();
         let (log_every, output) = (self.recipe.train.log_every, self.output);
         let run = match &self.checkpoint {
             None => session::start::<B>(
@@ -212,6 +216,9 @@ impl Job for TrainJob {
                 device,
             )?,
         };
+        let answer = "saving and stopping (again: at once, unsaved)";
+        let interrupter = signals::interrupter(answer);
+        output.note(loaded(&run.model.model, run.load_time));
         let trained = run.trained.num_params(&run.base.config)?;
         output.note(format_args!(
             "training {trained} of {} parameters for {} steps in {}",
@@ -219,7 +226,7 @@ impl Job for TrainJob {
             run.windows.num_steps(),
             self.folder.display(),
         ));
-        if run.progress.step >= run.windows.num_steps() {
+        if run.progress.step >= run.windows.num_steps() && !run.progress.evaluation_due {
             output.note("the run has taken all its steps");
         }
         let schedule = Schedule::new(&run.recipe.train, run.windows.num_steps(), 0);

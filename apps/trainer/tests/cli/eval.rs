@@ -1,6 +1,8 @@
 use serde_json::json;
 
 use crate::support::{Dir, chat_rows};
+#[cfg(unix)]
+use crate::support::{interrupt, token_rows, words};
 
 #[test]
 fn the_loss_is_the_mean_of_the_tokens_written_per_token() {
@@ -86,4 +88,19 @@ fn conversations_are_rendered_and_only_answers_count() {
         .trainer("eval --json --model model --data rows.json")
         .succeeds();
     assert_eq!(run.json()["tokens"], json!(answers));
+}
+
+#[cfg(unix)]
+#[test]
+fn an_interrupted_evaluation_stops_between_batches() {
+    let dir = Dir::with_tokens();
+    dir.write("rows.jsonl", token_rows(50_000)); // far more than are evaluated in a second
+    let line = "eval --json --model model --data rows.jsonl --per-token out.jsonl \
+                --set train.micro_batch_size=1";
+    let mut child = dir.piped(&words(line)).spawn().unwrap();
+    let run = interrupt(&mut child, "evaluating 50000 rows");
+    assert_eq!(run.code, Some(130), "{run}");
+    assert!(run.stderr.contains("stopping after this batch"), "{run}");
+    assert_eq!(run.json(), json!({"interrupted": true}));
+    assert!(!dir.has("out.jsonl"));
 }

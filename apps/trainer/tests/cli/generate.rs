@@ -1,5 +1,7 @@
 use serde_json::{Value, json};
 
+#[cfg(unix)]
+use crate::support::words;
 use crate::support::{CHAT_VOCAB, Dir};
 
 fn ids(json: &Value) -> Vec<u64> {
@@ -57,6 +59,43 @@ fn a_prompt_is_text_or_a_turn_of_the_template() {
     assert!(ids(&chat).iter().all(|id| *id < CHAT_VOCAB as u64));
     assert_ne!(ids(&text), ids(&chat), "the template is part of the prompt");
     assert_eq!(text["token_ids"], run("")["token_ids"]);
+}
+
+#[test]
+fn the_text_that_is_printed_is_the_text_of_the_json() {
+    let dir = Dir::with_chat();
+    for line in [
+        "generate --model model --max-new-tokens 60 --prompt Hi",
+        "generate --model model --max-new-tokens 60 --prompt Hi --temperature 3 --seed 5",
+    ] {
+        let whole = dir.trainer(&format!("{line} --json")).succeeds().json();
+        let printed = dir.trainer(line).succeeds().stdout;
+        assert_eq!(printed, whole["text"].as_str().unwrap().to_owned() + "\n");
+        assert!(printed.chars().count() > 20, "{printed}");
+    }
+}
+
+#[cfg(unix)]
+#[test]
+fn the_text_is_printed_while_it_is_made() {
+    use std::io::{BufReader, Read};
+
+    let dir = Dir::with_tokens();
+    dir.edit_json("model/generation_config.json", |json| {
+        json["eos_token_id"] = json!(null);
+    });
+    dir.edit_json("model/config.json", |json| {
+        json["eos_token_id"] = json!(null)
+    });
+    // would take hours
+    let line = "generate --model model --prompt-ids 5 --max-new-tokens 100000000";
+    let mut child = dir.piped(&words(line)).spawn().unwrap();
+    let mut stdout = BufReader::new(child.stdout.take().unwrap());
+    let mut first = [0; 20];
+    stdout.read_exact(&mut first).unwrap();
+    assert!(first.contains(&b','), "{first:?}");
+    drop(stdout); // as `| head -c 20` does
+    assert!(child.wait().unwrap().success());
 }
 
 #[test]

@@ -2,7 +2,11 @@
 
 use std::ffi::OsStr;
 use std::fs;
+#[cfg(unix)]
+use std::io::{BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
+#[cfg(unix)]
+use std::process::Child;
 use std::process::{Command, Stdio};
 
 use serde_json::{Value, json};
@@ -136,6 +140,14 @@ impl Dir {
         command
     }
 
+    /// The same with both streams to be read while it runs.
+    #[cfg(unix)]
+    pub fn piped<S: AsRef<OsStr>>(&self, args: &[S]) -> Command {
+        let mut command = self.command(args);
+        command.stdout(Stdio::piped()).stderr(Stdio::piped());
+        command
+    }
+
     pub fn run<S: AsRef<OsStr>>(&self, args: &[S]) -> Run {
         finish(&mut self.command(args))
     }
@@ -148,6 +160,30 @@ impl Dir {
     /// Runs the words of a line.
     pub fn trainer(&self, line: &str) -> Run {
         self.run(&words(line))
+    }
+}
+
+/// Sends Ctrl-C to a program that has said `word` on stderr, and waits for its end.
+#[cfg(unix)]
+pub fn interrupt(child: &mut Child, word: &str) -> Run {
+    let mut stderr = BufReader::new(child.stderr.take().unwrap());
+    let mut said = String::new();
+    while !said.contains(word) {
+        let read = stderr.read_line(&mut said).unwrap();
+        assert_ne!(read, 0, "{word:?} was never said: {said}");
+    }
+    let pid = i32::try_from(child.id()).unwrap();
+    // SAFETY: `kill` only sends a signal, to a child that has not been waited for.
+    assert_eq!(unsafe { libc::kill(pid, libc::SIGINT) }, 0);
+    stderr.read_to_string(&mut said).unwrap();
+    let mut stdout = String::new();
+    let out = child.stdout.as_mut().unwrap();
+    out.read_to_string(&mut stdout).unwrap();
+    Run {
+        command: word.to_owned(),
+        code: child.wait().unwrap().code(),
+        stdout,
+        stderr: said,
     }
 }
 

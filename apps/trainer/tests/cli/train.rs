@@ -268,7 +268,7 @@ fn an_interrupted_run_goes_on_as_if_it_had_not_been() {
     let output = child.wait_with_output().unwrap();
     let stderr = String::from_utf8(output.stderr).unwrap();
     assert_eq!(output.status.code(), Some(130), "{stderr}");
-    assert!(stderr.contains("stopping after this step"), "{stderr}");
+    assert!(stderr.contains("saving and stopping"), "{stderr}");
     let json: Value = serde_json::from_slice(&output.stdout).unwrap();
     let step = json["steps"].as_u64().unwrap();
     assert!((50..300).contains(&step), "{step}");

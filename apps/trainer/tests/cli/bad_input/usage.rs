@@ -78,6 +78,8 @@ fn numbers_no_token_can_be_chosen_by() {
         ("--top-p 1.5", "top_p is 1.5"),
         ("--top-k 0", "top_k is 0"),
         ("--top-k -2", "--top-k"),
+        ("--top-p 0.9", "--top-p needs --temperature above 0"),
+        ("--top-k 5 --temperature 0", "--top-k needs --temperature"),
         ("--repetition-penalty 0", "repetition_penalty is 0"),
         ("--seed -1", "--seed"),
     ] {
