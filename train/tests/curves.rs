@@ -1,4 +1,4 @@
-//! Runs of PEFT and torch.optim.AdamW (`fixtures/curves/make.py`), taken step by step.
+//! Runs of PEFT, bitsandbytes and torch.optim.AdamW (`fixtures/curves/make.py`), taken step by step.
 
 mod harness;
 
@@ -114,6 +114,16 @@ fn follow(name: &str) {
 #[test]
 fn accumulation_cosine_warmup_and_decay_follow_peft() {
     follow("cosine");
+}
+
+#[test]
+fn nf4_follows_peft_and_bitsandbytes() {
+    follow("nf4");
+}
+
+#[test]
+fn doubly_quantised_fp4_follows_peft_and_bitsandbytes() {
+    follow("fp4_double");
 }
 
 #[test]
