@@ -37,6 +37,8 @@ pub enum Command {
     Eval(EvalArgs),
     /// Complete a prompt
     Generate(GenerateArgs),
+    /// Talk with a model
+    Chat(ChatArgs),
     /// Count parameters, rows and trained tokens without training
     Plan(RecipeArgs),
     /// List the devices that this build can use
@@ -145,6 +147,28 @@ pub struct GenerateArgs {
     pub prompt_ids: Option<Vec<i64>>,
     /// Longest answer
     #[arg(long, default_value_t = 128, allow_negative_numbers = true)]
+    #[arg(value_parser = value_parser!(u32).range(1..))]
+    pub max_new_tokens: u32,
+    #[command(flatten)]
+    pub sampling: SamplingArgs,
+}
+
+#[derive(Debug, Args)]
+pub struct ChatArgs {
+    /// A model folder or a Hub id
+    #[arg(long)]
+    pub model: String,
+    /// A PEFT adapter folder or Hub id
+    #[arg(long)]
+    pub adapter: Option<String>,
+    /// What the model is told before the conversation
+    #[arg(long, value_name = "TEXT")]
+    pub system: Option<String>,
+    /// The chat template in place of the model's: a jinja file, or chatml, llama2, llama3, alpaca
+    #[arg(long, value_name = "TEMPLATE")]
+    pub chat_template: Option<String>,
+    /// Longest answer
+    #[arg(long, default_value_t = 512, allow_negative_numbers = true)]
     #[arg(value_parser = value_parser!(u32).range(1..))]
     pub max_new_tokens: u32,
     #[command(flatten)]

@@ -70,7 +70,11 @@ pub fn read_sampling(args: &SamplingArgs) -> Result<Sampling> {
         seed: args.seed,
     };
     if let Err(error) = sampling.validate() {
-        return Err(Advised::usage(error.to_string(), "see `trainer generate --help`").into());
+        return Err(Advised::usage(
+            error.to_string(),
+            "see `trainer generate --help`, which `trainer chat` shares",
+        )
+        .into());
     }
     let flags = [
         ("--top-p", args.top_p.is_some()),

@@ -1,5 +1,6 @@
 //! The commands, one file each.
 
+pub mod chat;
 pub mod devices;
 pub mod eval;
 pub mod generate;
