@@ -134,7 +134,8 @@ pub struct GenerateArgs {
     /// Treat the prompt as a user's turn, in the model's chat template
     #[arg(long, requires = "prompt", conflicts_with = "prompt_ids")]
     pub chat: bool,
-    /// The template of --chat in place of the model's: a jinja file, or chatml, llama2, llama3, alpaca
+    /// The template of --chat in place of the adapter's or model's: a jinja file, a folder with one,
+    /// or chatml, llama2, llama3, alpaca
     #[arg(long, requires = "chat", value_name = "TEMPLATE")]
     pub chat_template: Option<String>,
     /// Token ids to complete
@@ -164,7 +165,8 @@ pub struct ChatArgs {
     /// What the model is told before the conversation
     #[arg(long, value_name = "TEXT")]
     pub system: Option<String>,
-    /// The chat template in place of the model's: a jinja file, or chatml, llama2, llama3, alpaca
+    /// The chat template in place of the adapter's or model's: a jinja file, a folder with one, or
+    /// chatml, llama2, llama3, alpaca
     #[arg(long, value_name = "TEMPLATE")]
     pub chat_template: Option<String>,
     /// Longest answer

@@ -16,7 +16,7 @@ use super::generate::{Answer, read_sampling};
 use super::{load_model, open_adapted};
 use crate::cli::ChatArgs;
 use crate::device::{Device, Job};
-use crate::encoder::named_template;
+use crate::encoder::choose_template;
 use crate::failure::Advised;
 use crate::lines::{Line, Lines};
 use crate::output::{self, Output};
@@ -39,7 +39,8 @@ pub fn run(args: ChatArgs, device: &str, output: &Output) -> Result<ExitCode> {
     }
     let sampling = read_sampling(&args.sampling)?;
     let device = Device::find(device)?;
-    let (base, adapter) = open_adapted(&args.model, args.adapter.as_deref(), &device, output)?;
+    let (mut base, adapter) = open_adapted(&args.model, args.adapter.as_deref(), &device, output)?;
+    choose_template(&mut base, adapter.as_deref(), args.chat_template.as_deref())?;
     let conversation = Conversation::new(&args, &base)?;
     signals::end_at_once();
     device.run(ChatJob {
@@ -72,11 +73,7 @@ impl Conversation {
             )
             .into());
         };
-        let template = match &args.chat_template {
-            Some(name) => Some(named_template(name)?),
-            None => base.chat_template()?,
-        };
-        let Some(template) = template else {
+        let Some(template) = base.chat_template()? else {
             return Err(Advised::failed(
                 format!("{folder} has no chat template"),
                 format!(

@@ -30,7 +30,9 @@ use crate::signals;
 pub fn run(args: EvalArgs, device: &str, output: &Output) -> Result<ExitCode> {
     let device = Device::find(device)?;
     let recipe = read_recipe(&args)?;
-    let (base, adapter) = open_adapted(&args.model, args.adapter.as_deref(), &device, output)?;
+    let (mut base, adapter) = open_adapted(&args.model, args.adapter.as_deref(), &device, output)?;
+    let named = recipe.data.chat_template.as_deref();
+    encoder::choose_template(&mut base, adapter.as_deref(), named)?;
     let encoder = encoder::open(&base, &recipe.data)?;
     check_folder(args.per_token.as_deref())?;
     let rows = prepare(&args.data, &recipe.data.settings(), &encoder)?;
