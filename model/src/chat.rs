@@ -12,6 +12,7 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
+use crate::checkpoint::write_file;
 use crate::error::{Error, Result};
 use crate::tokenizer::{SpecialTokens, read_json};
 pub use trained::trained_tokens;
@@ -140,6 +141,8 @@ pub struct ChatTemplate {
 }
 
 impl ChatTemplate {
+    /// The name of its file in a model or adapter folder.
+    pub const FILE: &str = "chat_template.jinja";
     /// The names [`ChatTemplate::builtin`] knows.
     pub const BUILTIN: [&str; 4] = ["chatml", "llama2", "llama3", "alpaca"];
 
@@ -164,7 +167,7 @@ impl ChatTemplate {
     /// # Errors
     /// `Io` and `Json` when a file cannot be read, `Template` when the template does not parse.
     pub fn from_folder(folder: &Path) -> Result<Option<Self>> {
-        let path = folder.join("chat_template.jinja");
+        let path = folder.join(Self::FILE);
         if path.is_file() {
             return Self::from_file(&path).map(Some);
         }
@@ -195,6 +198,14 @@ impl ChatTemplate {
             source,
         })?;
         Self::new(path.display().to_string(), source)
+    }
+
+    /// Writes the template into a folder, where [`ChatTemplate::from_folder`] finds it first.
+    ///
+    /// # Errors
+    /// `Io`; the file is complete or absent.
+    pub fn save(&self, folder: &Path) -> Result<()> {
+        write_file(&folder.join(Self::FILE), self.source.as_bytes())
     }
 
     /// A built-in template: `chatml`, `llama2`, `llama3` or `alpaca`.

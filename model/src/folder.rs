@@ -20,7 +20,7 @@ const ASSETS: [&str; 7] = [
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
-    "chat_template.jinja",
+    ChatTemplate::FILE,
     "chat_template.json",
 ];
 
@@ -33,6 +33,8 @@ pub struct ModelFolder {
     pub config: LlamaConfig,
     /// Which tokens begin and end a text.
     pub generation: GenerationConfig,
+    /// The chat template that takes the place of the folder's own, if one does.
+    pub template: Option<ChatTemplate>,
 }
 
 /// The tokens that begin and end a text.
@@ -70,6 +72,7 @@ impl ModelFolder {
             path: path.into(),
             config,
             generation,
+            template: None,
         })
     }
 
@@ -89,12 +92,15 @@ impl ModelFolder {
         tokenizer(&self.path)
     }
 
-    /// Loads the chat template; `None` when the folder has none.
+    /// The chat template in use; `None` when there is none.
     ///
     /// # Errors
     /// Those of [`ChatTemplate::from_folder`].
     pub fn chat_template(&self) -> Result<Option<ChatTemplate>> {
-        ChatTemplate::from_folder(&self.path)
+        match &self.template {
+            Some(template) => Ok(Some(template.clone())),
+            None => ChatTemplate::from_folder(&self.path),
+        }
     }
 
     /// The strings that end a turn: those of all eos ids and the tokenizer's eos token, each once.
@@ -110,7 +116,8 @@ impl ModelFolder {
         markers
     }
 
-    /// Copies everything but the weights into the folder `to`, which must exist.
+    /// Copies everything but the weights into the folder `to`, which must exist; the chat template
+    /// is the one in use.
     ///
     /// # Errors
     /// `Io`; each file is complete or absent.
@@ -127,7 +134,7 @@ impl ModelFolder {
             })?;
             write_file(&to.join(name), &bytes)?;
         }
-        Ok(())
+        self.template.iter().try_for_each(|own| own.save(to))
     }
 }
 
@@ -362,5 +369,16 @@ mod tests {
         assert_eq!(names, [CONFIG_FILE, GENERATION_CONFIG_FILE]);
         let copy = ModelFolder::open(to.path()).unwrap();
         assert_eq!(copy.config, opened.config);
+    }
+
+    #[test]
+    fn the_template_in_use_is_the_one_that_is_copied() {
+        let mut opened = ModelFolder::open(&fixtures().join("models/gqa")).unwrap();
+        opened.template = ChatTemplate::builtin("llama3");
+        let to = tempfile::tempdir().unwrap();
+        opened.copy_assets(to.path()).unwrap();
+        let copy = ModelFolder::open(to.path()).unwrap();
+        let source = |folder: &ModelFolder| folder.chat_template().unwrap().unwrap().source;
+        assert_eq!(source(&copy), source(&opened));
     }
 }

@@ -11,6 +11,7 @@ use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use serde::Serialize;
 
+use crate::config::RopeScaling;
 use crate::error::{Error, Result};
 use crate::kv_cache::KvCache;
 use crate::linear::Projection;
@@ -97,6 +98,8 @@ pub struct Generation {
     pub ends_in_stop_token: bool,
     /// Why the text ended.
     pub finish_reason: FinishReason,
+    /// Tokens of the prompt that were read; the others were known from the text before.
+    pub read_tokens: usize,
     /// Wall time, the pass over the prompt included.
     pub seconds: f64,
 }
@@ -117,14 +120,10 @@ impl Generation {
     }
 }
 
-/// Continues a prompt.
-///
-/// `on_token` gets each new token as soon as it is known, but no stop token, and may end the text.
-/// Of a model that is being trained, pass the valid one, or every step is kept for a backward pass.
+/// Continues one prompt: [`Generator::generate`].
 ///
 /// # Errors
-/// [`Error::Sampling`], [`Error::EmptyPrompt`] and [`Error::TokenOutOfRange`] before anything is
-/// computed; [`Error::LogitsNotFinite`] when the model breaks down.
+/// As there.
 pub fn generate<B: ModelBackend, P: Projection<B>>(
     model: &Llama<B, P>,
     prompt_ids: &[u32],
@@ -134,38 +133,116 @@ pub fn generate<B: ModelBackend, P: Projection<B>>(
     device: &B::Device,
     on_token: &mut dyn FnMut(u32) -> ControlFlow<()>,
 ) -> Result<Generation> {
-    let start = Instant::now();
-    sampling.validate()?;
-    let vocab_size = model.config.vocab_size;
-    check_prompt(prompt_ids, vocab_size)?;
+    Generator::new(model, device).generate(prompt_ids, max_new_tokens, stop_ids, sampling, on_token)
+}
 
-    let mut sampler = Sampler::new(sampling, vocab_size);
-    prompt_ids.iter().for_each(|&id| sampler.see(id));
-    let mut cache = KvCache::new(model.config.num_hidden_layers);
-    let (mut unread, mut position) = (prompt_ids.to_vec(), 0);
-    let mut token_ids = Vec::new();
-    let mut ends_in_stop_token = false;
-    let mut finish_reason = FinishReason::Length;
-    while token_ids.len() < max_new_tokens {
-        let logits = next_logits(model, &unread, position, &mut cache, device);
-        position += unread.len();
-        let id = sampler.choose(logits);
-        let id = id.ok_or(Error::LogitsNotFinite { position })?;
-        sampler.see(id);
-        token_ids.push(id);
-        ends_in_stop_token = stop_ids.contains(&id);
-        if ends_in_stop_token || on_token(id).is_break() {
-            finish_reason = FinishReason::Stop;
-            break;
+/// A model that remembers the text it has read: of the next one it reads what comes after the
+/// beginning that both share.
+pub struct Generator<'a, B: ModelBackend, P> {
+    model: &'a Llama<B, P>,
+    device: &'a B::Device,
+    /// The tokens whose keys and values are in `cache`.
+    read: Vec<u32>,
+    cache: KvCache<B>,
+}
+
+impl<'a, B: ModelBackend, P: Projection<B>> Generator<'a, B, P> {
+    /// A model that has read nothing yet.
+    ///
+    /// Of a model that is being trained, pass the valid one, or every step is kept for a backward
+    /// pass.
+    pub fn new(model: &'a Llama<B, P>, device: &'a B::Device) -> Self {
+        Self {
+            model,
+            device,
+            read: Vec::new(),
+            cache: KvCache::new(model.config.num_hidden_layers),
         }
-        unread = vec![id];
     }
-    Ok(Generation {
-        token_ids,
-        ends_in_stop_token,
-        finish_reason,
-        seconds: start.elapsed().as_secs_f64(),
-    })
+
+    /// Continues a prompt.
+    ///
+    /// `on_token` gets each new token as soon as it is known, but no stop token, and may end the
+    /// text.
+    ///
+    /// # Errors
+    /// [`Error::Sampling`], [`Error::EmptyPrompt`] and [`Error::TokenOutOfRange`] before anything
+    /// is computed; [`Error::LogitsNotFinite`] when the model breaks down.
+    pub fn generate(
+        &mut self,
+        prompt_ids: &[u32],
+        max_new_tokens: usize,
+        stop_ids: &[u32],
+        sampling: Sampling,
+        on_token: &mut dyn FnMut(u32) -> ControlFlow<()>,
+    ) -> Result<Generation> {
+        let start = Instant::now();
+        sampling.validate()?;
+        let vocab_size = self.model.config.vocab_size;
+        check_prompt(prompt_ids, vocab_size)?;
+
+        let mut sampler = Sampler::new(sampling, vocab_size);
+        prompt_ids.iter().for_each(|&id| sampler.see(id));
+        let mut unread = prompt_ids[self.forget_other(prompt_ids)..].to_vec();
+        let read_tokens = unread.len();
+        let mut token_ids = Vec::new();
+        let mut ends_in_stop_token = false;
+        let mut finish_reason = FinishReason::Length;
+        while token_ids.len() < max_new_tokens {
+            let logits = self.next_logits(&unread);
+            let position = self.read.len();
+            let id = sampler.choose(logits);
+            let id = id.ok_or(Error::LogitsNotFinite { position })?;
+            sampler.see(id);
+            token_ids.push(id);
+            ends_in_stop_token = stop_ids.contains(&id);
+            if ends_in_stop_token || on_token(id).is_break() {
+                finish_reason = FinishReason::Stop;
+                break;
+            }
+            unread = vec![id];
+        }
+        Ok(Generation {
+            token_ids,
+            ends_in_stop_token,
+            finish_reason,
+            read_tokens,
+            seconds: start.elapsed().as_secs_f64(),
+        })
+    }
+
+    /// Forgets what a prompt does not begin with and returns how much is left. The last token of
+    /// the prompt is forgotten, too: the text goes on from its logits.
+    ///
+    /// With `dynamic` rotary scaling everything is forgotten: there the keys depend on the length
+    /// that the text had when they were computed.
+    fn forget_other(&mut self, prompt_ids: &[u32]) -> usize {
+        let pairs = self.read.iter().zip(&prompt_ids[..prompt_ids.len() - 1]);
+        let kept = match self.model.config.rope_scaling {
+            RopeScaling::Dynamic { .. } => 0,
+            _ => pairs.take_while(|(read, id)| read == id).count(),
+        };
+        self.read.truncate(kept);
+        self.cache.truncate(kept);
+        kept
+    }
+
+    /// The logits `[v]` after the last of `ids`, which follow what has been read.
+    ///
+    /// With `dynamic` rotary scaling the new positions get the frequencies of the length by now,
+    /// and the cached keys keep those of their time, as in transformers.
+    fn next_logits(&mut self, ids: &[u32]) -> Vec<f32> {
+        let (start, s) = (self.read.len(), ids.len());
+        self.read.extend(ids);
+        let positions: Vec<usize> = (start..start + s).collect();
+        let rope = Rope::new(&self.model.config, &positions, self.device);
+        let ids: Vec<i64> = ids.iter().map(|&id| id.into()).collect();
+        let ids = Tensor::<B, 2, Int>::from_data(TensorData::new(ids, [1, s]), self.device);
+        let hidden = self.model.forward(ids, &rope, Some(&mut self.cache)); // [1, s, d]
+        let [_, _, d] = hidden.dims();
+        let last = hidden.narrow(1, s - 1, 1).reshape([1, d]);
+        self.model.logits(last).into_data().iter::<f32>().collect()
+    }
 }
 
 fn check_prompt(ids: &[u32], vocab_size: usize) -> Result<()> {
@@ -179,28 +256,6 @@ fn check_prompt(ids: &[u32], vocab_size: usize) -> Result<()> {
         }),
         None => Ok(()),
     }
-}
-
-/// The logits `[v]` after the last of `ids`, which stand at `position` and after.
-///
-/// With `dynamic` rotary scaling the new positions get the frequencies of the length by now, and
-/// the cached keys keep those of their time, as in transformers.
-fn next_logits<B: ModelBackend, P: Projection<B>>(
-    model: &Llama<B, P>,
-    ids: &[u32],
-    position: usize,
-    cache: &mut KvCache<B>,
-    device: &B::Device,
-) -> Vec<f32> {
-    let s = ids.len();
-    let positions: Vec<usize> = (position..position + s).collect();
-    let rope = Rope::new(&model.config, &positions, device);
-    let ids: Vec<i64> = ids.iter().map(|&id| id.into()).collect();
-    let ids = Tensor::<B, 2, Int>::from_data(TensorData::new(ids, [1, s]), device);
-    let hidden = model.forward(ids, &rope, Some(cache)); // [1, s, d]
-    let [_, _, d] = hidden.dims();
-    let last = hidden.narrow(1, s - 1, 1).reshape([1, d]);
-    model.logits(last).into_data().iter::<f32>().collect()
 }
 
 /// Chooses tokens, one after the other.
@@ -532,6 +587,51 @@ mod tests {
         assert_eq!(text.token_ids.len(), 2);
         assert_eq!(text.text_ids().len(), 2);
         assert_eq!(text.finish_reason, FinishReason::Stop);
+    }
+
+    /// The oracle is a generator that has read nothing.
+    #[test]
+    fn what_is_remembered_changes_no_text() {
+        for name in ["gqa", "tied_llama3", "yarn", "dynamic"] {
+            let (_, model) = model(name);
+            let device = Default::default();
+            let sampling = Sampling {
+                repetition_penalty: 1.3, // the random tiny models repeat themselves soon
+                ..Sampling::default()
+            };
+            let mut go_on = |_| ControlFlow::Continue(());
+            let mut generator = Generator::new(&model, &device);
+            let mut answer = |prompt: &[u32]| {
+                let text = generator.generate(prompt, 12, &[], sampling, &mut go_on);
+                let text = text.unwrap();
+                let fresh = generate(&model, prompt, 12, &[], sampling, &device, &mut |_| {
+                    ControlFlow::Continue(())
+                });
+                assert_eq!(
+                    text.token_ids,
+                    fresh.unwrap().token_ids,
+                    "{name} {prompt:?}"
+                );
+                (text.token_ids, text.read_tokens)
+            };
+            let first: Vec<u32> = (5..25).collect();
+            let (said, read) = answer(&first);
+            assert_eq!(read, 20);
+            // the next turn: all but the last token of the answer has been read
+            let second = [&first[..], &said, &[7, 8, 9]].concat();
+            let expected = |kept: usize, all: usize| match name {
+                "dynamic" => all,
+                _ => all - kept,
+            };
+            assert_eq!(answer(&second).1, expected(31, 35));
+            assert_eq!(answer(&second).1, expected(34, 35), "the same once more");
+            // a turn that was rendered in another way, a beginning, another text
+            let changed = [&first[..10], &[60, 61], &first[12..]].concat();
+            assert_eq!(answer(&changed).1, expected(10, 20));
+            assert_eq!(answer(&changed[..4]).1, expected(3, 4));
+            assert_eq!(answer(&[90, 91]).1, 2);
+            assert_eq!(answer(&[90]).1, 1);
+        }
     }
 
     #[test]

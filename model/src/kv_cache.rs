@@ -16,6 +16,13 @@ impl<B: Backend> KvCache<B> {
         }
     }
 
+    /// Forgets all but the first `length` positions.
+    pub fn truncate(&mut self, length: usize) {
+        self.layers
+            .iter_mut()
+            .for_each(|layer| layer.truncate(length));
+    }
+
     /// The cache of one layer.
     pub fn layer(&mut self, index: usize) -> &mut LayerCache<B> {
         &mut self.layers[index]
@@ -40,5 +47,14 @@ impl<B: Backend> LayerCache<B> {
         };
         self.seen = Some(all.clone());
         all
+    }
+
+    fn truncate(&mut self, length: usize) {
+        let seen = self.seen.take().filter(|_| length > 0);
+        self.seen = seen.map(|(k, v)| {
+            let [_, t, _, _] = k.dims();
+            let kept = length.min(t);
+            (k.narrow(1, 0, kept), v.narrow(1, 0, kept))
+        });
     }
 }

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
 use adapters::{LoraConfig, LoraInit, Pattern, Targets};
-use model::chat::TrainOn;
+use model::chat::{ChatTemplate, TrainOn};
 use quant::Scheme;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -139,7 +139,8 @@ pub struct DataSection {
     pub eval: Paths,
     /// What a row looks like.
     pub format: Format,
-    /// A jinja file, or the name of a built-in template; the model's own if not given.
+    /// A jinja file, a model or adapter folder with a template, or the name of a built-in one; the
+    /// model's own if not given.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub chat_template: Option<String>,
     /// Longest row in tokens.
@@ -438,7 +439,8 @@ impl Recipe {
         self.adapter.init_from.iter_mut().for_each(absolute);
         self.output.dir.iter_mut().for_each(absolute);
         if let Some(template) = &mut self.data.chat_template
-            && Path::new(template).is_file()
+            && ChatTemplate::builtin(template).is_none()
+            && Path::new(template).exists()
             && let Ok(full) = std::path::absolute(&*template)
         {
             *template = full.display().to_string();

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use adapters::TrainBackend;
 use adapters::{AdaptedLlama, peft};
 use burn::tensor::backend::Backend;
+use model::chat::ChatTemplate;
 use model::config::LlamaConfig;
 use model::folder::ModelFolder;
 use sha2::{Digest, Sha256};
@@ -52,7 +53,8 @@ impl Rows {
     }
 }
 
-/// What a recipe trains; the settings of `adapter.init_from` are taken over into the recipe.
+/// What a recipe trains; the settings of `adapter.init_from`, and the chat template in that folder
+/// if there is one, are taken over into the recipe.
 ///
 /// # Errors
 /// [`Error::Recipe`] if the recipe asks for other settings than that adapter has.
@@ -60,8 +62,8 @@ pub fn trained(recipe: &mut Recipe) -> Result<Trained> {
     if recipe.adapter.is_full() {
         return Ok(Trained::Full);
     }
-    if let Some(folder) = &recipe.adapter.init_from {
-        let theirs = peft::read_config(folder)?;
+    if let Some(folder) = recipe.adapter.init_from.clone() {
+        let theirs = peft::read_config(&folder)?;
         let differ = recipe.adapter.lora().differences(&theirs).into_iter();
         let asked = differ.map(|key| format!("adapter.{key}"));
         let problem = |key: String| {
@@ -79,6 +81,9 @@ pub fn trained(recipe: &mut Recipe) -> Result<Trained> {
         recipe.adapter.set_lora(&theirs);
         if recipe.given.contains("adapter.dropout") {
             recipe.adapter.dropout = dropout; // it does not change what the tensors mean
+        }
+        if recipe.data.chat_template.is_none() && ChatTemplate::from_folder(&folder)?.is_some() {
+            recipe.data.chat_template = Some(folder.display().to_string());
         }
     }
     Ok(resumed(recipe))

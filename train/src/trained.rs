@@ -62,7 +62,7 @@ impl Trained {
     }
 
     /// Writes the adapter, or the model with the files of its base folder, to `into/adapter` or
-    /// `into/model`.
+    /// `into/model`; with it goes a chat template that is not the base model's own.
     pub fn save<B: Backend>(
         &self,
         model: &AdaptedLlama<B>,
@@ -72,7 +72,12 @@ impl Trained {
     ) -> Result<PathBuf> {
         let folder = into.join(self.folder_name());
         match self {
-            Self::Lora(lora) => peft::save(model, lora, base_name, &folder)?,
+            Self::Lora(lora) => {
+                peft::save(model, lora, base_name, &folder)?;
+                if let Some(template) = &base.template {
+                    template.save(&folder)?;
+                }
+            }
             Self::Full => {
                 std::fs::create_dir_all(&folder).map_err(io("create", &folder))?;
                 let mut values = adapters::read_parameters(model);

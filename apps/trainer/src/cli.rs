@@ -37,6 +37,8 @@ pub enum Command {
     Eval(EvalArgs),
     /// Complete a prompt
     Generate(GenerateArgs),
+    /// Talk with a model
+    Chat(ChatArgs),
     /// Count parameters, rows and trained tokens without training
     Plan(RecipeArgs),
     /// List the devices that this build can use
@@ -151,7 +153,8 @@ pub struct GenerateArgs {
     /// Treat the prompt as a user's turn, in the model's chat template
     #[arg(long, requires = "prompt", conflicts_with = "prompt_ids")]
     pub chat: bool,
-    /// The template of --chat in place of the model's: a jinja file, or chatml, llama2, llama3, alpaca
+    /// The template of --chat in place of the adapter's or model's: a jinja file, a folder with one,
+    /// or chatml, llama2, llama3, alpaca
     #[arg(long, requires = "chat", value_name = "TEMPLATE")]
     pub chat_template: Option<String>,
     /// Token ids to complete
@@ -164,6 +167,25 @@ pub struct GenerateArgs {
     pub prompt_ids: Option<Vec<i64>>,
     /// Longest answer
     #[arg(long, default_value_t = 128, allow_negative_numbers = true)]
+    #[arg(value_parser = value_parser!(u32).range(1..))]
+    pub max_new_tokens: u32,
+    #[command(flatten)]
+    pub sampling: SamplingArgs,
+}
+
+#[derive(Debug, Args)]
+pub struct ChatArgs {
+    #[command(flatten)]
+    pub model: ModelArgs,
+    /// What the model is told before the conversation
+    #[arg(long, value_name = "TEXT")]
+    pub system: Option<String>,
+    /// The chat template in place of the adapter's or model's: a jinja file, a folder with one, or
+    /// chatml, llama2, llama3, alpaca
+    #[arg(long, value_name = "TEMPLATE")]
+    pub chat_template: Option<String>,
+    /// Longest answer
+    #[arg(long, default_value_t = 512, allow_negative_numbers = true)]
     #[arg(value_parser = value_parser!(u32).range(1..))]
     pub max_new_tokens: u32,
     #[command(flatten)]

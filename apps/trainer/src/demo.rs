@@ -212,7 +212,7 @@ impl Job for Ask<'_> {
             if self.interrupter.should_stop() {
                 return Ok(None);
             }
-            let prompt = chat_ids(base, &tokenizer, None, &question.prompt)?;
+            let prompt = chat_ids(base, &tokenizer, &question.prompt)?;
             let answer = generate(
                 &model,
                 &prompt,

@@ -1,4 +1,4 @@
-//! What turns rows into tokens: the model's tokenizer and the chat template of the recipe.
+//! What turns rows into tokens: the model's tokenizer and a chat template.
 
 use std::path::Path;
 
@@ -10,13 +10,10 @@ use train::recipe::DataSection;
 
 use crate::failure::Advised;
 
-/// The encoder of a model folder and `data.*` settings.
+/// The encoder of a model folder, with its template in use, and `data.*` settings.
 pub fn open(folder: &ModelFolder, data: &DataSection) -> Result<Encoder> {
     let tokenizer = folder.tokenizer()?;
-    let template = match &data.chat_template {
-        None => folder.chat_template()?,
-        Some(name) => Some(named_template(name)?),
-    };
+    let template = folder.chat_template()?;
     let end_markers = tokenizer
         .as_ref()
         .map_or(Vec::new(), |tokenizer| folder.end_markers(tokenizer));
@@ -30,21 +27,38 @@ pub fn open(folder: &ModelFolder, data: &DataSection) -> Result<Encoder> {
     })
 }
 
-/// A template by what `data.chat_template` says: a built-in name, or a file.
-pub fn named_template(name: &str) -> Result<ChatTemplate> {
+/// Chooses the template in use: the one that is named, else that of the adapter, which it was
+/// trained with, else the model's own.
+pub fn choose_template(
+    base: &mut ModelFolder,
+    adapter: Option<&Path>,
+    name: Option<&str>,
+) -> Result<()> {
+    base.template = match (name, adapter) {
+        (Some(name), _) => Some(named_template(name)?),
+        (None, Some(folder)) => ChatTemplate::from_folder(folder)?,
+        (None, None) => None,
+    };
+    Ok(())
+}
+
+/// A template by what `data.chat_template` says: a built-in name, a file, or a folder with one.
+fn named_template(name: &str) -> Result<ChatTemplate> {
     if let Some(template) = ChatTemplate::builtin(name) {
         return Ok(template);
     }
     let path = Path::new(name);
-    if !path.exists() {
-        return Err(Advised::usage(
-            format!("data.chat_template = {name:?} is neither a file nor a built-in template"),
-            format!(
-                "give a jinja file, or one of {}",
-                ChatTemplate::BUILTIN.join(", ")
-            ),
+    let (found, problem) = match path.is_dir() {
+        true => (ChatTemplate::from_folder(path)?, "in that folder"),
+        false if path.exists() => (Some(ChatTemplate::from_file(path)?), ""),
+        false => (None, "of that name, nor a file"),
+    };
+    found.ok_or_else(|| {
+        let names = ChatTemplate::BUILTIN.join(", ");
+        Advised::usage(
+            format!("there is no chat template {name:?} {problem}"),
+            format!("give data.chat_template or --chat-template a jinja file, or one of {names}"),
         )
-        .into());
-    }
-    Ok(ChatTemplate::from_file(path)?)
+        .into()
+    })
 }

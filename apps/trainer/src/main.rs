@@ -7,6 +7,7 @@ mod demo;
 mod device;
 mod encoder;
 mod failure;
+mod lines;
 mod output;
 mod renderer;
 mod signals;
@@ -43,6 +44,7 @@ fn run(cli: Cli, output: &Output) -> anyhow::Result<ExitCode> {
         Some(Command::Train(args)) => commands::train::run(args, &device, cli.no_tui, output),
         Some(Command::Eval(args)) => commands::eval::run(args, &device, output),
         Some(Command::Generate(args)) => commands::generate::run(args, &device, output),
+        Some(Command::Chat(args)) => commands::chat::run(args, &device, output),
         Some(Command::Plan(args)) => commands::plan::run(args, output),
         Some(Command::Devices) => commands::devices::run(output),
     }

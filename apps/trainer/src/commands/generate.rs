@@ -14,7 +14,6 @@ use serde_json::json;
 use super::Adapted;
 use crate::cli::{GenerateArgs, SamplingArgs};
 use crate::device::{Device, Job};
-use crate::encoder::named_template;
 use crate::failure::Advised;
 use crate::output::Output;
 
@@ -22,7 +21,10 @@ use crate::output::Output;
 pub fn run(args: GenerateArgs, device: &str, output: &Output) -> Result<ExitCode> {
     let sampling = read_sampling(&args.sampling)?;
     let device = Device::find(device)?;
-    let adapted = Adapted::open(&args.model, &device, output)?;
+    let mut adapted = Adapted::open(&args.model, &device, output)?;
+    if args.chat {
+        adapted.choose_template(args.chat_template.as_deref())?;
+    }
     let tokenizer = adapted.base.tokenizer()?;
     let prompt = prompt_ids(&args, &adapted.base, tokenizer.as_ref())?;
     if prompt.is_empty() {
@@ -68,7 +70,11 @@ pub fn read_sampling(args: &SamplingArgs) -> Result<Sampling> {
         seed: args.seed,
     };
     if let Err(error) = sampling.validate() {
-        return Err(Advised::usage(error.to_string(), "see `trainer generate --help`").into());
+        return Err(Advised::usage(
+            error.to_string(),
+            "see `trainer generate --help`, which `trainer chat` shares",
+        )
+        .into());
     }
     let flags = [
         ("--top-p", args.top_p.is_some()),
@@ -179,27 +185,18 @@ fn prompt_ids(
         )
         .into());
     };
-    if !args.chat {
-        return Ok(tokenizer.encode(prompt, true)?.ids);
+    match args.chat {
+        true => chat_ids(base, tokenizer, prompt),
+        false => Ok(tokenizer.encode(prompt, true)?.ids),
     }
-    chat_ids(base, tokenizer, args.chat_template.as_deref(), prompt)
 }
 
-/// A prompt as a user's turn in a chat template: the one that is named, the model's own, or, as in
-/// training, the plain alpaca form of a model that has none.
-pub fn chat_ids(
-    base: &ModelFolder,
-    tokenizer: &Tokenizer,
-    template: Option<&str>,
-    prompt: &str,
-) -> Result<Vec<u32>> {
-    let own = match template {
-        Some(name) => Some(named_template(name)?),
-        None => base.chat_template()?,
-    };
+/// A prompt as a user's turn in the chat template in use, or, as in training, in the plain alpaca
+/// form of a model that has none.
+pub fn chat_ids(base: &ModelFolder, tokenizer: &Tokenizer, prompt: &str) -> Result<Vec<u32>> {
     let special = tokenizer.special_tokens();
     let turn = [Message::new("user", prompt)];
-    Ok(match own {
+    Ok(match base.chat_template()? {
         Some(template) => {
             let text = template.render(&turn, true, special)?;
             tokenizer.encode(&text, false)?.ids

@@ -1,5 +1,6 @@
 //! The commands, one file each.
 
+pub mod chat;
 pub mod devices;
 pub mod eval;
 pub mod generate;
@@ -20,6 +21,7 @@ use toml::Value;
 
 use crate::cli::{BlockArgs, ModelArgs};
 use crate::device::Device;
+use crate::encoder::choose_template;
 use crate::failure::Advised;
 use crate::output::Output;
 
@@ -69,6 +71,11 @@ impl Adapted {
             scheme,
             output: *output,
         })
+    }
+
+    /// Takes the chat template that is named, else the adapter's, else the model's.
+    pub fn choose_template(&mut self, named: Option<&str>) -> Result<()> {
+        choose_template(&mut self.base, self.adapter.as_deref(), named)
     }
 
     /// Loads the model and puts the adapter on it.

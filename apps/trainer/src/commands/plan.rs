@@ -13,6 +13,7 @@ use serde::Serialize;
 use super::open_model;
 use super::train::{all_params, read_rows, settings_of};
 use crate::cli::RecipeArgs;
+use crate::encoder::choose_template;
 use crate::output::Output;
 
 /// What a recipe comes to.
@@ -40,7 +41,8 @@ struct DataPlan {
 pub fn run(args: RecipeArgs, output: &Output) -> Result<ExitCode> {
     let mut recipe = Recipe::read_without_data(args.recipe.as_deref(), &settings_of(&args)?)?;
     let trained = session::trained(&mut recipe)?;
-    let base = open_model(&recipe.model.path, Files::Config, output)?;
+    let mut base = open_model(&recipe.model.path, Files::Config, output)?;
+    choose_template(&mut base, None, recipe.data.chat_template.as_deref())?;
     let trainable_params = session::num_params(&recipe, &trained, &base.config)?;
     let all_params = all_params(&trained, &base, trainable_params);
     let mut plan = Plan {

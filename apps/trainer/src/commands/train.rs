@@ -150,7 +150,8 @@ pub fn launch(
         ModelInit::Random => Files::Config,
         ModelInit::Pretrained => Files::Model,
     };
-    let base = open_model(&recipe.model.path, files, output)?;
+    let mut base = open_model(&recipe.model.path, files, output)?;
+    encoder::choose_template(&mut base, None, recipe.data.chat_template.as_deref())?;
     // what does not fit is said before anything is loaded
     let trainable = session::num_params(&recipe, &trained, &base.config)?;
     let weights = base_bytes(&base.config, recipe.quantization.scheme())?;

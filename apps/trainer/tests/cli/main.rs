@@ -5,6 +5,7 @@
 mod fake_hub;
 mod support;
 
+mod chat;
 mod devices;
 mod eval;
 mod generate;

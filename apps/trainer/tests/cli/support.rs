@@ -4,6 +4,7 @@ use std::ffi::OsStr;
 use std::fs;
 #[cfg(unix)]
 use std::io::{BufRead, BufReader, Read};
+use std::io::{Seek, Write};
 use std::path::{Path, PathBuf};
 #[cfg(unix)]
 use std::process::Child;
@@ -105,6 +106,16 @@ impl Dir {
         }
     }
 
+    /// Copies the model of the demo, which has a tokenizer, a template and something to say.
+    pub fn add_demo_model(&self, name: &str) {
+        let base = Path::new(env!("CARGO_MANIFEST_DIR")).join("demo/base");
+        for entry in fs::read_dir(base).unwrap() {
+            let from = entry.unwrap().path();
+            let file = from.file_name().unwrap().to_str().unwrap();
+            self.write(&format!("{name}/{file}"), fs::read(&from).unwrap());
+        }
+    }
+
     /// A model folder without weights: config, tokenizer and template.
     pub fn add_chat_config(&self, name: &str) {
         let config = json!({
@@ -201,6 +212,14 @@ pub fn finish(command: &mut Command) -> Run {
         stdout: String::from_utf8(output.stdout).unwrap(),
         stderr: String::from_utf8(output.stderr).unwrap(),
     }
+}
+
+/// The same with something on stdin.
+pub fn finish_with_input(command: &mut Command, input: &str) -> Run {
+    let mut file = tempfile::tempfile().unwrap();
+    file.write_all(input.as_bytes()).unwrap();
+    file.rewind().unwrap();
+    finish(command.stdin(file))
 }
 
 /// How the program ended, and what it said.

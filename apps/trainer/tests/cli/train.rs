@@ -131,6 +131,68 @@ fn conversations_become_an_adapter_that_generates() {
 }
 
 #[test]
+fn a_template_of_its_own_goes_with_the_adapter() {
+    let dir = Dir::with_chat();
+    let own = "{% for m in messages %}<{{ m.role }}>{{ m.content }}<|im_end|>{% endfor %}\
+               {% if add_generation_prompt %}<assistant>{% endif %}";
+    dir.write("own.jinja", own);
+    let line = "train -q --model model --data rows.jsonl --eval-data rows.jsonl --max-steps 2 \
+                --set data.chat_template=own.jinja --output run";
+    dir.trainer(line).succeeds();
+    for folder in ["adapter", "best", "checkpoints/step-000002/adapter"] {
+        assert_eq!(dir.read(&format!("run/{folder}/chat_template.jinja")), own);
+    }
+    let names = [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "chat_template.jinja",
+    ];
+    assert_eq!(dir.names("run/adapter"), names);
+
+    // it is used wherever the adapter is, unless another one is named
+    let eval = "eval --json --model model --adapter run/adapter --data rows.jsonl";
+    let loss = |line: &str| {
+        dir.trainer(line).succeeds().json()["loss"]
+            .as_f64()
+            .unwrap()
+    };
+    let (with_own, with_models) = (
+        loss(eval),
+        loss(&format!("{eval} --set data.chat_template=model")),
+    );
+    let last = dir.lines("run/metrics.jsonl").pop().unwrap();
+    assert_eq!(json!(with_own), last["loss"]);
+    assert_ne!(with_own, with_models);
+    let generate = "generate --json --chat --model model --max-new-tokens 9 --prompt Hi";
+    let ids = |line: &str| dir.trainer(line).succeeds().json()["token_ids"].clone();
+    let with_adapter = ids(&format!("{generate} --adapter run/adapter"));
+    let prompt = "generate --json --model model --adapter run/adapter --max-new-tokens 9 --prompt";
+    let by_hand = dir.trainer_with(prompt, "<user>Hi<|im_end|><assistant>");
+    assert_eq!(with_adapter, by_hand.succeeds().json()["token_ids"]);
+    let line = format!("{generate} --adapter run/adapter --chat-template model");
+    let with_models = dir.trainer_with(
+        prompt,
+        "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n",
+    );
+    assert_eq!(ids(&line), with_models.succeeds().json()["token_ids"]);
+
+    // and by a run that goes on from it, also when that run is resumed
+    fs::remove_file(dir.path("own.jinja")).unwrap();
+    let line = "train -q --model model --data rows.jsonl --max-steps 1 --output more \
+                --set adapter.init_from=run/adapter";
+    dir.trainer(line).succeeds();
+    assert_eq!(dir.read("more/adapter/chat_template.jinja"), own);
+    dir.trainer("train -q --resume more").succeeds();
+    assert_eq!(dir.read("more/adapter/chat_template.jinja"), own);
+    let full = "train -q --model model --data rows.jsonl --max-steps 1 --method full \
+                --set data.chat_template=run/adapter --output whole";
+    dir.trainer(full).succeeds();
+    assert_eq!(dir.read("whole/model/chat_template.jinja"), own);
+    dir.trainer("train --model model --data rows.jsonl --output no --set data.chat_template=run")
+        .fails(2, &["no chat template \"run\" in that folder"]);
+}
+
+#[test]
 fn full_training_saves_a_model_folder() {
     let dir = Dir::new();
     dir.add_chat_config("base");
