@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use half::{bf16, f16};
 use memmap2::Mmap;
 use rayon::prelude::*;
-use safetensors::tensor::TensorView;
+use safetensors::tensor::{Metadata, TensorInfo, TensorView};
 use safetensors::{Dtype, SafeTensors};
 use serde_json::Value;
 
@@ -285,6 +285,19 @@ fn shard_files(index: &Path) -> Result<Vec<String>> {
     Ok(files.into_iter().collect())
 }
 
+/// A tensor to be written whose elements are made when it is their turn: a file can be larger than
+/// memory.
+pub struct LazyTensor<'a> {
+    /// Key in the file.
+    pub name: String,
+    /// Type of its elements.
+    pub dtype: Dtype,
+    /// Dimensions.
+    pub shape: Vec<usize>,
+    /// Makes the elements, row-major and little-endian; called once.
+    pub bytes: Box<dyn Fn() -> Result<Cow<'a, [u8]>> + 'a>,
+}
+
 /// A tensor to be written.
 #[derive(Debug, Clone)]
 pub struct NamedTensor {
@@ -296,28 +309,14 @@ pub struct NamedTensor {
     pub values: Vec<f32>,
 }
 
-impl safetensors::View for &NamedTensor {
-    fn dtype(&self) -> Dtype {
-        Dtype::F32
-    }
-    fn shape(&self) -> &[usize] {
-        &self.shape
-    }
-    fn data(&self) -> Cow<'_, [u8]> {
-        bytemuck::cast_slice(&self.values).into()
-    }
-    fn data_len(&self) -> usize {
-        self.values.len() * size_of::<f32>()
-    }
-}
-
-/// Writes F32 tensors with the metadata that PyTorch's loaders look for, and some more.
+/// Writes tensors one after the other, in the order and with the metadata of the safetensors
+/// library for PyTorch, and some more metadata.
 ///
 /// # Errors
-/// [`Error::Io`]; the file is complete or absent.
-pub fn write_safetensors(
+/// [`Error::Io`], or what making a tensor's elements failed with; the file is complete or absent.
+pub fn write_lazily(
     path: &Path,
-    tensors: &[NamedTensor],
+    mut tensors: Vec<LazyTensor>,
     metadata: &[(&str, String)],
 ) -> Result<()> {
     let mut all = HashMap::from([("format".to_owned(), "pt".to_owned())]);
@@ -326,16 +325,62 @@ pub fn write_safetensors(
             .iter()
             .map(|(key, value)| ((*key).to_owned(), value.clone())),
     );
-    let views = tensors.iter().map(|tensor| (&tensor.name, tensor));
-    let bytes = safetensors::serialize(views, Some(all)).map_err(|e| Error::Safetensors {
+    tensors.sort_by(|a, b| b.dtype.cmp(&a.dtype).then_with(|| a.name.cmp(&b.name)));
+    let mut end = 0;
+    let info = |tensor: &LazyTensor| {
+        let start = end;
+        end += tensor.shape.iter().product::<usize>() * tensor.dtype.bitsize() / 8;
+        let info = TensorInfo {
+            dtype: tensor.dtype,
+            shape: tensor.shape.clone(),
+            data_offsets: (start, end),
+        };
+        (tensor.name.clone(), info)
+    };
+    let infos: Vec<_> = tensors.iter().map(info).collect();
+    let header = Metadata::new(Some(all), infos).map_err(|e| Error::Safetensors {
         path: path.into(),
         reason: e.to_string(),
     })?;
-    write_file(path, &bytes)
+    let mut header = serde_json::to_vec(&header).expect("names and numbers can be written");
+    header.resize(header.len().next_multiple_of(8), b' '); // so that elements are aligned
+    write_parts(path, |file| {
+        file(&(header.len() as u64).to_le_bytes())?;
+        file(&header)?;
+        tensors
+            .iter()
+            .try_for_each(|tensor| file(&(tensor.bytes)()?))
+    })
+}
+
+/// Writes F32 tensors, see [`write_lazily`].
+///
+/// # Errors
+/// [`Error::Io`]; the file is complete or absent.
+pub fn write_safetensors(
+    path: &Path,
+    tensors: &[NamedTensor],
+    metadata: &[(&str, String)],
+) -> Result<()> {
+    let lazy = tensors.iter().map(|tensor| LazyTensor {
+        name: tensor.name.clone(),
+        dtype: Dtype::F32,
+        shape: tensor.shape.clone(),
+        bytes: Box::new(|| Ok(bytemuck::cast_slice(&tensor.values).into())),
+    });
+    write_lazily(path, lazy.collect(), metadata)
 }
 
 /// Writes a file under a temporary name, flushes it to the disk and renames it.
 pub fn write_file(path: &Path, bytes: &[u8]) -> Result<()> {
+    write_parts(path, |file| file(bytes))
+}
+
+/// [`write_file`] part by part: `write` gets a function that appends to the file.
+fn write_parts(
+    path: &Path,
+    write: impl FnOnce(&mut dyn FnMut(&[u8]) -> Result<()>) -> Result<()>,
+) -> Result<()> {
     let io = |source| Error::Io {
         action: "write",
         path: path.into(),
@@ -353,7 +398,7 @@ pub fn write_file(path: &Path, bytes: &[u8]) -> Result<()> {
     let mut file = builder
         .tempfile_in(folder.unwrap_or(Path::new(".")))
         .map_err(io)?;
-    file.write_all(bytes).map_err(io)?;
+    write(&mut |bytes| file.write_all(bytes).map_err(io))?;
     file.as_file().sync_all().map_err(io)?;
     file.persist(path).map_err(|e| io(e.error))?;
     Ok(())
