@@ -42,6 +42,12 @@ pub enum Error {
         /// Why.
         source: quant::Error,
     },
+    /// The model is in fewer bits already.
+    #[error("{} is quantised already", path.display())]
+    Quantized {
+        /// The model's folder.
+        path: PathBuf,
+    },
     /// Tensors are missing, unexpected or of another shape; every one is listed.
     #[error("{} is not an adapter of this model: {}", path.display(), problems.join("; "))]
     Tensors {

@@ -1,6 +1,7 @@
 //! LoRA adapters on a Llama, and PEFT's file format.
 //!
-//! [`load`] makes a base model, [`attach`] puts fresh adapters on a model, [`peft`] loads and saves them, [`lora`] is the layer.
+//! [`load`] makes a base model, [`attach`] puts fresh adapters on it, [`peft`] loads and saves them,
+//! [`lora`] is the layer; [`quantize_folder`] makes 4-bit model folders.
 
 #![deny(missing_docs)]
 
@@ -11,9 +12,11 @@ mod error;
 pub mod lora;
 mod parameters;
 pub mod peft;
+mod quantize;
 
 pub use attach::{AdaptedLlama, attach, set_dropout, train_all};
 pub use base::{AdaptedBackend, BaseLinear, TrainBackend, base_bytes, init, load, scheme};
 pub use config::{LoraConfig, LoraInit, LoraLayer, Pattern, Targets};
 pub use error::{Error, Result};
 pub use parameters::{parameters, read_parameters, write_parameters};
+pub use quantize::quantize_folder;

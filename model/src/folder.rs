@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 use crate::chat::ChatTemplate;
 use crate::checkpoint::{Checkpoint, write_file};
@@ -136,6 +136,59 @@ impl ModelFolder {
         }
         self.template.iter().try_for_each(|own| own.save(to))
     }
+}
+
+/// Changes `config.json` of a folder.
+///
+/// # Errors
+/// `Io` and `Json`; the file is the old or the new one.
+pub fn edit_config(folder: &Path, edit: impl FnOnce(&mut Map<String, Value>)) -> Result<()> {
+    let path = folder.join(CONFIG_FILE);
+    let text = std::fs::read(&path).map_err(|source| Error::Io {
+        action: "read",
+        path: path.clone(),
+        source,
+    })?;
+    let json = |source| Error::Json {
+        path: path.clone(),
+        source,
+    };
+    let mut config = serde_json::from_slice(&text).map_err(json)?;
+    edit(&mut config);
+    let text = serde_json::to_vec_pretty(&config).expect("it was JSON before");
+    write_file(&path, &text)
+}
+
+/// Makes a folder that is complete or absent: `fill` gets a folder beside `to` that takes its name
+/// in the end; `to` may exist if it is empty.
+///
+/// # Errors
+/// `Io`, or those of `fill`.
+pub fn write_folder<T, E: From<Error>>(
+    to: &Path,
+    fill: impl FnOnce(&Path) -> std::result::Result<T, E>,
+) -> std::result::Result<T, E> {
+    let io = |source| Error::Io {
+        action: "create",
+        path: to.into(),
+        source,
+    };
+    let parent = to.parent().filter(|path| !path.as_os_str().is_empty());
+    let parent = parent.unwrap_or(Path::new("."));
+    std::fs::create_dir_all(parent).map_err(io)?;
+    let part = tempfile::Builder::new()
+        .prefix(".part-")
+        .tempdir_in(parent)
+        .map_err(io)?;
+    let inside = part.path().join("folder"); // with the permissions of any new folder
+    std::fs::create_dir(&inside).map_err(io)?;
+    let made = fill(&inside)?;
+    match std::fs::remove_dir(to) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(io(e).into()),
+        _ => {}
+    }
+    std::fs::rename(&inside, to).map_err(io)?;
+    Ok(made)
 }
 
 impl GenerationConfig {

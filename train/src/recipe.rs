@@ -994,8 +994,8 @@ mod tests {
         let cases = [
             ("data.packing=true", "data.packing = true is not supported"),
             (
-                "quantization.format=nf4",
-                "quantization.format = \"nf4\" is not supported: only \"none\" is",
+                "quantization.format=int4",
+                "quantization.format = \"int4\" is unknown: expected \"none\", \"nf4\" or \"fp4\"",
             ),
             (
                 "train.recompute=block",

@@ -4,12 +4,10 @@ use std::path::{Path, PathBuf};
 
 use adapters::{AdaptedLlama, LoraConfig, peft};
 use burn::tensor::backend::Backend;
-use model::checkpoint::{Checkpoint, MODEL_FILE, NamedTensor, write_file, write_safetensors};
+use model::checkpoint::{Checkpoint, MODEL_FILE, NamedTensor, write_safetensors};
 use model::config::LlamaConfig;
-use model::folder::ModelFolder;
+use model::folder::{ModelFolder, edit_config};
 use model::weight::param_id;
-
-use serde_json::{Map, Value};
 
 use crate::error::{Error, Result};
 use crate::run_folder::io;
@@ -91,7 +89,14 @@ impl Trained {
                 let tensors: Vec<_> = model.config.tensors().into_iter().map(tensor).collect();
                 write_safetensors(&folder.join(MODEL_FILE), &tensors, &[])?;
                 base.copy_assets(&folder)?;
-                set_dtype(&folder.join("config.json"))?;
+                edit_config(&folder, |config| {
+                    // saved as F32, whatever they were before
+                    let key = match config.contains_key("torch_dtype") {
+                        true => "torch_dtype", // the name before transformers 5
+                        false => "dtype",
+                    };
+                    config.insert(key.into(), "float32".into());
+                })?;
             }
         }
         Ok(folder)
@@ -131,21 +136,4 @@ impl Trained {
             }
         }
     }
-}
-
-/// The weights are saved as F32, whatever they were before, and `config.json` has to say so.
-fn set_dtype(config: &Path) -> Result<()> {
-    let text = std::fs::read_to_string(config).map_err(io("read", config))?;
-    let json = |source| Error::Json {
-        path: config.into(),
-        source,
-    };
-    let mut object: Map<String, Value> = serde_json::from_str(&text).map_err(json)?;
-    let key = match object.contains_key("torch_dtype") {
-        true => "torch_dtype", // the name before transformers 5
-        false => "dtype",
-    };
-    object.insert(key.into(), "float32".into());
-    let text = serde_json::to_string_pretty(&object).map_err(json)?;
-    Ok(write_file(config, text.as_bytes())?)
 }

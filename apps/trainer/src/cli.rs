@@ -39,6 +39,8 @@ pub enum Command {
     Generate(GenerateArgs),
     /// Talk with a model
     Chat(ChatArgs),
+    /// Store a model in 4 bits, in the format of bitsandbytes
+    Quantize(QuantizeArgs),
     /// Count parameters, rows and trained tokens without training
     Plan(RecipeArgs),
     /// List the devices that this build can use
@@ -137,6 +139,25 @@ pub struct EvalArgs {
     /// A recipe key of how rows are read, such as data.max_length (repeatable)
     #[arg(long, value_name = "SECTION.KEY=VALUE")]
     pub set: Vec<String>,
+}
+
+#[derive(Debug, Args)]
+pub struct QuantizeArgs {
+    /// A model folder or a Hub id
+    #[arg(long)]
+    pub model: String,
+    /// nf4 or fp4
+    #[arg(long, value_parser = ["nf4", "fp4"])]
+    pub format: String,
+    /// Weights that share a scale: a power of two from 32 to 4096
+    #[arg(long, default_value_t = 64)]
+    pub block_size: usize,
+    /// Keep the scales in 8 bits
+    #[arg(long)]
+    pub double_quant: bool,
+    /// The folder to make
+    #[arg(long, value_name = "DIR")]
+    pub out: PathBuf,
 }
 
 #[derive(Debug, Args)]

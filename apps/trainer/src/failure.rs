@@ -182,6 +182,11 @@ fn adapter_advice(error: &adapters::Error) -> &'static str {
         E::Config { .. } => "use an adapter that this version supports, made for this model",
         E::Fit { .. } => "correct the adapter.* keys of the recipe",
         E::Tensors { .. } => "use the base model that the adapter was trained on",
+        E::Quantization { .. } => {
+            "use the original model with --quant nf4, or one that bitsandbytes quantised to 4 bits"
+        }
+        E::Quantized { .. } => "give the original model",
+        E::Weight { .. } => "use the model without quantization, or get its files again",
         _ => "check the adapter folder that is named above",
     }
 }

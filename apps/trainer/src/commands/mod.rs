@@ -5,6 +5,7 @@ pub mod devices;
 pub mod eval;
 pub mod generate;
 pub mod plan;
+pub mod quantize;
 pub mod train;
 
 use std::path::{Path, PathBuf};
@@ -19,7 +20,7 @@ use model::hub::{self, Files};
 use quant::{Format, Scheme};
 use toml::Value;
 
-use crate::cli::{BlockArgs, ModelArgs};
+use crate::cli::ModelArgs;
 use crate::device::Device;
 use crate::encoder::choose_template;
 use crate::failure::Advised;
@@ -60,7 +61,8 @@ pub struct Adapted {
 impl Adapted {
     /// Finds what the command line names, if the device can hold it.
     pub fn open(args: &ModelArgs, device: &Device, output: &Output) -> Result<Self> {
-        let scheme = read_scheme(args.quant.as_deref(), &args.blocks)?;
+        let (format, blocks) = (args.quant.as_deref(), &args.blocks);
+        let scheme = read_scheme(format, blocks.block_size, blocks.double_quant)?;
         let base = open_model(&args.model, Files::Model, output)?;
         let adapter = args.adapter.as_deref();
         let adapter = adapter.map(|name| open_adapter(name, output)).transpose()?;
@@ -109,15 +111,19 @@ pub fn loaded<B: Backend>(model: &AdaptedLlama<B>, time: Duration) -> String {
 }
 
 /// What `--quant` and the flags beside it ask for.
-fn read_scheme(format: Option<&str>, blocks: &BlockArgs) -> Result<Option<Scheme>> {
+fn read_scheme(
+    format: Option<&str>,
+    block_size: usize,
+    double_quant: bool,
+) -> Result<Option<Scheme>> {
     let Some(format) = format.and_then(Format::from_name) else {
         return Ok(None);
     };
-    let scheme = Scheme::new(format, blocks.block_size, blocks.double_quant);
+    let scheme = Scheme::new(format, block_size, double_quant);
     match scheme.is_supported() {
         true => Ok(Some(scheme)),
         false => Err(Advised::usage(
-            format!("--block-size {} is not a block size", blocks.block_size),
+            format!("--block-size {block_size} is not a block size"),
             "give a power of two from 32 to 4096",
         )
         .into()),

@@ -79,8 +79,8 @@ fn values_that_cannot_be() {
             "adapter.init: unknown variant `magic`",
         ),
         (
-            "quantization.format=nf4",
-            "quantization.format = \"nf4\" is not supported",
+            "quantization.format=int8",
+            "quantization.format = \"int8\" is unknown: expected \"none\", \"nf4\" or \"fp4\"",
         ),
         ("data.packing=true", "data.packing = true is not supported"),
         (

@@ -1,0 +1,42 @@
+//! `trainer quantize`
+
+use std::process::ExitCode;
+use std::time::Instant;
+
+use ::train::run_folder::check_empty;
+use adapters::{base_bytes, quantize_folder};
+use anyhow::Result;
+use model::folder::write_folder;
+use model::hub::Files;
+use serde_json::json;
+
+use super::{open_model, read_scheme};
+use crate::cli::QuantizeArgs;
+use crate::output::Output;
+
+/// Writes a model with 4-bit weights.
+pub fn run(args: QuantizeArgs, output: &Output) -> Result<ExitCode> {
+    let scheme = read_scheme(Some(&args.format), args.block_size, args.double_quant)?;
+    let scheme = scheme.expect("the command line knows no other formats");
+    check_empty(&args.out)?;
+    let base = open_model(&args.model, Files::Model, output)?;
+    let start = Instant::now();
+    write_folder(&args.out, |folder| quantize_folder(&base, scheme, folder))?;
+    let seconds = start.elapsed().as_secs_f64();
+    let bytes = base_bytes(&base.config, Some(scheme))?;
+    let json = json!({
+        "out": args.out,
+        "format": args.format,
+        "block_size": scheme.block_size,
+        "double_quant": scheme.double_quant,
+        "memory_bytes": bytes,
+        "seconds": seconds,
+    });
+    let text = format!(
+        "{}\nquantised to {scheme} in {seconds:.1} s; the weights take {:.1} MiB in memory",
+        args.out.display(),
+        bytes as f64 / f64::from(1 << 20),
+    );
+    output.result(&json, &text)?;
+    Ok(ExitCode::SUCCESS)
+}
