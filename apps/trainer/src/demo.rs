@@ -63,7 +63,7 @@ const EVAL_ROWS: &str = include_str!("../demo/eval.jsonl");
 const INTRODUCTION: &str = "\
 This demo teaches a small Llama something new. The model knows how to take words apart and put them
 together, but it has never heard of pig latin. It is asked about 100 words that are not among its
-training rows, trained with LoRA for a fraction of a minute, and asked again.";
+training rows, trained with LoRA while its own weights stay in 4 bits (NF4), and asked again.";
 
 /// Answers longer than this are wrong anyway.
 const MAX_ANSWER_TOKENS: usize = 24;
