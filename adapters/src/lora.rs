@@ -5,6 +5,7 @@
 use burn::module::{Module, Param};
 use burn::tensor::{Tensor, TensorData, backend::Backend};
 use model::linear::Projection;
+use model::ops::matmul;
 use quant::QuantBackend;
 use rayon::prelude::*;
 
@@ -62,10 +63,9 @@ impl<B: Backend> Lora<B> {
             }
             None => x,
         };
-        let narrow = x.matmul(self.lora_a.val().transpose()); // [n, r]
-        narrow
-            .mul_scalar(self.scaling)
-            .matmul(self.lora_b.val().transpose()) // [n, out]
+        let narrow = matmul(x, self.lora_a.val().transpose()); // [n, r]
+        let narrow = narrow.mul_scalar(self.scaling);
+        matmul(narrow, self.lora_b.val().transpose()) // [n, out]
     }
 }
 

@@ -3,6 +3,7 @@
 use burn::module::{Module, ModuleDisplay};
 use burn::tensor::{Tensor, backend::Backend};
 
+use crate::ops::matmul;
 use crate::weight::BaseWeight;
 
 /// A linear layer of the decoder, adapted or not.
@@ -22,7 +23,7 @@ pub struct Linear<B: Backend> {
 
 impl<B: Backend> Projection<B> for Linear<B> {
     fn forward(&self, x: Tensor<B, 2>) -> Tensor<B, 2> {
-        let y = x.matmul(self.weight.val().transpose()); // [n, out]
+        let y = matmul(x, self.weight.val().transpose()); // [n, out]
         match &self.bias {
             Some(bias) => y + bias.val().unsqueeze(),
             None => y,

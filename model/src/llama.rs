@@ -65,7 +65,7 @@ impl<B: ModelBackend, P: Projection<B>> Llama<B, P> {
     pub fn logits(&self, hidden: Tensor<B, 2>) -> Tensor<B, 2> {
         match &self.lm_head {
             Some(lm_head) => lm_head.forward(hidden),
-            None => hidden.matmul(self.embed_tokens.val().transpose()),
+            None => ops::matmul(hidden, self.embed_tokens.val().transpose()),
         }
     }
 }

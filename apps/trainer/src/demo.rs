@@ -347,7 +347,7 @@ fn next_steps(place: &Place, adapter: &Path, seconds: f64) -> String {
     format!(
         "\
 The adapter lies in {adapter} (the demo took {seconds:.0} s). Ask it yourself:
-  trainer generate --model {base} --adapter {adapter} --chat --prompt \"pig latin: banana\"
+  trainer generate --model {base} --quant nf4 --adapter {adapter} --chat --prompt \"pig latin: banana\"
 
 On a real model and your own rows, {{\"prompt\": …, \"completion\": …}} a line:
   trainer train --model HuggingFaceTB/SmolLM2-135M-Instruct --data rows.jsonl --output runs/mine

@@ -15,7 +15,7 @@ use burn::tensor::ops::FloatTensor;
 use burn::tensor::{Int, Tensor, backend::Backend};
 
 use super::cpu::all_f32;
-use super::{primitive, tensor};
+use super::{matmul, primitive, tensor};
 
 /// `q` `[b, s, n_h, h_d]`, `k` and `v` `[b, t, n_kv, h_d]` to `[b, s, n_h, h_d]`.
 ///
@@ -75,7 +75,7 @@ pub fn reference<B: Backend>(
     let max = scores.clone().max_dim(3);
     let exp = (scores - max.clone()).exp();
     let sum = exp.clone().sum_dim(3); // [b, n_h, s, 1]
-    let out = (exp / sum.clone()).matmul(heads_first(v, groups)); // [b, n_h, s, h_d]
+    let out = matmul(exp / sum.clone(), heads_first(v, groups)); // [b, n_h, s, h_d]
     let lse: Tensor<B, 3> = (sum.log() + max).squeeze_dim(3);
     (primitive(out.swap_dims(1, 2)), primitive(lse))
 }
@@ -96,11 +96,11 @@ pub fn reference_backward<B: Backend>(
     let p = (scores(q.clone(), &k, groups) - lse.unsqueeze_dim(3)).exp(); // [b, n_h, s, t]
     let along = (out * d_out.clone()).sum_dim(3).swap_dims(1, 2); // [b, n_h, s, 1]
     let d_out = d_out.swap_dims(1, 2); // [b, n_h, s, h_d]
-    let dv = p.clone().transpose().matmul(d_out.clone()); // [b, n_h, t, h_d]
-    let dp = d_out.matmul(heads_first(v, groups).transpose()); // [b, n_h, s, t]
+    let dv = matmul(p.clone().transpose(), d_out.clone()); // [b, n_h, t, h_d]
+    let dp = matmul(d_out, heads_first(v, groups).transpose()); // [b, n_h, s, t]
     let ds = p * (dp - along) * scale;
-    let dq = ds.clone().matmul(heads_first(k, groups)).swap_dims(1, 2);
-    let dk = ds.transpose().matmul(q.swap_dims(1, 2)); // [b, n_h, t, h_d]
+    let dq = matmul(ds.clone(), heads_first(k, groups)).swap_dims(1, 2);
+    let dk = matmul(ds.transpose(), q.swap_dims(1, 2)); // [b, n_h, t, h_d]
     [dq, sum_groups(dk, groups), sum_groups(dv, groups)].map(primitive)
 }
 
@@ -108,7 +108,7 @@ pub fn reference_backward<B: Backend>(
 fn scores<B: Backend>(q: Tensor<B, 4>, k: &Tensor<B, 4>, groups: usize) -> Tensor<B, 4> {
     let ([_, s, _, h_d], [_, t, _, _]) = (q.dims(), k.dims());
     let q = q.swap_dims(1, 2).mul_scalar((h_d as f64).powf(-0.5));
-    let scores = q.matmul(heads_first(k.clone(), groups).transpose());
+    let scores = matmul(q, heads_first(k.clone(), groups).transpose());
     if s == 1 {
         return scores; // the last position sees every key
     }

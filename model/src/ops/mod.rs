@@ -7,6 +7,7 @@
 mod attention;
 mod cpu;
 mod cross_entropy;
+mod matmul;
 mod rms_norm;
 mod rotary;
 mod swiglu;
@@ -19,6 +20,7 @@ mod gpu;
 
 pub use attention::{AttentionBackend, AttentionState, attention};
 pub use cross_entropy::{CrossEntropyBackend, cross_entropy};
+pub use matmul::matmul;
 pub use rms_norm::{RmsNormBackend, rms_norm};
 pub use rotary::{RotaryBackend, rotary};
 pub use swiglu::{SwigluBackend, swiglu};
