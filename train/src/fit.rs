@@ -143,7 +143,7 @@ pub fn fit<B: TrainBackend, R: MetricsRenderer + 'static>(
         .metric_train_numeric(Gauge::new("Gradient norm", |step: &StepItem| {
             (step.grad_norm, step.trained_tokens)
         }))
-        .metric_train_numeric(Gauge::rising("Speed", |step: &StepItem| {
+        .metric_train_numeric(Gauge::rising("Tokens/s", |step: &StepItem| {
             (step.tokens as f64 / step.seconds, step.tokens)
         }))
         .metric_valid_numeric(Gauge::new("Loss", |batch: &EvalItem| {

@@ -333,6 +333,8 @@ fn a_resumed_run_is_the_uninterrupted_one() {
             let bytes = |run: &TempDir| files(&run.path().join(folder));
             assert!(bytes(&out) == bytes(&whole), "{method}: {folder} differs");
         }
+        let past = resume(out.path(), &rows()).folder.lines().unwrap();
+        assert_eq!(past.len(), steady_metrics(out.path()).len());
         // a finished run that is resumed has nothing left to do
         let again = finish(resume(out.path(), &rows()), |_, _| {
             panic!("no step is left")

@@ -233,6 +233,7 @@ impl Job for TrainJob {
         }
         let title = self.folder.display().to_string();
         let renderer = Renderer::new(title, self.no_tui, interrupter.clone(), log_every, output);
+        renderer.begin(&run.folder.lines()?, run.windows.num_steps());
         let (listener, screen) = (renderer.clone(), renderer.clone());
         let report = Arc::new(move |event: Event<'_>| listener.tell(event));
         let outcome = fit(run, renderer, interrupter, report);
