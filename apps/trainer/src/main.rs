@@ -39,14 +39,15 @@ fn main() -> ExitCode {
 
 fn run(cli: Cli, output: &Output) -> anyhow::Result<ExitCode> {
     let device = cli.device;
+    device::check_name(&device)?; // also where nothing is computed
     match cli.command {
         None => demo::run(&device, cli.no_tui, output),
         Some(Command::Train(args)) => commands::train::run(args, &device, cli.no_tui, output),
         Some(Command::Eval(args)) => commands::eval::run(args, &device, output),
         Some(Command::Generate(args)) => commands::generate::run(args, &device, output),
         Some(Command::Chat(args)) => commands::chat::run(args, &device, output),
-        Some(Command::Plan(args)) => commands::plan::run(args, output),
-        Some(Command::Devices) => commands::devices::run(output),
+        Some(Command::Plan(args)) => commands::plan::run(args, &device, output),
+        Some(Command::Devices) => commands::devices::run(&device, output),
     }
 }
 

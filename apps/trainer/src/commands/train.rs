@@ -23,6 +23,7 @@ use super::{check_memory, open_model, settings};
 use crate::cli::{RecipeArgs, TrainArgs};
 use crate::device::{Device, Job};
 use crate::encoder;
+use crate::failure::Advised;
 use crate::output::Output;
 use crate::renderer::Renderer;
 use crate::signals;
@@ -35,6 +36,7 @@ pub fn run(args: TrainArgs, device: &str, no_tui: bool, output: &Output) -> Resu
     }
     let over = settings_of(&args.recipe)?;
     let mut recipe = Recipe::read(args.recipe.recipe.as_deref(), &over)?;
+    check_used(&over, &recipe)?;
     if args.print_recipe {
         session::trained(&mut recipe)?;
         output.result(&serde_json::to_value(&recipe)?, recipe.to_toml().trim_end())?;
@@ -65,6 +67,30 @@ pub fn settings_of(args: &RecipeArgs) -> Result<Vec<(String, Value)>> {
     set("train.epochs", args.epochs.map(Value::Float));
     over.extend(settings(&args.set)?);
     Ok(over)
+}
+
+/// Refuses settings of the command line that the rest of the recipe makes meaningless. In a recipe
+/// file they may stand: a saved one has every key.
+pub fn check_used(over: &[(String, Value)], recipe: &Recipe) -> Result<()> {
+    let evaluates = !recipe.data.eval.is_empty() || recipe.data.eval_fraction > 0.0;
+    let unused = |key: &str| match key.split_once('.')? {
+        ("adapter", name) if name != "method" && recipe.adapter.is_full() => {
+            Some("adapter.method = \"full\" trains all weights, without an adapter")
+        }
+        ("quantization", name) if name != "format" && recipe.quantization.format == "none" => {
+            Some("quantization.format is \"none\"")
+        }
+        ("train", "eval_every") if !evaluates => Some("there are no rows to evaluate"),
+        _ => None,
+    };
+    match over.iter().find_map(|(key, _)| Some((key, unused(key)?))) {
+        Some((key, reason)) => Err(Advised::usage(
+            format!("{key} means nothing here: {reason}"),
+            format!("leave {key} out, or change what it depends on"),
+        )
+        .into()),
+        None => Ok(()),
+    }
 }
 
 /// A run that has ended.
@@ -155,7 +181,7 @@ pub fn launch(
     // what does not fit is said before anything is loaded
     let trainable = session::num_params(&recipe, &trained, &base.config)?;
     let all = all_params(&trained, &base, trainable);
-    check_memory(all.saturating_add(trainable.saturating_mul(3)), &device)?; // gradient and moments
+    check_training_memory(all, trainable, &device)?;
     let rows = read_rows(&recipe, &base, output)?.rows;
     recipe.make_paths_absolute(); // messages so far name paths as they were typed
     let job = TrainJob {
@@ -175,6 +201,11 @@ pub fn launch(
         result,
         outcome,
     })
+}
+
+/// Refuses what cannot be trained in the memory of a device: weights, gradients and moments.
+pub fn check_training_memory(all: u64, trainable: u64, device: &Device) -> Result<()> {
+    check_memory(all.saturating_add(trainable.saturating_mul(3)), device)
 }
 
 struct TrainJob {
