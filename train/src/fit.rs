@@ -4,10 +4,10 @@
 //! incomplete window of an epoch; this one takes whole windows, so that an optimizer step is one
 //! item. Evaluations, checkpoints and the interrupt come between steps.
 
-use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
+use adapters::AdaptedLlama;
 use burn::data::dataloader::{DataLoaderIterator, Progress as Shown};
 use burn::module::AutodiffModule;
 use burn::tensor::backend::AutodiffBackend;
@@ -167,7 +167,7 @@ pub fn fit<B: TrainBackend, R: MetricsRenderer + 'static>(
     }
     if state.stopped != Some(Stopped::Interrupted) {
         let name = strategy.trained.folder_name();
-        strategy.save_whole(&result.model, &path, name)?;
+        strategy.save_whole(&result.model, &state, name)?;
     }
     Ok(Outcome {
         steps: state.progress.step,
@@ -325,6 +325,7 @@ impl<B: TrainBackend> StepByStep<B> {
         let save_every = self.recipe.train.save_every;
         if self.is_due(save_every, state.progress.step) || state.stopped.is_some() {
             let model = learner.model().valid().model;
+            self.check_weights(&model, state.progress.step)?;
             let checkpoint = self.checkpoints.save(&Snapshot {
                 model: &model,
                 trained: &self.trained,
@@ -358,8 +359,12 @@ impl<B: TrainBackend> StepByStep<B> {
         let mut gradients = output.grads;
         let max_norm = self.recipe.train.max_grad_norm;
         let grad_norm = clip_gradients::<B, _>(&mut gradients, &learner.model(), max_norm);
-        if !output.item.loss.is_finite() || !grad_norm.is_finite() {
-            return Err(Error::NotFinite { step });
+        let numbers = [
+            ("the loss of", output.item.loss),
+            ("the gradient of", grad_norm),
+        ];
+        if let Some((what, _)) = numbers.iter().find(|(_, number)| !number.is_finite()) {
+            return Err(self.not_finite(what, step, step - 1));
         }
         learner.lr_step();
         learner.optimizer_step(gradients);
@@ -399,7 +404,7 @@ impl<B: TrainBackend> StepByStep<B> {
         };
         let (step, loss) = (state.progress.step, result.loss);
         if !loss.is_finite() {
-            return Err(Error::NotFinite { step });
+            return Err(self.not_finite("the evaluation loss after", step, step));
         }
         state.folder.write(&Line::Eval {
             step,
@@ -416,12 +421,38 @@ impl<B: TrainBackend> StepByStep<B> {
         }
         state.progress.best = Some(Best { step, loss });
         state.progress.evaluations_without_improvement = 0;
-        self.save_whole(&model, state.folder.path(), "best")
+        self.save_whole(&model, state, "best")
+    }
+
+    /// The failure at `step`, where the weights after the step `suspect` have shown to be no good.
+    fn not_finite(&self, what: &'static str, step: usize, suspect: usize) -> Error {
+        let good = self.checkpoints.newest_before(suspect);
+        Error::NotFinite {
+            what,
+            step,
+            checkpoint: good.unwrap_or_default(), // it is the lesser failure
+        }
+    }
+
+    /// Weights that are no numbers are never saved.
+    fn check_weights(&self, model: &AdaptedLlama<B::InnerBackend>, step: usize) -> Result<()> {
+        let weights = adapters::read_parameters(model);
+        match weights.values().flatten().all(|weight| weight.is_finite()) {
+            true => Ok(()),
+            false => Err(self.not_finite("a weight after", step, step)),
+        }
     }
 
     /// Saves what is trained as `name` in the run folder, which is replaced as a whole, so that it
     /// is never a mixture of two.
-    fn save_whole(&self, model: &CausalLm<B::InnerBackend>, run: &Path, name: &str) -> Result<()> {
+    fn save_whole(
+        &self,
+        model: &CausalLm<B::InnerBackend>,
+        state: &State,
+        name: &str,
+    ) -> Result<()> {
+        self.check_weights(&model.model, state.progress.step)?;
+        let run = state.folder.path();
         let part = run.join(format!(".{name}.part"));
         remove_folder(&part)?;
         let saved = self
