@@ -29,6 +29,7 @@ fn help_and_version_are_no_errors() {
         "train --help",
         "eval -h",
         "generate --help",
+        "chat --help",
         "plan --help",
         "--version",
     ] {
