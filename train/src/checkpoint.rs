@@ -140,6 +140,12 @@ impl Checkpoints {
         Ok(None)
     }
 
+    /// The newest checkpoint of a step before `step`.
+    pub fn newest_before(&self, step: usize) -> Result<Option<PathBuf>> {
+        let mut all = self.all()?.into_iter();
+        Ok(all.find(|(at, _)| *at < step).map(|(_, path)| path))
+    }
+
     /// Step and folder of each, the newest first.
     fn all(&self) -> Result<Vec<(usize, PathBuf)>> {
         let entries = match std::fs::read_dir(&self.folder) {

@@ -1,6 +1,6 @@
 //! What can be wrong with a run and with the data it is given.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use crate::data::{Format, Place};
 
@@ -284,11 +284,15 @@ pub enum Error {
         /// The file.
         path: PathBuf,
     },
-    /// Loss or gradients are no numbers any more.
-    #[error("loss or gradient of step {step} is not a finite number")]
+    /// Loss, gradients or weights are no numbers any more.
+    #[error("{what} step {step} is not a finite number ({})", last_good(checkpoint.as_deref()))]
     NotFinite {
+        /// What is none, as "the loss of".
+        what: &'static str,
         /// The optimizer step, from 1.
         step: usize,
+        /// The newest checkpoint whose weights still gave a finite loss.
+        checkpoint: Option<PathBuf>,
     },
 }
 
@@ -298,6 +302,13 @@ fn json_reason(cause: &serde_json::Error) -> String {
     match reason.rsplit_once(" at line ") {
         Some((reason, _)) => reason.to_owned(),
         None => reason,
+    }
+}
+
+fn last_good(checkpoint: Option<&Path>) -> String {
+    match checkpoint {
+        Some(path) => format!("the last good checkpoint is {}", path.display()),
+        None => "there is no checkpoint from before".to_owned(),
     }
 }
 

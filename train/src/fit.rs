@@ -4,11 +4,10 @@
 //! incomplete window of an epoch; this one takes whole windows, so that an optimizer step is one
 //! item. Evaluations, checkpoints and the interrupt come between steps.
 
-use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use adapters::TrainBackend;
+use adapters::{AdaptedLlama, TrainBackend};
 use burn::data::dataloader::{DataLoaderIterator, Progress as Shown};
 use burn::module::AutodiffModule;
 use burn::tensor::backend::AutodiffBackend;
@@ -145,7 +144,7 @@ pub fn fit<B: TrainBackend, R: MetricsRenderer + 'static>(
         .metric_train_numeric(Gauge::new("Gradient norm", |step: &StepItem| {
             (step.grad_norm, step.trained_tokens)
         }))
-        .metric_train_numeric(Gauge::rising("Speed", |step: &StepItem| {
+        .metric_train_numeric(Gauge::rising("Tokens/s", |step: &StepItem| {
             (step.tokens as f64 / step.seconds, step.tokens)
         }))
         .metric_valid_numeric(Gauge::new("Loss", |batch: &EvalItem| {
@@ -169,7 +168,7 @@ pub fn fit<B: TrainBackend, R: MetricsRenderer + 'static>(
     }
     if state.stopped != Some(Stopped::Interrupted) {
         let name = strategy.trained.folder_name();
-        strategy.save_whole(&result.model, &path, name)?;
+        strategy.save_whole(&result.model, &state, name)?;
     }
     Ok(Outcome {
         steps: state.progress.step,
@@ -327,6 +326,7 @@ impl<B: TrainBackend> StepByStep<B> {
         let save_every = self.recipe.train.save_every;
         if self.is_due(save_every, state.progress.step) || state.stopped.is_some() {
             let model = learner.model().valid().model;
+            self.check_weights(&model, state.progress.step)?;
             let checkpoint = self.checkpoints.save(&Snapshot {
                 model: &model,
                 trained: &self.trained,
@@ -360,8 +360,12 @@ impl<B: TrainBackend> StepByStep<B> {
         let mut gradients = output.grads;
         let max_norm = self.recipe.train.max_grad_norm;
         let grad_norm = clip_gradients::<B, _>(&mut gradients, &learner.model(), max_norm);
-        if !output.item.loss.is_finite() || !grad_norm.is_finite() {
-            return Err(Error::NotFinite { step });
+        let numbers = [
+            ("the loss of", output.item.loss),
+            ("the gradient of", grad_norm),
+        ];
+        if let Some((what, _)) = numbers.iter().find(|(_, number)| !number.is_finite()) {
+            return Err(self.not_finite(what, step, step - 1));
         }
         learner.lr_step();
         learner.optimizer_step(gradients);
@@ -401,7 +405,7 @@ impl<B: TrainBackend> StepByStep<B> {
         };
         let (step, loss) = (state.progress.step, result.loss);
         if !loss.is_finite() {
-            return Err(Error::NotFinite { step });
+            return Err(self.not_finite("the evaluation loss after", step, step));
         }
         state.folder.write(&Line::Eval {
             step,
@@ -418,12 +422,38 @@ impl<B: TrainBackend> StepByStep<B> {
         }
         state.progress.best = Some(Best { step, loss });
         state.progress.evaluations_without_improvement = 0;
-        self.save_whole(&model, state.folder.path(), "best")
+        self.save_whole(&model, state, "best")
+    }
+
+    /// The failure at `step`, where the weights after the step `suspect` have shown to be no good.
+    fn not_finite(&self, what: &'static str, step: usize, suspect: usize) -> Error {
+        let good = self.checkpoints.newest_before(suspect);
+        Error::NotFinite {
+            what,
+            step,
+            checkpoint: good.unwrap_or_default(), // it is the lesser failure
+        }
+    }
+
+    /// Weights that are no numbers are never saved.
+    fn check_weights(&self, model: &AdaptedLlama<B::InnerBackend>, step: usize) -> Result<()> {
+        let weights = adapters::read_parameters(model);
+        match weights.values().flatten().all(|weight| weight.is_finite()) {
+            true => Ok(()),
+            false => Err(self.not_finite("a weight after", step, step)),
+        }
     }
 
     /// Saves what is trained as `name` in the run folder, which is replaced as a whole, so that it
     /// is never a mixture of two.
-    fn save_whole(&self, model: &CausalLm<B::InnerBackend>, run: &Path, name: &str) -> Result<()> {
+    fn save_whole(
+        &self,
+        model: &CausalLm<B::InnerBackend>,
+        state: &State,
+        name: &str,
+    ) -> Result<()> {
+        self.check_weights(&model.model, state.progress.step)?;
+        let run = state.folder.path();
         let part = run.join(format!(".{name}.part"));
         remove_folder(&part)?;
         let saved = self

@@ -1,12 +1,11 @@
 //! The folder of a run: `recipe.toml`, `metrics.jsonl`, and what the other parts put into it.
 
 use std::fs::{File, OpenOptions};
-use std::io::{BufRead, BufReader, Write};
+use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use model::checkpoint::write_file;
-use serde::Serialize;
-use serde_json::Value;
+use serde::{Deserialize, Serialize};
 
 use crate::checkpoint::Progress;
 use crate::error::{Error, Result};
@@ -18,7 +17,7 @@ pub const RECIPE_FILE: &str = "recipe.toml";
 pub const METRICS_FILE: &str = "metrics.jsonl";
 
 /// A line of `metrics.jsonl`.
-#[derive(Debug, Clone, Copy, Serialize)]
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
 #[serde(tag = "kind", rename_all = "lowercase")]
 pub enum Line {
     /// An optimizer step.
@@ -78,22 +77,30 @@ impl RunFolder {
     /// be written again.
     pub fn resume(path: &Path, progress: &Progress) -> Result<Self> {
         let metrics = path.join(METRICS_FILE);
-        let file = File::open(&metrics).map_err(io("open", &metrics))?;
-        let mut kept = String::new();
-        for line in BufReader::new(file).lines() {
-            let line = line.map_err(io("read", &metrics))?;
-            let json = serde_json::from_str::<Value>(&line).unwrap_or_default();
-            let last = match json["kind"] == "eval" && progress.evaluation_due {
-                true => progress.step.saturating_sub(1),
-                false => progress.step,
-            };
-            if json["step"].as_u64().is_some_and(|at| at <= last as u64) {
-                kept.push_str(&line);
-                kept.push('\n');
+        let text = std::fs::read_to_string(&metrics).map_err(io("read", &metrics))?;
+        let is_past = |line: &&str| match serde_json::from_str(line) {
+            Ok(Line::Train { step, .. }) => step <= progress.step,
+            Ok(Line::Eval { step, .. }) => {
+                step < progress.step || (step == progress.step && !progress.evaluation_due)
             }
-        }
-        write_file(&metrics, kept.as_bytes())?;
+            Err(_) => false, // as a power cut leaves it
+        };
+        let kept: Vec<&str> = text.split_inclusive('\n').filter(is_past).collect();
+        write_file(&metrics, kept.concat().as_bytes())?;
         Self::open(path)
+    }
+
+    /// The metrics so far.
+    pub fn lines(&self) -> Result<Vec<Line>> {
+        let path = self.path.join(METRICS_FILE);
+        let text = std::fs::read_to_string(&path).map_err(io("read", &path))?;
+        let line = |line: &str| {
+            serde_json::from_str(line).map_err(|source| Error::Json {
+                path: path.clone(),
+                source,
+            })
+        };
+        text.lines().map(line).collect()
     }
 
     fn open(path: &Path) -> Result<Self> {

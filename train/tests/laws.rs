@@ -336,6 +336,8 @@ fn a_resumed_run_is_the_uninterrupted_one() {
             let bytes = |run: &TempDir| files(&run.path().join(folder));
             assert!(bytes(&out) == bytes(&whole), "{method}: {folder} differs");
         }
+        let past = resume(out.path(), &rows()).folder.lines().unwrap();
+        assert_eq!(past.len(), steady_metrics(out.path()).len());
         // a finished run that is resumed has nothing left to do
         let again = finish(resume(out.path(), &rows()), |_, _| {
             panic!("no step is left")
@@ -812,19 +814,62 @@ fn what_a_crash_left_half_written_does_no_harm() {
 
 #[test]
 fn a_loss_that_is_no_number_ends_the_run() {
-    for (text, at) in [("", 3), ("train.eval_every=1", 2)] {
+    for (text, told, good) in [
+        ("", "the loss of step 3", None),
+        ("train.save_every=1", "a weight after step 2", Some(1)),
+        (
+            "train.eval_every=1",
+            "the evaluation loss after step 2",
+            None,
+        ),
+        (
+            "train.eval_every=1 train.save_every=1",
+            "the evaluation loss after step 2",
+            Some(1),
+        ),
+    ] {
         let text = format!(
             "train.max_steps=5 train.learning_rate=1e38 train.warmup_steps=1 train.max_grad_norm=0 {text}"
         );
         let out = tempdir().unwrap();
         let error = finish(start_gqa(&text, out.path()), |_, _| {}).unwrap_err();
-        assert!(
-            matches!(error, Error::NotFinite { step } if step == at),
-            "{error}"
-        );
+        let good = match good {
+            Some(step) => {
+                let path = out.path().join(format!("checkpoints/step-{step:06}"));
+                format!("the last good checkpoint is {}", path.display())
+            }
+            None => "there is no checkpoint from before".to_owned(),
+        };
+        let expected = format!("{told} is not a finite number ({good})");
+        assert_eq!(error.to_string(), expected);
         assert!(!out.path().join("adapter").exists());
         let text = std::fs::read_to_string(out.path().join(METRICS_FILE)).unwrap();
         assert!(!text.contains("null"), "{text}");
+    }
+}
+
+/// The last update overflows, after a loss and a gradient that are numbers.
+#[test]
+fn weights_that_are_no_numbers_are_never_saved() {
+    let text = "train.learning_rate=1e30 train.weight_decay=1e30 train.warmup_steps=0 \
+                train.lr_schedule=constant train.save_every=1 train.max_steps=1";
+    let none = Rows {
+        eval: Arc::new(Vec::new()),
+        ..rows()
+    };
+    for method in ["lora", "full"] {
+        let out = tempdir().unwrap();
+        let settings = settings(&format!("{text} adapter.method={method}"));
+        let run = start(recipe(&tiny_model("gqa"), &settings), &none, out.path());
+        let error = finish(run, |_, _| {}).unwrap_err().to_string();
+        assert!(
+            error.starts_with("a weight after step 1 is not a finite"),
+            "{error}"
+        );
+        assert_eq!(metrics(out.path(), "train").len(), 1);
+        for folder in ["adapter", "model", "best", "checkpoints"] {
+            assert!(!out.path().join(folder).exists(), "{folder}");
+        }
     }
 }
 

@@ -25,7 +25,7 @@ use ratatui::style::{Color, Style, Stylize};
 use ratatui::symbols::Marker;
 use ratatui::text::Line;
 use ratatui::widgets::{Axis, Block, Chart, Dataset, Gauge, GraphType, Paragraph};
-use train::run_folder::peak_memory_bytes;
+use train::run_folder::{Line as Metrics, peak_memory_bytes};
 
 use crate::renderer::duration;
 use crate::signals;
@@ -91,6 +91,11 @@ impl Dashboard {
         state
     }
 
+    /// Begins with a run of `total` steps, of which those in `past` have been taken.
+    pub fn begin(&self, past: &[Metrics], total: usize) {
+        self.change().begin(past, total);
+    }
+
     /// A step's value of a metric; it belongs to the step that [`Dashboard::progress`] tells next.
     pub fn train_value(&self, name: &str, value: f64) {
         let mut state = self.change();
@@ -118,11 +123,7 @@ impl Dashboard {
 
     /// Shows a message.
     pub fn message(&self, text: String) {
-        let mut state = self.change();
-        state.messages.push_back(text);
-        if state.messages.len() > MESSAGES {
-            state.messages.pop_front();
-        }
+        self.change().say(text);
     }
 
     /// Gives the screen back.
@@ -139,6 +140,35 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl State {
+    fn begin(&mut self, past: &[Metrics], total: usize) {
+        self.total = total;
+        for line in past {
+            match *line {
+                Metrics::Train {
+                    step,
+                    loss,
+                    lr,
+                    grad_norm,
+                    tokens_per_second,
+                    ..
+                } => {
+                    for (name, value) in [
+                        ("Loss", loss),
+                        ("Learning rate", lr),
+                        ("Gradient norm", grad_norm),
+                        ("Tokens/s", tokens_per_second),
+                    ] {
+                        self.series(name).train.push((step as f64, value));
+                    }
+                    self.step = step;
+                }
+                Metrics::Eval { step, loss, .. } => {
+                    self.series("Loss").eval.push((step as f64, loss))
+                }
+            }
+        }
+    }
+
     fn series(&mut self, name: &str) -> &mut Series {
         let found = self.series.iter().position(|series| series.name == name);
         let index = found.unwrap_or_else(|| {
@@ -150,6 +180,14 @@ impl State {
             self.series.len() - 1
         });
         &mut self.series[index]
+    }
+
+    /// Shows a message below the others, of which the oldest makes room.
+    fn say(&mut self, text: String) {
+        self.messages.push_back(text);
+        if self.messages.len() > MESSAGES {
+            self.messages.pop_front();
+        }
     }
 
     fn select(&mut self, by: isize) {
@@ -246,9 +284,7 @@ fn on_key(key: KeyEvent, state: &Mutex<State>, interrupter: &Interrupter) {
         KeyCode::Char('q') | KeyCode::Char('c') if ctrl_c || key.code == KeyCode::Char('q') => {
             interrupter.stop(Some("interrupted"));
             let mut state = lock(state);
-            state
-                .messages
-                .push_back("saving and stopping (Ctrl-C again: at once, unsaved)".into());
+            state.say("saving and stopping (Ctrl-C again: at once, unsaved)".into());
             state.changed = true;
         }
         KeyCode::Left => lock(state).select(-1),
@@ -319,35 +355,97 @@ fn draw_plot(frame: &mut ratatui::Frame, area: Rect, series: &Series) {
     let low = finite().map(|(_, y)| *y).fold(f64::INFINITY, f64::min);
     let high = finite().map(|(_, y)| *y).fold(f64::NEG_INFINITY, f64::max);
     let last = points().map(|(x, _)| *x).fold(1.0, f64::max);
-    let (low, high) = if low < high {
-        (low, high)
-    } else {
-        (low - 1.0, low + 1.0)
+    let scale = match series.name.as_str() {
+        "Learning rate" => Scale::linear(low, high), // its schedule is known by its shape
+        _ => Scale::new(low, high),
     };
-    let train = Dataset::default()
-        .name("training")
+    let on_scale = |points: &[(f64, f64)]| -> Vec<(f64, f64)> {
+        points.iter().map(|(x, y)| (*x, scale.place(*y))).collect()
+    };
+    let (train, eval) = (on_scale(&series.train), on_scale(&series.eval));
+    let lines = Dataset::default()
         .marker(Marker::Braille)
         .graph_type(GraphType::Line)
         .style(Style::new().fg(Color::Cyan))
-        .data(&series.train);
-    let mut sets = vec![train];
-    if !series.eval.is_empty() {
-        let eval = Dataset::default().name("evaluation").marker(Marker::Dot);
-        sets.push(
-            eval.style(Style::new().fg(Color::Yellow))
-                .data(&series.eval),
-        );
-    }
+        .data(&train);
+    let dots = Dataset::default()
+        .marker(Marker::Dot)
+        .style(Style::new().fg(Color::Yellow))
+        .data(&eval);
     let x = Axis::default()
         .bounds([0.0, last])
         .labels(["0".to_owned(), format!("{last:.0}")]);
     let y = Axis::default()
-        .bounds([low, high])
-        .labels([number(low), number(high)]);
-    let block = Block::bordered().title(series.name.as_str());
-    let half = Constraint::Ratio(1, 2); // the legend is hidden where it would take more
-    let chart = Chart::new(sets).x_axis(x).y_axis(y).block(block);
-    frame.render_widget(chart.hidden_legend_constraints((half, half)), area);
+        .bounds([0.0, 1.0])
+        .labels([0.0, 0.5, 1.0].map(|at| number(scale.value(at))));
+    let mut title = vec![series.name.as_str().into(), " training".cyan()];
+    if !eval.is_empty() {
+        title.push(" • evaluation".yellow());
+    }
+    if let Scale::Log { .. } = scale {
+        title.push(" (logarithmic)".into());
+    }
+    let chart = Chart::new(vec![lines, dots]).x_axis(x).y_axis(y);
+    let block = Block::bordered().title(Line::from(title));
+    frame.render_widget(chart.block(block), area);
+}
+
+/// Where a value stands between the bottom (0) and the top (1) of a plot.
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Scale {
+    Linear {
+        low: f64,
+        high: f64,
+    },
+    /// The same with logarithms.
+    Log {
+        low: f64,
+        high: f64,
+    },
+}
+
+impl Scale {
+    /// Above this ratio of its ends, a linear plot would show little but its largest values.
+    const LARGEST_LINEAR: f64 = 50.0;
+
+    /// The scale for values from `low` to `high`.
+    fn new(low: f64, high: f64) -> Self {
+        if low > 0.0 && high > Self::LARGEST_LINEAR * low {
+            let (low, high) = (low.ln(), high.ln());
+            return Self::Log { low, high };
+        }
+        Self::linear(low, high)
+    }
+
+    fn linear(low: f64, high: f64) -> Self {
+        match low < high {
+            true => Self::Linear { low, high },
+            // a level line, in the middle
+            false if low.is_finite() && low != 0.0 => {
+                let half = low.abs() / 2.0;
+                let (low, high) = (low - half, low + half);
+                Self::Linear { low, high }
+            }
+            false => Self::Linear {
+                low: -1.0,
+                high: 1.0,
+            },
+        }
+    }
+
+    fn place(&self, value: f64) -> f64 {
+        match self {
+            Self::Linear { low, high } => (value - low) / (high - low),
+            Self::Log { low, high } => (value.ln() - low) / (high - low),
+        }
+    }
+
+    fn value(&self, place: f64) -> f64 {
+        match self {
+            Self::Linear { low, high } => low + place * (high - low),
+            Self::Log { low, high } => (low + place * (high - low)).exp(),
+        }
+    }
 }
 
 /// Four significant digits, small numbers with an exponent.
@@ -403,10 +501,63 @@ mod tests {
             "step 3  eval loss",
             "step 3/10",
             "training",
-            "evaluation",
+            "• evaluation",
         ] {
             assert!(text.contains(part), "{part} is not in:\n{text}");
         }
+    }
+
+    #[test]
+    fn a_run_that_goes_on_shows_what_was_before() {
+        let step = |step: usize| Metrics::Train {
+            step,
+            epoch: 1.0,
+            loss: 2.0 / step as f64,
+            lr: 1e-4,
+            grad_norm: 0.5,
+            tokens: 10,
+            tokens_per_second: 321.0,
+            peak_memory_bytes: 0,
+            seconds: 0.1,
+        };
+        let eval = Metrics::Eval {
+            step: 2,
+            loss: 1.5,
+            perplexity: 4.5,
+            tokens: 7,
+        };
+        let mut state = State::default();
+        state.begin(&[step(1), step(2), eval], 9);
+        assert_eq!(state.series("Loss").train, [(1.0, 2.0), (2.0, 1.0)]);
+        assert_eq!(state.series("Loss").eval, [(2.0, 1.5)]);
+        let text = screen(80, 24, &state);
+        for part in [
+            "step 2/9",
+            "1.5000 (step 2)",
+            "Tokens/s       321.0",
+            "0.5000",
+        ] {
+            assert!(text.contains(part), "{part} is not in:\n{text}");
+        }
+        assert!(!text.contains("Time left"), "no step has been taken yet");
+    }
+
+    #[test]
+    fn small_values_are_seen_beside_large_ones() {
+        let plain = Scale::new(1.0, 3.0);
+        assert_eq!([1.0, 2.0, 3.0].map(|y| plain.place(y)), [0.0, 0.5, 1.0]);
+        let wide = Scale::new(1e-3, 10.0);
+        for (value, place) in [(1e-3, 0.0), (0.1, 0.5), (10.0, 1.0)] {
+            assert!((wide.place(value) - place).abs() < 1e-12);
+            assert!((wide.value(place) - value).abs() < 1e-12 * value);
+        }
+        // nothing to take a logarithm of, and level lines
+        assert_eq!(Scale::new(0.0, 10.0).place(5.0), 0.5);
+        for level in [2e-4, 0.0, -3.0] {
+            assert!((Scale::new(level, level).place(level) - 0.5).abs() < 1e-12);
+        }
+        let nothing = Scale::new(f64::INFINITY, f64::NEG_INFINITY);
+        assert!(nothing.value(0.5).is_finite());
     }
 
     #[test]
@@ -434,7 +585,14 @@ mod tests {
         assert_eq!(lock(&state).selected, 0);
         press(KeyCode::Char('c'));
         assert!(!interrupter.should_stop());
+        let say = |number| lock(&state).say(format!("message {number}"));
+        (0..5).for_each(say);
         press(KeyCode::Char('q'));
         assert!(interrupter.should_stop());
+        let text = screen(80, 24, &lock(&state));
+        assert!(
+            text.contains("saving and stopping") && text.contains("message 4"),
+            "{text}"
+        );
     }
 }

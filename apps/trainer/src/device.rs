@@ -50,21 +50,11 @@ impl Device {
     /// # Errors
     /// An unknown name, a backend that is not compiled in, a device that is not there.
     pub fn find(name: &str) -> Result<Self> {
-        let (backend, index) = match name.split_once(':') {
-            Some((backend, index)) => (backend, Some(index)),
-            None => (name, None),
-        };
-        let index = match index.map(str::parse::<usize>) {
-            None => 0,
-            Some(Ok(index)) => index,
-            Some(Err(_)) => return Err(unknown(name)),
-        };
-        match backend {
-            "auto" if !name.contains(':') => Ok(Self::best()),
-            "cpu" if !name.contains(':') => Ok(Self::Cpu),
-            "wgpu" | "vulkan" | "metal" => graphics::find(backend, index),
-            "cuda" => cuda::find(index),
-            _ => Err(unknown(name)),
+        match parse(name)? {
+            ("auto", _) => Ok(Self::best()),
+            ("cpu", _) => Ok(Self::Cpu),
+            ("cuda", index) => cuda::find(index),
+            (graphics, index) => graphics::find(graphics, index),
         }
     }
 
@@ -96,6 +86,35 @@ impl Device {
                 job.run::<Autodiff<burn::backend::Cuda>>(device)
             }
         }
+    }
+}
+
+/// Backend and index of what `--device` takes.
+fn parse(name: &str) -> Result<(&str, usize)> {
+    let (backend, index) = match name.split_once(':') {
+        Some((backend, index)) => (backend, index.parse().ok()),
+        None => (name, Some(0)),
+    };
+    let indexed = ["wgpu", "vulkan", "metal", "cuda"].contains(&backend);
+    match index.filter(|_| indexed || ["auto", "cpu"].contains(&name)) {
+        Some(index) => Ok((backend, index)),
+        None => Err(unknown(name)),
+    }
+}
+
+/// Refuses what `--device` does not take on any machine.
+pub fn check_name(name: &str) -> Result<()> {
+    parse(name).map(|_| ())
+}
+
+/// Whether `--device` takes a listed device by this name.
+pub fn is_meant(name: &str, listed: &Listed) -> bool {
+    match parse(name) {
+        Ok(("auto", _)) => true,
+        Ok(("cpu", _)) => listed.id == "cpu",
+        Ok(("cuda", index)) => listed.id == format!("cuda:{index}"),
+        Ok((_, index)) => listed.id == format!("wgpu:{index}"), // vulkan and metal are such, too
+        Err(_) => false,
     }
 }
 

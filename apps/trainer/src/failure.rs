@@ -147,7 +147,8 @@ fn train_advice(error: &train::Error) -> &'static str {
         }
         E::Damaged { .. } | E::Json { .. } => "remove this checkpoint, or resume from an older one",
         E::NotFinite { .. } => {
-            "lower train.learning_rate, or check the data; --resume goes on from the last checkpoint, if there is one"
+            "check the data, or begin a new run with a lower train.learning_rate; adapter.init_from \
+             takes the adapter of a checkpoint"
         }
         E::NoData | E::NoSuchData { .. } => {
             "give a .jsonl or .json file, or a folder of them, by --data"

@@ -39,6 +39,7 @@ fn main() -> ExitCode {
 
 fn run(cli: Cli, output: &Output) -> anyhow::Result<ExitCode> {
     let device = cli.device;
+    device::check_name(&device)?; // also where nothing is computed
     match cli.command {
         None => demo::run(&device, cli.no_tui, output),
         Some(Command::Train(args)) => commands::train::run(args, &device, cli.no_tui, output),
@@ -46,8 +47,8 @@ fn run(cli: Cli, output: &Output) -> anyhow::Result<ExitCode> {
         Some(Command::Generate(args)) => commands::generate::run(args, &device, output),
         Some(Command::Chat(args)) => commands::chat::run(args, &device, output),
         Some(Command::Quantize(args)) => commands::quantize::run(args, output),
-        Some(Command::Plan(args)) => commands::plan::run(args, output),
-        Some(Command::Devices) => commands::devices::run(output),
+        Some(Command::Plan(args)) => commands::plan::run(args, &device, output),
+        Some(Command::Devices) => commands::devices::run(&device, output),
     }
 }
 

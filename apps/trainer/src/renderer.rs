@@ -11,6 +11,7 @@ use burn::train::renderer::{
 };
 use burn::train::{Interrupter, LearnerSummary};
 use train::fit::Event;
+use train::run_folder::Line;
 
 use crate::dashboard::Dashboard;
 use crate::output::Output;
@@ -67,6 +68,13 @@ impl Renderer {
         }
     }
 
+    /// Shows a run of `total` steps, of which those in `past` have been taken.
+    pub fn begin(&self, past: &[Line], total: usize) {
+        if let View::Dashboard(dashboard) = &self.view {
+            dashboard.begin(past, total);
+        }
+    }
+
     /// Shows what a run tells.
     pub fn tell(&self, event: Event<'_>) {
         let text = match &event {
@@ -114,7 +122,7 @@ impl Lines {
                 value("Loss"),
                 value("Learning rate"),
                 value("Gradient norm"),
-                value("Speed"),
+                value("Tokens/s"),
                 left.map_or(String::new(), |left| format!("  ETA {}", duration(left))),
             ));
         }

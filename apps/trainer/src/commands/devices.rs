@@ -5,12 +5,15 @@ use std::process::ExitCode;
 use anyhow::Result;
 use serde_json::json;
 
-use crate::device;
+use crate::device::{self, Device};
 use crate::output::Output;
 
-/// Lists the devices that this build can use, and says what it lacks.
-pub fn run(output: &Output) -> Result<ExitCode> {
-    let (devices, lacking) = device::list();
+/// Lists the devices that this build can use, and says what it lacks; of one that is named, that
+/// alone.
+pub fn run(name: &str, output: &Output) -> Result<ExitCode> {
+    Device::find(name)?;
+    let (mut devices, lacking) = device::list();
+    devices.retain(|listed| device::is_meant(name, listed));
     let line = |d: &device::Listed| {
         let memory = d
             .memory_bytes

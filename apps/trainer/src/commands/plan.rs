@@ -4,6 +4,7 @@ use std::process::ExitCode;
 
 use ::train::batch::Windows;
 use ::train::recipe::Recipe;
+use ::train::run_folder::check_empty;
 use ::train::session;
 use anyhow::Result;
 use model::folder::ModelFolder;
@@ -11,8 +12,9 @@ use model::hub::Files;
 use serde::Serialize;
 
 use super::open_model;
-use super::train::{all_params, read_rows, settings_of};
+use super::train::{all_params, check_training_memory, check_used, read_rows, settings_of};
 use crate::cli::RecipeArgs;
+use crate::device::Device;
 use crate::encoder::choose_template;
 use crate::output::Output;
 
@@ -37,9 +39,13 @@ struct DataPlan {
     steps: usize,
 }
 
-/// Counts parameters, rows and trained tokens, from the config and the data alone.
-pub fn run(args: RecipeArgs, output: &Output) -> Result<ExitCode> {
-    let mut recipe = Recipe::read_without_data(args.recipe.as_deref(), &settings_of(&args)?)?;
+/// Counts parameters, rows and trained tokens, from the config and the data alone, and says what
+/// would keep the run from starting on this device.
+pub fn run(args: RecipeArgs, device: &str, output: &Output) -> Result<ExitCode> {
+    let over = settings_of(&args)?;
+    let mut recipe = Recipe::read_without_data(args.recipe.as_deref(), &over)?;
+    check_used(&over, &recipe)?;
+    let device = Device::find(device)?;
     let trained = session::trained(&mut recipe)?;
     let mut base = open_model(&recipe.model.path, Files::Config, output)?;
     choose_template(&mut base, None, recipe.data.chat_template.as_deref())?;
@@ -58,6 +64,12 @@ pub fn run(args: RecipeArgs, output: &Output) -> Result<ExitCode> {
             .problems
             .push("data.train is missing: no rows are counted".into()),
         false => plan_data(&mut plan, &recipe, &base, output)?,
+    }
+    let memory = check_training_memory(&recipe, &trained, &base, trainable_params, &device);
+    plan.problems.extend(memory.err().map(|e| e.to_string()));
+    if let Some(folder) = &recipe.output.dir {
+        let occupied = check_empty(folder).err();
+        plan.problems.extend(occupied.map(|e| e.to_string()));
     }
     output.result(&serde_json::to_value(&plan)?, &text(&plan))?;
     Ok(ExitCode::SUCCESS)

@@ -23,6 +23,7 @@ use super::{check_memory, loaded, open_model, settings};
 use crate::cli::{RecipeArgs, TrainArgs};
 use crate::device::{Device, Job};
 use crate::encoder;
+use crate::failure::Advised;
 use crate::output::Output;
 use crate::renderer::Renderer;
 use crate::signals;
@@ -35,6 +36,7 @@ pub fn run(args: TrainArgs, device: &str, no_tui: bool, output: &Output) -> Resu
     }
     let over = settings_of(&args.recipe)?;
     let mut recipe = Recipe::read(args.recipe.recipe.as_deref(), &over)?;
+    check_used(&over, &recipe)?;
     if args.print_recipe {
         session::trained(&mut recipe)?;
         output.result(&serde_json::to_value(&recipe)?, recipe.to_toml().trim_end())?;
@@ -65,6 +67,30 @@ pub fn settings_of(args: &RecipeArgs) -> Result<Vec<(String, Value)>> {
     set("train.epochs", args.epochs.map(Value::Float));
     over.extend(settings(&args.set)?);
     Ok(over)
+}
+
+/// Refuses settings of the command line that the rest of the recipe makes meaningless. In a recipe
+/// file they may stand: a saved one has every key.
+pub fn check_used(over: &[(String, Value)], recipe: &Recipe) -> Result<()> {
+    let evaluates = !recipe.data.eval.is_empty() || recipe.data.eval_fraction > 0.0;
+    let unused = |key: &str| match key.split_once('.')? {
+        ("adapter", name) if name != "method" && recipe.adapter.is_full() => {
+            Some("adapter.method = \"full\" trains all weights, without an adapter")
+        }
+        ("quantization", name) if name != "format" && recipe.quantization.format == "none" => {
+            Some("quantization.format is \"none\"")
+        }
+        ("train", "eval_every") if !evaluates => Some("there are no rows to evaluate"),
+        _ => None,
+    };
+    match over.iter().find_map(|(key, _)| Some((key, unused(key)?))) {
+        Some((key, reason)) => Err(Advised::usage(
+            format!("{key} means nothing here: {reason}"),
+            format!("leave {key} out, or change what it depends on"),
+        )
+        .into()),
+        None => Ok(()),
+    }
 }
 
 /// A run that has ended.
@@ -154,13 +180,7 @@ pub fn launch(
     encoder::choose_template(&mut base, None, recipe.data.chat_template.as_deref())?;
     // what does not fit is said before anything is loaded
     let trainable = session::num_params(&recipe, &trained, &base.config)?;
-    let weights = base_bytes(&base.config, recipe.quantization.scheme())?;
-    let trained_bytes = trainable.saturating_mul(size_of::<f32>() as u64);
-    let kept = match &trained {
-        Trained::Full => trained_bytes.saturating_mul(3), // gradient and moments
-        Trained::Lora(_) => trained_bytes.saturating_mul(4),
-    };
-    check_memory(weights.saturating_add(kept), &device)?;
+    check_training_memory(&recipe, &trained, &base, trainable, &device)?;
     let rows = read_rows(&recipe, &base, output)?.rows;
     recipe.make_paths_absolute(); // messages so far name paths as they were typed
     let job = TrainJob {
@@ -180,6 +200,23 @@ pub fn launch(
         result,
         outcome,
     })
+}
+
+/// Refuses what cannot be trained in the memory of a device: weights, gradients and moments.
+pub fn check_training_memory(
+    recipe: &Recipe,
+    trained: &Trained,
+    base: &ModelFolder,
+    trainable: u64,
+    device: &Device,
+) -> Result<()> {
+    let weights = base_bytes(&base.config, recipe.quantization.scheme())?;
+    let trained_bytes = trainable.saturating_mul(size_of::<f32>() as u64);
+    let beside = match trained {
+        Trained::Full => trained_bytes.saturating_mul(3), // gradient and moments
+        Trained::Lora(_) => trained_bytes.saturating_mul(4),
+    };
+    check_memory(weights.saturating_add(beside), device)
 }
 
 struct TrainJob {
@@ -239,6 +276,7 @@ impl Job for TrainJob {
         }
         let title = self.folder.display().to_string();
         let renderer = Renderer::new(title, self.no_tui, interrupter.clone(), log_every, output);
+        renderer.begin(&run.folder.lines()?, run.windows.num_steps());
         let (listener, screen) = (renderer.clone(), renderer.clone());
         let report = Arc::new(move |event: Event<'_>| listener.tell(event));
         let outcome = fit(run, renderer, interrupter, report);

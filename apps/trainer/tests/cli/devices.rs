@@ -51,3 +51,36 @@ fn a_device_that_is_not_there_says_how_to_get_it() {
     dir.trainer(line).fails(2, &["no device \"gpu\""]);
     assert!(!dir.has("run"));
 }
+
+#[test]
+fn a_device_that_is_named_is_listed_alone() {
+    let dir = Dir::new();
+    let run = dir.trainer("devices --json --device cpu").succeeds();
+    let json = run.json();
+    assert_eq!(json["devices"].as_array().unwrap().len(), 1);
+    assert_eq!(json["devices"][0]["id"], "cpu");
+    dir.trainer("devices --device gpu")
+        .fails(2, &["no device \"gpu\""]);
+    if cfg!(not(feature = "cuda")) {
+        dir.trainer("devices --device cuda")
+            .fails(1, &["not compiled"]);
+    }
+}
+
+#[test]
+fn a_device_is_looked_at_by_every_command() {
+    let dir = Dir::with_tokens();
+    for line in [
+        "plan --model model",
+        "train --print-recipe --model model --data rows.jsonl",
+        "chat --model model",
+        "",
+    ] {
+        dir.trainer(&format!("{line} --device gpu"))
+            .fails(2, &["no device \"gpu\"", "trainer devices"]);
+    }
+    if cfg!(not(feature = "cuda")) {
+        dir.trainer("plan --model model --device cuda")
+            .fails(1, &["not compiled"]);
+    }
+}

@@ -41,3 +41,23 @@ fn a_recipe_file_is_planned() {
     let line = "plan recipe.toml --json --max-steps 5";
     assert_eq!(dir.trainer(line).succeeds().json()["steps"], json!(5));
 }
+
+#[test]
+fn what_would_keep_a_run_from_starting_is_a_problem() {
+    let dir = Dir::with_tokens();
+    dir.edit_json("model/config.json", |json| {
+        json["vocab_size"] = json!(1 << 24);
+        json["hidden_size"] = json!(1 << 20);
+    });
+    let line = "plan --json --model model --output model --device cpu";
+    let plan = dir.trainer(line).succeeds().json();
+    let problems: Vec<_> = plan["problems"].as_array().unwrap().iter().collect();
+    let has = |part: &str| problems.iter().any(|p| p.as_str().unwrap().contains(part));
+    for part in [
+        "data.train is missing",
+        "GiB of memory",
+        "model is not empty",
+    ] {
+        assert!(has(part), "{part}: {plan}");
+    }
+}

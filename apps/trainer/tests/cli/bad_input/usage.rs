@@ -29,6 +29,7 @@ fn help_and_version_are_no_errors() {
         "train --help",
         "eval -h",
         "generate --help",
+        "chat --help",
         "plan --help",
         "--version",
     ] {
@@ -99,4 +100,37 @@ fn arguments_that_are_no_text() {
     dir.run(&[odd]).fails(2, &[]);
     dir.run(&[OsStr::new("train"), odd])
         .fails(2, &["cannot read the recipe"]);
+}
+
+#[test]
+fn settings_that_mean_nothing_beside_the_others() {
+    let dir = Dir::with_tokens();
+    for (flags, key) in [
+        ("--method full --rank 8", "adapter.rank"),
+        (
+            "--set adapter.method=full --set adapter.dropout=0.1",
+            "adapter.dropout",
+        ),
+        (
+            "--set quantization.block_size=128",
+            "quantization.block_size",
+        ),
+        ("--set train.eval_every=5", "train.eval_every"),
+    ] {
+        for command in ["train --output run", "train --print-recipe", "plan"] {
+            let line = format!("{command} --model model --data rows.jsonl {flags}");
+            dir.trainer(&line)
+                .fails(2, &[&format!("{key} means nothing here")]);
+        }
+    }
+    assert!(!dir.has("run"));
+    let line = "plan --model model --data rows.jsonl --set train.eval_every=5";
+    dir.trainer(&format!("{line} --eval-data rows.jsonl"))
+        .succeeds();
+    dir.trainer(&format!("{line} --set data.eval_fraction=0.5"))
+        .succeeds();
+    // a saved recipe has every key
+    let line = "train --print-recipe --model model --data rows.jsonl --method full";
+    dir.write("recipe.toml", dir.trainer(line).succeeds().stdout);
+    dir.trainer("plan recipe.toml").succeeds();
 }
