@@ -14,6 +14,7 @@ pub mod fit;
 mod metrics;
 pub mod optimizer;
 pub mod recipe;
+mod recompute;
 pub mod run_folder;
 pub mod schedule;
 pub mod session;

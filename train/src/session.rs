@@ -18,7 +18,7 @@ use crate::data::Sample;
 use crate::error::{Error, Result};
 use crate::fit::Run;
 use crate::optimizer::AdamW;
-use crate::recipe::{ModelInit, Recipe};
+use crate::recipe::{ModelInit, Recipe, Recompute};
 use crate::run_folder::RunFolder;
 use crate::step::CausalLm;
 use crate::trained::Trained;
@@ -215,6 +215,7 @@ fn assemble<B: TrainBackend>(
             model,
             dropout: recipe.adapter.dropout,
             seed: train.seed,
+            recompute: train.recompute == Recompute::Block,
         },
         windows: Windows::new(rows.train, &recipe.data, train, progress.step),
         eval: EvalBatches::new(rows.eval, train.micro_batch_size),
