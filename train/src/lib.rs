@@ -11,6 +11,7 @@ pub mod data;
 mod error;
 pub mod evaluate;
 pub mod fit;
+pub mod memory;
 mod metrics;
 pub mod optimizer;
 pub mod recipe;

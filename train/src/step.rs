@@ -16,7 +16,7 @@ use crate::batch::{MicroBatch, Window};
 use crate::recompute::{Blocks, backward, trains};
 
 /// Largest number of logits that exist at a time (32 MiB of f32).
-const LOGITS_AT_A_TIME: usize = 1 << 23;
+pub(crate) const LOGITS_AT_A_TIME: usize = 1 << 23;
 
 /// A causal language model as burn-train's learner sees it.
 #[derive(Module, Debug)]
