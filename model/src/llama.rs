@@ -42,15 +42,25 @@ impl<B: ModelBackend, P: Projection<B>> Llama<B, P> {
         &self,
         ids: Tensor<B, 2, Int>,
         rope: &Rope<B>,
+        cache: Option<&mut KvCache<B>>,
+    ) -> Tensor<B, 3> {
+        let x = self.decode(self.embed(ids), rope, cache); // [b, s, d]
+        let [b, s, d] = x.dims();
+        self.norm.forward(x.reshape([b * s, d])).reshape([b, s, d])
+    }
+
+    /// Embeddings `[b, s, d]` through all decoder layers to hidden states `[b, s, d]`.
+    pub fn decode(
+        &self,
+        mut x: Tensor<B, 3>,
+        rope: &Rope<B>,
         mut cache: Option<&mut KvCache<B>>,
     ) -> Tensor<B, 3> {
-        let mut x = self.embed(ids); // [b, s, d]
         for (index, layer) in self.layers.iter().enumerate() {
             let cache = cache.as_deref_mut().map(|cache| cache.layer(index));
             x = layer.forward(x, rope, cache);
         }
-        let [b, s, d] = x.dims();
-        self.norm.forward(x.reshape([b * s, d])).reshape([b, s, d])
+        x
     }
 
     /// Token ids `[b, s]` to their embeddings `[b, s, d]`.

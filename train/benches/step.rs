@@ -44,6 +44,7 @@ fn language_model() -> CausalLm<B> {
         model,
         dropout: 0.0,
         seed: 1,
+        recompute: false,
     }
 }
 
@@ -65,6 +66,14 @@ fn window([rows, length]: [usize; 2]) -> Window {
 #[divan::bench(args = SHAPES, sample_count = 5)]
 fn gradients(bencher: Bencher<'_, '_>, shape: [usize; 2]) {
     let (lm, window) = (language_model(), window(shape));
+    bencher.bench_local(|| TrainStep::step(&lm, window.clone()));
+}
+
+/// The same with every layer computed again.
+#[divan::bench(args = SHAPES, sample_count = 5)]
+fn gradients_by_block(bencher: Bencher<'_, '_>, shape: [usize; 2]) {
+    let (mut lm, window) = (language_model(), window(shape));
+    lm.recompute = true;
     bencher.bench_local(|| TrainStep::step(&lm, window.clone()));
 }
 

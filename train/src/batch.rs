@@ -180,6 +180,12 @@ impl Windows {
         self.total_rows.div_ceil(self.rows_per_step)
     }
 
+    /// Tokens of the largest micro batch there can be, padding included.
+    pub fn max_tokens(&self) -> usize {
+        let longest = self.rows.iter().map(|row| row.input_ids.len()).max();
+        self.micro_batch_size.min(self.total_rows) * longest.unwrap_or(0)
+    }
+
     /// Whether step `step` (counted from 0) ends an epoch, or the run.
     pub fn ends_epoch(&self, step: usize) -> bool {
         let seen = |steps: usize| (steps * self.rows_per_step).min(self.total_rows);

@@ -203,8 +203,8 @@ pub struct TrainSection {
     pub warmup_ratio: f64,
     /// Largest global gradient norm; 0 = off.
     pub max_grad_norm: f64,
-    /// `"auto"` or `"none"`: whether blocks are computed again in the backward pass.
-    pub recompute: String,
+    /// Whether decoder layers are computed again in the backward pass, to save memory.
+    pub recompute: Recompute,
     /// Decides everything random.
     pub seed: u64,
     /// Optimizer steps between evaluations; 0 = each epoch.
@@ -217,6 +217,18 @@ pub struct TrainSection {
     pub early_stopping_patience: usize,
     /// How many checkpoints stay.
     pub keep_checkpoints: usize,
+}
+
+/// Whether decoder layers are computed again in the backward pass.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Recompute {
+    /// If the memory there is does not hold what they would keep.
+    Auto,
+    /// No: every activation that backward needs is kept.
+    None,
+    /// Yes: only the input of each layer is kept.
+    Block,
 }
 
 /// Course of the learning rate after the warm-up.
@@ -304,7 +316,7 @@ impl Default for TrainSection {
             warmup_steps: None,
             warmup_ratio: 0.03,
             max_grad_norm: 1.0,
-            recompute: "auto".into(),
+            recompute: Recompute::Auto,
             seed: 42,
             eval_every: 0,
             save_every: 0,
@@ -629,14 +641,6 @@ impl Recipe {
             train.log_every >= 1,
             "train.log_every",
             "must be at least 1",
-        );
-        let recompute = &train.recompute;
-        let unsupported =
-            format!("= {recompute:?} is not supported: expected \"auto\" or \"none\"");
-        check(
-            recompute == "auto" || recompute == "none",
-            "train.recompute",
-            &unsupported,
         );
         problems
     }
@@ -998,8 +1002,8 @@ mod tests {
                 "quantization.format = \"int4\" is unknown: expected \"none\", \"nf4\" or \"fp4\"",
             ),
             (
-                "train.recompute=block",
-                "train.recompute = \"block\" is not supported",
+                "train.recompute=layer",
+                "train.recompute: unknown variant `layer`, expected one of `auto`, `none`, `block`",
             ),
             (
                 "adapter.use_dora=true",
@@ -1153,6 +1157,7 @@ mod tests {
             "train.lr_schedule=linear",
             "train.betas=[0.8, 0.95]",
             "train.learning_rate=3e-5",
+            "train.recompute=block",
             "output.dir=runs/\u{e9} \"x\"",
         ];
         for settings in [&all[..], &[]] {

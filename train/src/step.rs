@@ -7,15 +7,16 @@
 use adapters::{AdaptedBackend, AdaptedLlama, TrainBackend, set_dropout};
 use burn::module::{AutodiffModule, Module, ModuleVisitor, Param};
 use burn::optim::{GradientsAccumulator, GradientsParams};
-use burn::tensor::{Tensor, backend::Backend};
+use burn::tensor::{Int, Tensor, backend::Backend};
 use burn::train::{InferenceStep, ItemLazy, TrainOutput, TrainStep};
 use model::ops;
 use model::rope::Rope;
 
 use crate::batch::{MicroBatch, Window};
+use crate::recompute::{Blocks, backward, trains};
 
-/// Largest number of logits that exist at a time (64 MiB of f32).
-const LOGITS_AT_A_TIME: usize = 1 << 24;
+/// Largest number of logits that exist at a time (32 MiB of f32).
+pub(crate) const LOGITS_AT_A_TIME: usize = 1 << 23;
 
 /// A causal language model as burn-train's learner sees it.
 #[derive(Module, Debug)]
@@ -27,6 +28,8 @@ pub struct CausalLm<B: Backend> {
     /// Decides what is dropped.
     #[module(skip)]
     pub seed: u64,
+    /// Whether each decoder layer is run again when it is differentiated, see `recompute`.
+    pub recompute: bool,
 }
 
 /// What a step reports; the fields after `tokens` are filled in by the loop around it.
@@ -97,63 +100,100 @@ impl<B: TrainBackend> CausalLm<B> {
         &self,
         batch: &MicroBatch,
         weight: f64,
-        gradients: &mut GradientsAccumulator<Self>,
+        gradients: &mut GradientsAccumulator<AdaptedLlama<B>>,
     ) -> Tensor<B::InnerBackend, 1> {
-        let hidden = self.hidden(batch); // [m, d]
-        let [m, _] = hidden.dims();
-        let targets = batch.targets::<B>(&hidden.device());
+        let model = &self.model;
+        let (ids, rope) = self.inputs(batch);
+        let (x, blocks) = match self.recompute {
+            false => (model.decode(model.embed(ids), &rope, None), None), // [b, s, d]
+            true => {
+                let (blocks, x) = Blocks::forward(model, ids, rope);
+                (x, Some(blocks))
+            }
+        };
+        let hidden = self.predicting(x.clone(), batch); // [m, d]
+        let (total, d_hidden) = self.loss(hidden.clone().inner(), batch, weight, gradients);
+        if !(trains(&model.embed_tokens) || trains(&model.layers) || trains(&model.norm)) {
+            return total; // only `lm_head` is
+        }
+        let mut grads = backward(hidden, d_hidden);
+        gradients.accumulate(model, GradientsParams::from_module(&mut grads, model));
+        if let (Some(blocks), Some(d_x)) = (blocks, x.grad_remove(&mut grads)) {
+            blocks.backward(d_x, gradients);
+        }
+        total
+    }
+
+    /// The sum of the token cross entropies of a batch, and its gradient by `hidden` `[m, d]` times
+    /// `weight`; the gradients of the output layer are added.
+    fn loss(
+        &self,
+        hidden: Tensor<B::InnerBackend, 2>,
+        batch: &MicroBatch,
+        weight: f64,
+        gradients: &mut GradientsAccumulator<AdaptedLlama<B>>,
+    ) -> (Tensor<B::InnerBackend, 1>, Tensor<B::InnerBackend, 2>) {
         let mut total = Tensor::zeros([1], &hidden.device());
         let mut d_hidden = Vec::new();
-        for (start, end) in chunks(m, self.model.config.vocab_size) {
-            let part = hidden.clone().inner().narrow(0, start, end - start);
-            let part = Tensor::from_inner(part).require_grad(); // [end - start, d]
-            let logits = self.model.logits(part.clone()); // [end - start, v]
-            let nll =
-                ops::cross_entropy(logits, targets.clone().narrow(0, start, end - start)).sum();
+        for (part, targets) in self.parts(hidden, batch) {
+            let part = Tensor::from_inner(part).require_grad();
+            let nll = self.nll(part.clone(), Tensor::from_inner(targets)).sum();
             let mut grads = nll.clone().mul_scalar(weight).backward();
-            d_hidden.push(
-                part.grad_remove(&mut grads)
-                    .expect("the hidden states are tracked"),
-            );
-            gradients.accumulate(self, GradientsParams::from_grads(grads, self));
+            let d_part = part.grad_remove(&mut grads);
+            d_hidden.push(d_part.expect("the hidden states are tracked"));
+            gradients.accumulate(&self.model, GradientsParams::from_grads(grads, &self.model));
             total = total + nll.inner();
         }
-        let d_hidden = Tensor::from_inner(Tensor::cat(d_hidden, 0)); // [m, d]
-        let grads = (hidden * d_hidden).sum().backward();
-        gradients.accumulate(self, GradientsParams::from_grads(grads, self));
-        total
+        (total, Tensor::cat(d_hidden, 0))
     }
 }
 
 impl<B: AdaptedBackend> CausalLm<B> {
-    /// The normed hidden states `[m, d]` that predict the trained tokens.
-    fn hidden(&self, batch: &MicroBatch) -> Tensor<B, 2> {
-        let device = self.device();
-        let rope = Rope::new(&self.model.config, &batch.positions(), &device);
-        let hidden = self.model.forward(batch.input_ids(&device), &rope, None); // [b, s, d]
-        let [b, s, d] = hidden.dims();
-        hidden.reshape([b * s, d]).select(0, batch.at(&device))
-    }
-
     /// The negative log probability of each trained token of a batch, in order.
     pub fn token_nll(&self, batch: &MicroBatch) -> Vec<f32> {
-        let hidden = self.hidden(batch); // [m, d]
-        let [m, _] = hidden.dims();
-        let targets = batch.targets::<B>(&hidden.device());
-        let part = |(start, end): (usize, usize)| {
-            let logits = self
-                .model
-                .logits(hidden.clone().narrow(0, start, end - start));
-            ops::cross_entropy(logits, targets.clone().narrow(0, start, end - start)).into_data()
-        };
-        let parts = chunks(m, self.model.config.vocab_size).map(part);
-        parts
-            .flat_map(|data| data.iter::<f32>().collect::<Vec<_>>())
+        let (ids, rope) = self.inputs(batch);
+        let x = self.model.decode(self.model.embed(ids), &rope, None); // [b, s, d]
+        let hidden = self.predicting(x, batch); // [m, d]
+        let parts = self.parts(hidden, batch);
+        let nll = parts.map(|(part, targets)| self.nll(part, targets).into_data());
+        nll.flat_map(|data| data.iter::<f32>().collect::<Vec<_>>())
             .collect()
     }
 
-    fn device(&self) -> B::Device {
-        self.model.norm.weight.val().device()
+    /// Token ids `[b, s]` and their positions.
+    fn inputs(&self, batch: &MicroBatch) -> (Tensor<B, 2, Int>, Rope<B>) {
+        let device = self.model.norm.weight.val().device();
+        let rope = Rope::new(&self.model.config, &batch.positions(), &device);
+        (batch.input_ids(&device), rope)
+    }
+
+    /// Of hidden states `[b, s, d]`, the normed ones `[m, d]` that predict the trained tokens.
+    fn predicting(&self, x: Tensor<B, 3>, batch: &MicroBatch) -> Tensor<B, 2> {
+        let ([b, s, d], device) = (x.dims(), x.device());
+        let normed = self.model.norm.forward(x.reshape([b * s, d]));
+        normed.select(0, batch.at(&device))
+    }
+
+    /// The negative log probabilities `[n]` of `targets` `[n]` by `hidden` `[n, d]`.
+    fn nll(&self, hidden: Tensor<B, 2>, targets: Tensor<B, 1, Int>) -> Tensor<B, 1> {
+        ops::cross_entropy(self.model.logits(hidden), targets)
+    }
+
+    /// `hidden` `[m, d]` and the trained tokens `[m]`, in parts whose logits exist one at a time.
+    fn parts<I: Backend>(
+        &self,
+        hidden: Tensor<I, 2>,
+        batch: &MicroBatch,
+    ) -> impl Iterator<Item = (Tensor<I, 2>, Tensor<I, 1, Int>)> {
+        let [m, _] = hidden.dims();
+        let targets = batch.targets::<I>(&hidden.device());
+        chunks(m, self.model.config.vocab_size).map(move |(start, end)| {
+            let size = end - start;
+            (
+                hidden.clone().narrow(0, start, size),
+                targets.clone().narrow(0, start, size),
+            )
+        })
     }
 }
 

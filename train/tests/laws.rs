@@ -143,6 +143,7 @@ fn lm(model: AdaptedLlama<Flex>) -> CausalLm<Flex> {
         model,
         dropout: 0.0,
         seed: 0,
+        recompute: false,
     }
 }
 
@@ -423,6 +424,62 @@ fn files(folder: &Path) -> Vec<(PathBuf, Vec<u8>)> {
     }
     all.sort();
     all
+}
+
+#[test]
+fn layers_that_are_computed_again_change_nothing() {
+    let cases = [
+        ("gqa", "adapter.dropout=0.2"), // beside what `EVENTFUL` has
+        ("gqa", "quantization.format=nf4"),
+        ("gqa", "adapter.layers_to_transform=[1]"),
+        ("gqa", "adapter.layers_to_transform=[0]"),
+        ("gqa", "adapter.modules_to_save=[embed_tokens,lm_head]"),
+        (
+            "gqa",
+            "adapter.modules_to_save=[norm,post_attention_layernorm]",
+        ),
+        ("gqa", "adapter.target_modules=[lm_head]"), // nothing below the output layer
+        ("gqa", "adapter.method=full"),
+        ("tied_llama3", "adapter.method=full"),
+        ("mha_bias_linear", "adapter.method=full"),
+    ];
+    for (model, text) in cases {
+        let run = |recompute: &str| {
+            let text = format!("{EVENTFUL} {text} train.recompute={recompute}");
+            let out = tempdir().unwrap();
+            let recipe = recipe(&tiny_model(model), &settings(&text));
+            let run = start(recipe, &rows(), out.path());
+            let first = run.model.step(windows(&run.windows).remove(0));
+            let first = (first.item.loss, gradients(&run.model, &first.grads));
+            finish(run, |_, _| {}).unwrap();
+            (first, out)
+        };
+        let ((plain, plain_run), (again, again_run)) = (run("none"), run("block"));
+        assert!(plain == again, "{model} {text}: gradients");
+        let metrics = |run: &TempDir| steady_metrics(run.path());
+        assert_eq!(metrics(&again_run), metrics(&plain_run), "{model} {text}");
+        let result = if text.contains("full") {
+            "model"
+        } else {
+            "adapter"
+        };
+        let trained = |run: &TempDir| files(&run.path().join(result));
+        assert!(trained(&again_run) == trained(&plain_run), "{model} {text}");
+    }
+}
+
+#[test]
+fn the_memory_decides_whether_layers_are_computed_again() {
+    let out = tempdir().unwrap();
+    let mut run = start_gqa("train.max_steps=1", out.path());
+    let mut choose = |available| {
+        let needed = session::choose_recompute(&mut run, available).unwrap();
+        (needed, run.model.recompute)
+    };
+    let (needed, recompute) = choose(None);
+    assert!(!recompute, "unknown memory is enough");
+    assert_eq!(choose(Some(2 * needed)), (needed, false));
+    assert_eq!(choose(Some(needed)), (needed, true));
 }
 
 #[test]

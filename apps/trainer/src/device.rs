@@ -6,6 +6,7 @@ use burn::backend::{Autodiff, Flex};
 use serde::Serialize;
 
 use crate::failure::Advised;
+use crate::memory;
 
 /// A command that runs on whatever backend was chosen.
 pub trait Job {
@@ -66,7 +67,18 @@ impl Device {
     /// Memory for weights, where the system says so.
     pub fn memory_bytes(&self) -> Option<u64> {
         match self {
-            Self::Cpu => memory_bytes(),
+            Self::Cpu => memory::total_bytes(),
+            #[cfg(any(feature = "wgpu", feature = "vulkan", feature = "metal"))]
+            Self::Graphics(_) => None,
+            #[cfg(feature = "cuda")]
+            Self::Cuda(_) => None,
+        }
+    }
+
+    /// Memory that is free now, where the system says so.
+    pub fn available_bytes(&self) -> Option<u64> {
+        match self {
+            Self::Cpu => memory::available_bytes(),
             #[cfg(any(feature = "wgpu", feature = "vulkan", feature = "metal"))]
             Self::Graphics(_) => None,
             #[cfg(feature = "cuda")]
@@ -125,7 +137,7 @@ pub fn list() -> (Vec<Listed>, Vec<String>) {
         name: processor_name(),
         backend: "flex".into(),
         kind: "cpu".into(),
-        memory_bytes: memory_bytes(),
+        memory_bytes: memory::total_bytes(),
     }];
     let mut lacking = Vec::new();
     devices.extend(graphics::list());
@@ -165,22 +177,6 @@ fn processor_name() -> String {
         .map(|(_, name)| name.trim());
     let cores = std::thread::available_parallelism().map_or(1, |n| n.get());
     format!("{} ({cores} cores)", name.unwrap_or(std::env::consts::ARCH))
-}
-
-fn memory_bytes() -> Option<u64> {
-    #[cfg(unix)]
-    {
-        // SAFETY: `sysconf` only reads.
-        let (pages, size) = unsafe {
-            (
-                libc::sysconf(libc::_SC_PHYS_PAGES),
-                libc::sysconf(libc::_SC_PAGESIZE),
-            )
-        };
-        (pages > 0 && size > 0).then(|| pages as u64 * size as u64)
-    }
-    #[cfg(not(unix))]
-    None
 }
 
 #[cfg(any(feature = "wgpu", feature = "vulkan", feature = "metal"))]

@@ -8,6 +8,7 @@ mod device;
 mod encoder;
 mod failure;
 mod lines;
+mod memory;
 mod output;
 mod renderer;
 mod signals;

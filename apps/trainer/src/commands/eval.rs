@@ -130,6 +130,7 @@ impl Job for EvalJob {
             model,
             dropout: 0.0,
             seed: 0,
+            recompute: false,
         };
         let interrupter = signals::interrupter("stopping after this batch (again: at once)");
         let rows = self.row_numbers.len();

@@ -150,7 +150,6 @@ fn check_memory(needed: u64, device: &Device) -> Result<()> {
     let Some(there) = device.memory_bytes().filter(|there| *there < needed) else {
         return Ok(());
     };
-    let gib = |bytes: u64| bytes as f64 / (1u64 << 30) as f64;
     let message = format!(
         "the weights need at least {:.1} GiB of memory, and this machine has {:.1} GiB",
         gib(needed),
@@ -159,4 +158,8 @@ fn check_memory(needed: u64, device: &Device) -> Result<()> {
     let help = "keep the model in 4 bits (--quant nf4), use a smaller one, or to train it a lower \
                 adapter.rank";
     Err(Advised::failed(message, help).into())
+}
+
+fn gib(bytes: u64) -> f64 {
+    bytes as f64 / (1u64 << 30) as f64
 }

@@ -6,8 +6,8 @@ use std::sync::Arc;
 
 use ::train::checkpoint::Checkpoints;
 use ::train::data::{Encoder, Prepared, prepare, split};
-use ::train::fit::{Event, Outcome, Stopped, fit};
-use ::train::recipe::{ModelInit, Recipe};
+use ::train::fit::{Event, Outcome, Run, Stopped, fit};
+use ::train::recipe::{ModelInit, Recipe, Recompute};
 use ::train::run_folder::{RECIPE_FILE, check_empty};
 use ::train::schedule::Schedule;
 use ::train::session::{self, Rows};
@@ -19,7 +19,7 @@ use model::hub::Files;
 use serde_json::json;
 use toml::Value;
 
-use super::{check_memory, loaded, open_model, settings};
+use super::{check_memory, gib, loaded, open_model, settings};
 use crate::cli::{RecipeArgs, TrainArgs};
 use crate::device::{Device, Job};
 use crate::encoder;
@@ -184,6 +184,7 @@ pub fn launch(
     let rows = read_rows(&recipe, &base, output)?.rows;
     recipe.make_paths_absolute(); // messages so far name paths as they were typed
     let job = TrainJob {
+        device: device.clone(),
         recipe,
         trained,
         base,
@@ -220,6 +221,7 @@ pub fn check_training_memory(
 }
 
 struct TrainJob {
+    device: Device,
     recipe: Recipe,
     trained: Trained,
     base: ModelFolder,
@@ -235,7 +237,7 @@ impl Job for TrainJob {
 
     fn run<B: TrainBackend>(self, device: B::Device) -> Result<Outcome> {
         let (log_every, output) = (self.recipe.train.log_every, self.output);
-        let run = match &self.checkpoint {
+        let mut run = match &self.checkpoint {
             None => session::start::<B>(
                 self.recipe,
                 self.trained,
@@ -264,6 +266,7 @@ impl Job for TrainJob {
             run.windows.num_steps(),
             self.folder.display(),
         ));
+        choose_recompute(&mut run, &self.device, &output)?;
         if run.progress.step >= run.windows.num_steps() && !run.progress.evaluation_due {
             output.note("the run has taken all its steps");
         }
@@ -283,6 +286,33 @@ impl Job for TrainJob {
         screen.close(); // also after a failure
         Ok(outcome?)
     }
+}
+
+/// Settles `train.recompute = "auto"`, and says how and why.
+fn choose_recompute<B: TrainBackend>(
+    run: &mut Run<B>,
+    device: &Device,
+    output: &Output,
+) -> Result<()> {
+    if run.recipe.train.recompute != Recompute::Auto {
+        return Ok(());
+    }
+    let available = device.available_bytes();
+    let needed = session::choose_recompute(run, available)?;
+    let choice = match run.model.recompute {
+        true => "block",
+        false => "none",
+    };
+    let reason = match available {
+        Some(available) => format!(
+            "without it a step takes about {:.1} GiB of the {:.1} GiB available",
+            gib(needed),
+            gib(available)
+        ),
+        None => "the memory of this device is not known".into(),
+    };
+    output.note(format_args!("train.recompute = auto: {choice} ({reason})"));
+    Ok(())
 }
 
 /// Weights of the base model and of what is added to it, as PEFT's `print_trainable_parameters`.

@@ -214,6 +214,28 @@ fn full_training_saves_a_model_folder() {
 }
 
 #[test]
+fn recompute_changes_the_memory_and_not_the_run() {
+    let dir = Dir::with_tokens();
+    let line = "train --model model --data rows.jsonl --max-steps 3 --set adapter.dropout=0.1";
+    let mut metrics = Vec::new();
+    for recompute in ["none", "block", "auto"] {
+        let run = format!("{line} --output {recompute} --set train.recompute={recompute}");
+        let run = dir.trainer(&run).succeeds();
+        let chosen = "train.recompute = auto: none (without it a step takes about 0.0 GiB of the ";
+        let told = run.stderr.contains("train.recompute = auto: ");
+        assert_eq!(told, recompute == "auto", "{run}");
+        if told && cfg!(target_os = "linux") {
+            assert!(run.stderr.contains(chosen), "{run}"); // there is room for a tiny model
+        }
+        let recipe = dir.read(&format!("{recompute}/recipe.toml"));
+        assert!(recipe.contains(&format!("recompute = {recompute:?}")));
+        metrics.push(timeless(dir.lines(&format!("{recompute}/metrics.jsonl"))));
+    }
+    assert_eq!(metrics[0], metrics[1]);
+    assert_eq!(metrics[0], metrics[2]);
+}
+
+#[test]
 fn progress_goes_to_stderr_and_quiet_is_quiet() {
     let dir = Dir::with_tokens();
     let line = "train --model model --data rows.jsonl --max-steps 2 --output";

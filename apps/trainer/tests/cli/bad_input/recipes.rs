@@ -117,8 +117,8 @@ fn values_that_cannot_be() {
             "train.optimizer = \"sgd\" is not supported",
         ),
         (
-            "train.recompute=block",
-            "train.recompute = \"block\" is not supported",
+            "train.recompute=layer",
+            "train.recompute: unknown variant `layer`",
         ),
         ("train.seed=-1", "train.seed: invalid value"),
         ("train.betas=[0.9, 1.0]", "train.betas"),
