@@ -28,7 +28,9 @@ fn fixtures() -> Vec<PathBuf> {
     let entries = std::fs::read_dir(fixture(""))
         .unwrap()
         .map(|entry| entry.unwrap().path());
-    let folders: Vec<_> = entries.filter(|path| path.is_dir()).collect();
+    let folders: Vec<_> = entries
+        .filter(|path| path.join("base.txt").is_file())
+        .collect();
     assert!(folders.len() >= 8);
     folders
 }

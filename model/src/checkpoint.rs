@@ -342,7 +342,11 @@ pub fn write_lazily(
         path: path.into(),
         reason: e.to_string(),
     })?;
-    let mut header = serde_json::to_vec(&header).expect("names and numbers can be written");
+    let mut header = serde_json::to_value(&header).expect("names and numbers can be written");
+    if let Some(metadata) = header["__metadata__"].as_object_mut() {
+        metadata.sort_keys(); // a hash map's order would make two files of one content
+    }
+    let mut header = header.to_string().into_bytes();
     header.resize(header.len().next_multiple_of(8), b' '); // so that elements are aligned
     write_parts(path, |file| {
         file(&(header.len() as u64).to_le_bytes())?;
