@@ -4,6 +4,7 @@ use burn::module::Module;
 use burn::tensor::{Tensor, backend::AutodiffBackend, backend::Backend};
 use model::checkpoint::Checkpoint;
 use model::config::LlamaConfig;
+use model::folder::ModelFolder;
 use model::linear::{Linear, Projection};
 use model::load::{LinearSource, build, fresh, is_redundant};
 use model::ops::ModelBackend;
@@ -95,12 +96,16 @@ pub fn init<B: Backend>(config: &LlamaConfig, seed: u64, device: &B::Device) -> 
 /// their checkpoint is, in 4 bits, the others in f32.
 ///
 /// # Errors
-/// [`quant::Error::QuantConfig`] if the checkpoint is quantised in a way that is not supported.
-pub fn base_bytes(config: &LlamaConfig, scheme: Option<Scheme>) -> quant::Result<u64> {
-    let scheme = match &config.quantization_config {
-        Some(quantization) => Some(bitsandbytes::check_config(quantization)?),
-        None => scheme,
-    };
+/// [`Error::Quantization`] if the checkpoint is quantised in a way that is not supported.
+pub fn base_bytes(base: &ModelFolder, scheme: Option<Scheme>) -> Result<u64> {
+    let config = &base.config;
+    let stored = config.quantization_config.as_ref().map(|quantization| {
+        bitsandbytes::check_config(quantization).map_err(|source| Error::Quantization {
+            path: base.path.clone(),
+            source,
+        })
+    });
+    let scheme = stored.transpose()?.or(scheme);
     let f32s = |len: u64| len * size_of::<f32>() as u64;
     let linear = config.projections();
     let layer: u64 = linear

@@ -5,7 +5,6 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use adapters::{AdaptedLlama, LoraConfig, LoraInit, Pattern, Targets, attach, peft, scheme};
-use burn::backend::Flex;
 use burn::tensor::{Int, Tensor, TensorData};
 use model::checkpoint::{Checkpoint, MODEL_FILE};
 use model::config::LlamaConfig;
@@ -16,6 +15,11 @@ use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
 use serde_json::{Value, json};
 use tempfile::TempDir;
+
+#[cfg(not(feature = "wgpu"))]
+type B = burn::backend::Flex;
+#[cfg(feature = "wgpu")]
+type B = burn::backend::Wgpu;
 
 const NF4: Scheme = Scheme {
     format: Format::Nf4,
@@ -51,7 +55,7 @@ fn dense() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../model/tests/fixtures/models/by_64")
 }
 
-fn try_load(folder: &Path, scheme: Option<Scheme>) -> adapters::Result<AdaptedLlama<Flex>> {
+fn try_load(folder: &Path, scheme: Option<Scheme>) -> adapters::Result<AdaptedLlama<B>> {
     let config = LlamaConfig::from_file(&folder.join("config.json"))?;
     let checkpoint = Checkpoint::open_folder(folder)?;
     adapters::load(&config, &checkpoint, scheme, &Default::default())
@@ -86,7 +90,7 @@ fn refusal(folder: &Path, scheme: Option<Scheme>) -> String {
 }
 
 /// The largest difference between the model's logits and those of `expected.safetensors`.
-fn logits_off(model: &AdaptedLlama<Flex>, folder: &Path) -> f32 {
+fn logits_off(model: &AdaptedLlama<B>, folder: &Path) -> f32 {
     let bytes = std::fs::read(folder.join("expected.safetensors")).unwrap();
     let file = SafeTensors::deserialize(&bytes).unwrap();
     let ids = file.tensor("input_ids").unwrap();
@@ -99,7 +103,7 @@ fn logits_off(model: &AdaptedLlama<Flex>, folder: &Path) -> f32 {
         .map(|b| i64::from_le_bytes(*b));
     let device = Default::default();
     let data = TensorData::new(numbers.collect::<Vec<_>>(), shape);
-    let ids = Tensor::<Flex, 2, Int>::from_data(data, &device);
+    let ids = Tensor::<B, 2, Int>::from_data(data, &device);
     let positions: Vec<usize> = (0..shape[0]).flat_map(|_| 0..shape[1]).collect();
     let hidden = model.forward(ids, &Rope::new(&model.config, &positions, &device), None);
     let [b, s, d] = hidden.dims();

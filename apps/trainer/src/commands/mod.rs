@@ -66,7 +66,7 @@ impl Adapted {
         let base = open_model(&args.model, Files::Model, output)?;
         let adapter = args.adapter.as_deref();
         let adapter = adapter.map(|name| open_adapter(name, output)).transpose()?;
-        check_memory(base_bytes(&base.config, scheme)?, device)?;
+        check_memory(base_bytes(&base, scheme)?, device)?;
         Ok(Self {
             base,
             adapter,

@@ -23,7 +23,7 @@ pub fn run(args: QuantizeArgs, output: &Output) -> Result<ExitCode> {
     let start = Instant::now();
     write_folder(&args.out, |folder| quantize_folder(&base, scheme, folder))?;
     let seconds = start.elapsed().as_secs_f64();
-    let bytes = base_bytes(&base.config, Some(scheme))?;
+    let bytes = base_bytes(&base, Some(scheme))?;
     let json = json!({
         "out": args.out,
         "format": args.format,

@@ -211,7 +211,7 @@ pub fn check_training_memory(
     trainable: u64,
     device: &Device,
 ) -> Result<()> {
-    let weights = base_bytes(&base.config, recipe.quantization.scheme())?;
+    let weights = base_bytes(base, recipe.quantization.scheme())?;
     let trained_bytes = trainable.saturating_mul(size_of::<f32>() as u64);
     let beside = match trained {
         Trained::Full => trained_bytes.saturating_mul(3), // gradient and moments

@@ -11,6 +11,7 @@ mod eval;
 mod generate;
 mod hub;
 mod plan;
+mod quantize;
 mod train;
 mod bad_input {
     mod adapters;
