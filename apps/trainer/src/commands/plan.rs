@@ -95,8 +95,8 @@ fn text(plan: &Plan) -> String {
             plan.trainable_params, plan.all_params, plan.trainable_percent
         ),
         format!(
-            "adapter size          {:.1} MiB",
-            plan.adapter_bytes as f64 / (1 << 20) as f64
+            "adapter size          {:.1} MB",
+            plan.adapter_bytes as f64 / 1e6
         ),
     ];
     if let Some(data) = &plan.data {
