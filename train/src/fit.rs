@@ -30,7 +30,7 @@ use crate::recipe::Recipe;
 use crate::run_folder::{Line, RunFolder, peak_memory_bytes, remove_folder, replace_folder};
 use crate::schedule::Schedule;
 use crate::step::{CausalLm, EvalItem, StepItem, clip_gradients};
-use crate::trained::Trained;
+use crate::trained::{Trained, are_finite};
 
 /// A run, ready to start or to go on.
 pub struct Run<B: TrainBackend> {
@@ -437,8 +437,7 @@ impl<B: TrainBackend> StepByStep<B> {
 
     /// Weights that are no numbers are never saved.
     fn check_weights(&self, model: &AdaptedLlama<B::InnerBackend>, step: usize) -> Result<()> {
-        let weights = adapters::read_parameters(model);
-        match weights.values().flatten().all(|weight| weight.is_finite()) {
+        match are_finite(model) {
             true => Ok(()),
             false => Err(self.not_finite("a weight after", step, step)),
         }
