@@ -26,6 +26,10 @@ pub trait TrainBackend: AdaptedBackend + AutodiffBackend<InnerBackend: AdaptedBa
 impl<B: AdaptedBackend + AutodiffBackend<InnerBackend: AdaptedBackend>> TrainBackend for B {}
 
 /// A linear layer of the base model.
+#[allow(
+    clippy::large_enum_variant,
+    reason = "there are a few hundred of them, and a module in a box is none"
+)]
 #[derive(Module, Debug)]
 pub enum BaseLinear<B: Backend> {
     /// Plain tensors.

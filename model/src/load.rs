@@ -61,6 +61,9 @@ pub fn fresh(config: &LlamaConfig, seed: u64) -> impl Fn(&str, &[usize]) -> Resu
     }
 }
 
+/// The elements of tensors, by name and shape.
+type Values<'a> = dyn FnMut(&str, &[usize]) -> Result<Vec<f32>> + 'a;
+
 /// A linear layer that has not been read yet.
 pub struct LinearSource<'a, B: Backend> {
     /// Its name in the checkpoint, without `.weight`.
@@ -70,7 +73,7 @@ pub struct LinearSource<'a, B: Backend> {
     /// Where the layer shall be.
     pub device: &'a B::Device,
     has_bias: bool,
-    values: &'a mut dyn FnMut(&str, &[usize]) -> Result<Vec<f32>>,
+    values: &'a mut Values<'a>,
 }
 
 impl<B: Backend> LinearSource<'_, B> {

@@ -46,13 +46,13 @@ pub struct PackedLayout {
 
 impl PackedLayout {
     /// Number of values.
-    pub fn len(&self) -> usize {
+    pub fn num_values(&self) -> usize {
         self.shape[0] * self.shape[1]
     }
 
     /// Number of blocks.
     pub fn blocks(&self) -> usize {
-        self.len().div_ceil(self.scheme.block_size)
+        self.num_values().div_ceil(self.scheme.block_size)
     }
 }
 
@@ -110,7 +110,7 @@ impl<B: Backend> PackedWeight<B> {
     pub fn dequantize(&self) -> Tensor<B, 2> {
         let PackedLayout { shape, scheme } = self.layout;
         let block_size = scheme.block_size;
-        let (len, blocks) = (self.layout.len(), self.layout.blocks());
+        let (len, blocks) = (self.layout.num_values(), self.layout.blocks());
         // The high nibble of a byte is the earlier code.
         let codes = unpack(self.codes.clone(), [4, 0, 12, 8, 20, 16, 28, 24], 0xf);
         let values = self.code_book.clone().select(0, codes.narrow(0, 0, len));

@@ -89,13 +89,14 @@ impl Adapted {
         let Some(folder) = &self.adapter else {
             return Ok(model);
         };
+        let (model, _) = peft::load(model, folder, device)?;
         if let Some([theirs, ours]) = peft::other_base(&model, folder)? {
             self.output.note(format_args!(
                 "warning: the adapter was trained on a base with quantization {theirs}, and the \
                  base in use has quantization {ours}: results differ from those of training"
             ));
         }
-        Ok(peft::load(model, folder, device)?.0)
+        Ok(model)
     }
 }
 
@@ -155,8 +156,8 @@ fn check_memory(needed: u64, device: &Device) -> Result<()> {
         gib(needed),
         gib(there)
     );
-    let help = "keep the model in 4 bits (--quant nf4), use a smaller one, or to train it a lower \
-                adapter.rank";
+    let help = "use a smaller model, keep this one in 4 bits (--quant nf4), or train it with a \
+                lower adapter.rank";
     Err(Advised::failed(message, help).into())
 }
 
