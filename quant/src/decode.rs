@@ -132,7 +132,7 @@ impl View<'_> {
             Vectors::None => {}
         }
         #[cfg(target_arch = "aarch64")]
-        if is_aarch64_feature_detected!("neon") {
+        if std::arch::is_aarch64_feature_detected!("neon") {
             return unsafe { neon::decode(self, start, out) };
         }
         self.decode_portably(start, out);
@@ -148,7 +148,7 @@ impl View<'_> {
             Vectors::None => {}
         }
         #[cfg(target_arch = "aarch64")]
-        if is_aarch64_feature_detected!("neon") {
+        if std::arch::is_aarch64_feature_detected!("neon") {
             return unsafe { neon::dot(self, start, x) };
         }
         self.dot_portably(start, x)
