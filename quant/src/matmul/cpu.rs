@@ -1,7 +1,7 @@
 //! The product on [`Flex`]: the weight is decoded in tiles that stay in the cache, each multiplied
 //! as soon as it is there; for one row, codes and `x` meet in registers.
 
-use std::cell::RefCell;
+use std::cell::Cell;
 use std::ops::Range;
 
 use burn::backend::Flex;
@@ -21,7 +21,7 @@ const TASK_VALUES: usize = 1 << 15;
 
 thread_local! {
     /// The tile of the thread that asked for a product.
-    static BUFFER: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
+    static BUFFER: Cell<Vec<f32>> = const { Cell::new(Vec::new()) };
 }
 
 /// See [`super::QuantBackend::quant_matmul`]; `x` is f32.
@@ -114,42 +114,42 @@ fn by_tiles(x: &[f32], n: usize, view: &View, side: Side) -> Vec<f32> {
     if n == 0 {
         return y;
     }
-    BUFFER.with_borrow_mut(|values| {
-        for tile in tiles(view.shape) {
-            decode_tile(view, &tile, values);
-            let width = tile.columns.len() as isize;
-            let (from, to, row_stride, column_stride) = match side {
-                Side::Transposed => (&tile.columns, &tile.rows, 1, width),
-                Side::Plain => (&tile.rows, &tile.columns, width, 1),
-            };
-            // SAFETY: the tile lies inside of the weight, so `from` are columns of `x` and `to`
-            // those of `y`, which has room for them. Old values of `y` are read from the second
-            // tile on that adds to them; the tiles come in that order.
-            unsafe {
-                gemm::gemm(
-                    n,
-                    to.len(),
-                    from.len(),
-                    y.as_mut_ptr().add(to.start),
-                    1,
-                    new_columns as isize,
-                    from.start > 0,
-                    x.as_ptr().add(from.start),
-                    1,
-                    columns as isize,
-                    values.as_ptr(),
-                    column_stride,
-                    row_stride,
-                    1.0,
-                    1.0,
-                    false,
-                    false,
-                    false,
-                    gemm::Parallelism::Rayon(0),
-                );
-            }
+    let mut values = BUFFER.take(); // a product within this one, by a stolen task, gets its own
+    for tile in tiles(view.shape) {
+        decode_tile(view, &tile, &mut values);
+        let width = tile.columns.len() as isize;
+        let (from, to, row_stride, column_stride) = match side {
+            Side::Transposed => (&tile.columns, &tile.rows, 1, width),
+            Side::Plain => (&tile.rows, &tile.columns, width, 1),
+        };
+        // SAFETY: the tile lies inside of the weight, so `from` are columns of `x` and `to`
+        // those of `y`, which has room for them. Old values of `y` are read from the second
+        // tile on that adds to them; the tiles come in that order.
+        unsafe {
+            gemm::gemm(
+                n,
+                to.len(),
+                from.len(),
+                y.as_mut_ptr().add(to.start),
+                1,
+                new_columns as isize,
+                from.start > 0,
+                x.as_ptr().add(from.start),
+                1,
+                columns as isize,
+                values.as_ptr(),
+                column_stride,
+                row_stride,
+                1.0,
+                1.0,
+                false,
+                false,
+                false,
+                gemm::Parallelism::Rayon(0),
+            );
         }
-    });
+    }
+    BUFFER.set(values);
     // SAFETY: the tiles cover every column.
     unsafe { y.set_len(n * new_columns) };
     y
