@@ -161,6 +161,7 @@ fn unknown(name: &str) -> anyhow::Error {
 }
 
 /// A backend that this build lacks.
+#[allow(dead_code, reason = "a build with all backends lacks none")]
 fn not_compiled(backend: &str) -> anyhow::Error {
     Advised::failed(
         format!("--device {backend} is not compiled into this build"),

@@ -226,10 +226,9 @@ mod tests {
                     .slice([i..i + 1, 0..seen, g..g + 1, 0..h_d])
                     .reshape([seen, h_d])
             };
-            let weights = query
-                .matmul(pick(&k).transpose())
-                .div_scalar((h_d as f64).sqrt());
-            rows.push(burn::tensor::activation::softmax(weights, 1).matmul(pick(&v)));
+            let scores = matmul(query, pick(&k).transpose()).div_scalar((h_d as f64).sqrt());
+            let weights = burn::tensor::activation::softmax(scores, 1);
+            rows.push(matmul(weights, pick(&v)));
         }
         Tensor::cat(rows, 0).reshape([b, s, n_h, h_d])
     }
