@@ -426,8 +426,15 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("a.safetensors");
         let (a, b) = (tensor("a", &[2, 3]), tensor("b", &[4]));
-        write_safetensors(&path, &[a.clone(), b.clone()], &[]).unwrap();
+        let more = ["x", "y", "z", "u", "v", "w"].map(|key| (key, key.to_owned()));
+        let write = || write_safetensors(&path, &[a.clone(), b.clone()], &more).unwrap();
+        write();
+        let bytes = std::fs::read(&path).unwrap();
+        write();
+        assert_eq!(std::fs::read(&path).unwrap(), bytes, "the same each time");
         let read = Checkpoint::open_file(&path).unwrap();
+        assert_eq!(read.metadata("format"), Some("pt"));
+        assert_eq!(read.metadata("x"), Some("x"));
         assert_eq!(read.read("a").unwrap(), a.values);
         assert_eq!(read.shape("b"), Some(&[4][..]));
         let names: Vec<_> = std::fs::read_dir(dir.path()).unwrap().collect();
