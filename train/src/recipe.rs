@@ -1,31 +1,21 @@
 //! The recipe of a run: a TOML file and what the command line sets over it.
 
-use std::collections::{BTreeMap, BTreeSet};
+mod check;
+mod names;
+mod read;
+mod sections;
+
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
-use adapters::{LoraConfig, LoraInit, Pattern, Targets};
-use model::chat::{ChatTemplate, TrainOn};
-use quant::Scheme;
-use serde::de::DeserializeOwned;
+use model::chat::ChatTemplate;
 use serde::{Deserialize, Serialize};
-use toml::{Table, Value};
+use toml::Value;
 
-use crate::data::{Format, Settings, Truncate};
-use crate::error::{Error, Result};
+use crate::error::Result;
 
-/// Numbers beyond these are slips, and would be allocated.
-const MAX_ROWS_PER_STEP: usize = 1 << 20;
-const MAX_STEPS: usize = 1 << 32;
-
-/// The sections of a recipe.
-const SECTIONS: [&str; 6] = [
-    "model",
-    "quantization",
-    "adapter",
-    "data",
-    "train",
-    "output",
-];
+pub use read::parse_setting;
+pub use sections::*;
 
 /// Everything that decides a run.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
@@ -48,390 +38,18 @@ pub struct Recipe {
     pub given: BTreeSet<String>,
 }
 
-/// `[model]`
-#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
-#[serde(default, deny_unknown_fields)]
-pub struct ModelSection {
-    /// A Hugging Face model folder, or a Hub id `owner/name[@revision]`.
-    #[serde(skip_serializing_if = "String::is_empty")]
-    pub path: String,
-    /// Where the weights come from.
-    pub init: ModelInit,
-}
-
-/// Where a base model's weights come from.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum ModelInit {
-    /// From the folder's safetensors.
-    #[default]
-    Pretrained,
-    /// Random numbers, shaped by the folder's config.json.
-    Random,
-}
-
-/// `[quantization]`
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(default, deny_unknown_fields)]
-pub struct QuantizationSection {
-    /// `"none"`, `"nf4"` or `"fp4"`: what the linear layers of the decoder are stored in.
-    pub format: String,
-    /// Weights that share a scale.
-    pub block_size: usize,
-    /// Whether the scales are quantized, too.
-    pub double_quant: bool,
-}
-
-impl QuantizationSection {
-    /// How the base is quantised, if it is.
-    pub fn scheme(&self) -> Option<Scheme> {
-        let format = quant::Format::from_name(&self.format)?;
-        Some(Scheme::new(format, self.block_size, self.double_quant))
-    }
-}
-
-/// `[adapter]`
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(default, deny_unknown_fields)]
-pub struct AdapterSection {
-    /// `"lora"`, or `"full"` for all weights.
-    pub method: String,
-    /// Width of the LoRA bottleneck.
-    pub rank: usize,
-    /// Numerator of the LoRA scaling.
-    pub alpha: f64,
-    /// Dropout before `lora_a`.
-    pub dropout: f64,
-    /// List of name ends, a regular expression, or `"all-linear"`.
-    pub target_modules: Targets,
-    /// Modules left out although `target_modules` means them.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub exclude_modules: Option<Targets>,
-    /// Adapt only these decoder layers.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub layers_to_transform: Option<Vec<usize>>,
-    /// Modules that are trained and saved as a whole.
-    pub modules_to_save: Vec<String>,
-    /// Scale by `alpha / √rank`.
-    pub use_rslora: bool,
-    /// Weight-decomposed LoRA.
-    pub use_dora: bool,
-    /// How `lora_a` starts.
-    pub init: LoraInit,
-    /// A PEFT adapter folder to continue from.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub init_from: Option<PathBuf>,
-    /// Ranks of single modules.
-    pub rank_pattern: Pattern<usize>,
-    /// Alphas of single modules.
-    pub alpha_pattern: Pattern<f64>,
-}
-
-/// `[data]`
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(default, deny_unknown_fields)]
-pub struct DataSection {
-    /// Training file, files or folder.
-    #[serde(skip_serializing_if = "Paths::is_empty")]
-    pub train: Paths,
-    /// Evaluation file, files or folder.
-    #[serde(skip_serializing_if = "Paths::is_empty")]
-    pub eval: Paths,
-    /// What a row looks like.
-    pub format: Format,
-    /// A jinja file, a model or adapter folder with a template, or the name of a built-in one; the
-    /// model's own if not given.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub chat_template: Option<String>,
-    /// Longest row in tokens.
-    pub max_length: usize,
-    /// What happens to longer rows.
-    pub truncate: Truncate,
-    /// Several rows in one sequence.
-    pub packing: bool,
-    /// Which part of a conversation is trained.
-    pub train_on: TrainOn,
-    /// Another order each epoch; off: file order, wrapping round.
-    pub shuffle: bool,
-    /// Share of the training rows held back when `eval` is not given.
-    pub eval_fraction: f64,
-}
-
-/// One path or several.
-#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
-#[serde(untagged, expecting = "expected a path or a list of paths")]
-pub enum Paths {
-    /// Not given.
-    #[default]
-    #[serde(skip_deserializing)]
-    None,
-    /// One.
-    One(PathBuf),
-    /// Several.
-    Many(Vec<PathBuf>),
-}
-
-/// `[train]`
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(default, deny_unknown_fields)]
-pub struct TrainSection {
-    /// Passes over the training rows.
-    pub epochs: f64,
-    /// Optimizer steps; wins over `epochs`.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub max_steps: Option<usize>,
-    /// Rows at a time.
-    pub micro_batch_size: usize,
-    /// Micro batches for each optimizer step.
-    pub gradient_accumulation_steps: usize,
-    /// `"adamw"`.
-    pub optimizer: String,
-    /// Peak learning rate.
-    pub learning_rate: f64,
-    /// Decoupled weight decay.
-    pub weight_decay: f64,
-    /// Decay of the moments.
-    pub betas: [f64; 2],
-    /// Added to the root of the second moment.
-    pub eps: f64,
-    /// Course of the learning rate after the warm-up.
-    pub lr_schedule: LrSchedule,
-    /// Steps of linear warm-up; wins over `warmup_ratio`.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub warmup_steps: Option<usize>,
-    /// Share of the steps that are warm-up.
-    pub warmup_ratio: f64,
-    /// Largest global gradient norm; 0 = off.
-    pub max_grad_norm: f64,
-    /// Whether decoder layers are computed again in the backward pass, to save memory.
-    pub recompute: Recompute,
-    /// Decides everything random.
-    pub seed: u64,
-    /// Optimizer steps between evaluations; 0 = each epoch.
-    pub eval_every: usize,
-    /// Optimizer steps between checkpoints; 0 = each epoch.
-    pub save_every: usize,
-    /// Optimizer steps between lines.
-    pub log_every: usize,
-    /// Evaluations without improvement before the run stops; 0 = off.
-    pub early_stopping_patience: usize,
-    /// How many checkpoints stay.
-    pub keep_checkpoints: usize,
-}
-
-/// Whether decoder layers are computed again in the backward pass.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Recompute {
-    /// If the memory there is does not hold what they would keep.
-    Auto,
-    /// No: every activation that backward needs is kept.
-    None,
-    /// Yes: only the input of each layer is kept.
-    Block,
-}
-
-/// Course of the learning rate after the warm-up.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum LrSchedule {
-    /// Half a cosine, down to 0.
-    Cosine,
-    /// A straight line, down to 0.
-    Linear,
-    /// No change.
-    Constant,
-}
-
-/// `[output]`
-#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
-#[serde(default, deny_unknown_fields)]
-pub struct OutputSection {
-    /// The run folder.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub dir: Option<PathBuf>,
-}
-
-impl Default for QuantizationSection {
-    fn default() -> Self {
-        Self {
-            format: "none".into(),
-            block_size: 64,
-            double_quant: false,
-        }
-    }
-}
-
-impl Default for AdapterSection {
-    fn default() -> Self {
-        Self {
-            method: "lora".into(),
-            rank: 16,
-            alpha: 32.0,
-            dropout: 0.0,
-            target_modules: Targets::AllLinear,
-            exclude_modules: None,
-            layers_to_transform: None,
-            modules_to_save: Vec::new(),
-            use_rslora: false,
-            use_dora: false,
-            init: LoraInit::Default,
-            init_from: None,
-            rank_pattern: Pattern::default(),
-            alpha_pattern: Pattern::default(),
-        }
-    }
-}
-
-impl Default for DataSection {
-    fn default() -> Self {
-        Self {
-            train: Paths::None,
-            eval: Paths::None,
-            format: Format::Auto,
-            chat_template: None,
-            max_length: 1024,
-            truncate: Truncate::Drop,
-            packing: false,
-            train_on: TrainOn::Assistant,
-            shuffle: true,
-            eval_fraction: 0.0,
-        }
-    }
-}
-
-impl Default for TrainSection {
-    fn default() -> Self {
-        Self {
-            epochs: 1.0,
-            max_steps: None,
-            micro_batch_size: 4,
-            gradient_accumulation_steps: 1,
-            optimizer: "adamw".into(),
-            learning_rate: 2e-4,
-            weight_decay: 0.0,
-            betas: [0.9, 0.999],
-            eps: 1e-8,
-            lr_schedule: LrSchedule::Cosine,
-            warmup_steps: None,
-            warmup_ratio: 0.03,
-            max_grad_norm: 1.0,
-            recompute: Recompute::Auto,
-            seed: 42,
-            eval_every: 0,
-            save_every: 0,
-            log_every: 1,
-            early_stopping_patience: 0,
-            keep_checkpoints: 2,
-        }
-    }
-}
-
-impl Paths {
-    /// All of them.
-    pub fn list(&self) -> Vec<PathBuf> {
-        match self {
-            Self::None => Vec::new(),
-            Self::One(path) => vec![path.clone()],
-            Self::Many(paths) => paths.clone(),
-        }
-    }
-
-    /// Whether nothing was given.
-    pub fn is_empty(&self) -> bool {
-        self.list().is_empty()
-    }
-}
-
-impl DataSection {
-    /// How rows become samples.
-    pub fn settings(&self) -> Settings {
-        Settings {
-            format: self.format,
-            max_length: self.max_length,
-            truncate: self.truncate,
-        }
-    }
-}
-
-impl AdapterSection {
-    /// Whether all weights are trained.
-    pub fn is_full(&self) -> bool {
-        self.method == "full"
-    }
-
-    /// The settings of a LoRA adapter.
-    pub fn lora(&self) -> LoraConfig {
-        LoraConfig {
-            rank: self.rank,
-            alpha: self.alpha,
-            dropout: self.dropout,
-            target_modules: self.target_modules.clone(),
-            exclude_modules: self.exclude_modules.clone(),
-            layers_to_transform: self.layers_to_transform.clone(),
-            rank_pattern: self.rank_pattern.clone(),
-            alpha_pattern: self.alpha_pattern.clone(),
-            use_rslora: self.use_rslora,
-            modules_to_save: self.modules_to_save.clone(),
-            init: self.init,
-        }
-    }
-
-    /// Takes over the settings of an adapter that training continues from.
-    pub fn set_lora(&mut self, lora: &LoraConfig) {
-        let lora = lora.clone();
-        self.rank = lora.rank;
-        self.alpha = lora.alpha;
-        self.dropout = lora.dropout;
-        self.target_modules = lora.target_modules;
-        self.exclude_modules = lora.exclude_modules;
-        self.layers_to_transform = lora.layers_to_transform;
-        self.rank_pattern = lora.rank_pattern;
-        self.alpha_pattern = lora.alpha_pattern;
-        self.use_rslora = lora.use_rslora;
-        self.modules_to_save = lora.modules_to_save;
-    }
-}
-
 impl Recipe {
     /// Reads a recipe file (if there is one) and applies `section.key = value` settings over it.
     ///
     /// # Errors
-    /// [`Error::Recipe`] with every unknown key, wrong type and impossible value at once.
+    /// [`crate::Error::Recipe`] with every unknown key, wrong type and impossible value at once.
     pub fn read(file: Option<&Path>, settings: &[(String, Value)]) -> Result<Self> {
-        Self::read_for(file, settings, true)
+        read::read(file, settings, true)
     }
 
     /// The same for a recipe that may lack training data: for plans.
     pub fn read_without_data(file: Option<&Path>, settings: &[(String, Value)]) -> Result<Self> {
-        Self::read_for(file, settings, false)
-    }
-
-    fn read_for(file: Option<&Path>, settings: &[(String, Value)], data: bool) -> Result<Self> {
-        let table = match file {
-            Some(path) => read_table(path)?,
-            None => Table::new(),
-        };
-        let mut reader = Reader {
-            file,
-            problems: Vec::new(),
-            places: BTreeMap::new(),
-            failed: BTreeSet::new(),
-        };
-        let recipe = reader.read(table, settings);
-        for (key, problem) in recipe.problems() {
-            reader.add_value_problem(key, &problem);
-        }
-        if data && recipe.data.train.is_empty() {
-            let missing = "data.train is missing: give a file or folder of training rows";
-            reader.add_value_problem("data.train", missing);
-        }
-        match reader.problems.is_empty() {
-            true => Ok(recipe),
-            false => Err(Error::Recipe {
-                problems: reader.problems,
-            }),
-        }
+        read::read(file, settings, false)
     }
 
     /// Makes every path absolute, so that a run goes on from any folder.
@@ -468,365 +86,14 @@ impl Recipe {
     pub fn to_toml(&self) -> String {
         toml::to_string(self).expect("a recipe is a plain table")
     }
-
-    /// Values that cannot be, and requests that cannot be honoured: the key, and what is wrong.
-    fn problems(&self) -> Vec<(&'static str, String)> {
-        let mut problems = self.model_problems();
-        problems.extend(self.data_problems());
-        problems.extend(self.train_problems());
-        problems
-    }
-
-    fn model_problems(&self) -> Vec<(&'static str, String)> {
-        let (model, adapter) = (&self.model, &self.adapter);
-        let mut problems = Vec::new();
-        let mut check = |ok: bool, key, text: &str| add(&mut problems, ok, key, text);
-        check(
-            !model.path.is_empty(),
-            "model.path",
-            "is missing: give a model folder or a Hub id",
-        );
-        let random = model.init == ModelInit::Random;
-        check(
-            !random || adapter.is_full(),
-            "model.init",
-            "= \"random\" needs adapter.method = \"full\"",
-        );
-        let (format, scheme) = (&self.quantization.format, self.quantization.scheme());
-        let unknown = format!("= {format:?} is unknown: expected \"none\", \"nf4\" or \"fp4\"");
-        let known = scheme.is_some() || format == "none";
-        check(known, "quantization.format", &unknown);
-        let block_size = scheme.is_none_or(|scheme| scheme.is_supported());
-        let text = "must be a power of two from 32 to 4096";
-        check(block_size, "quantization.block_size", text);
-        let text = "cannot be trained as a whole: use adapter.method = \"lora\", or \"none\"";
-        let text = format!("= {format:?} {text}");
-        let frozen = scheme.is_none() || !adapter.is_full();
-        check(frozen, "quantization.format", &text);
-
-        let method = &adapter.method;
-        let unsupported = format!("= {method:?} is not supported: expected \"lora\" or \"full\"");
-        check(
-            adapter.is_full() || method == "lora",
-            "adapter.method",
-            &unsupported,
-        );
-        let most = LoraConfig::MAX_RANK;
-        let range = format!("must be from 1 to {most}");
-        let fits = |rank: usize| (1..=most).contains(&rank);
-        check(fits(adapter.rank), "adapter.rank", &range);
-        let ranks = adapter.rank_pattern.0.iter().all(|(_, rank)| fits(*rank));
-        check(
-            ranks,
-            "adapter.rank_pattern",
-            &format!("has a rank that {range}"),
-        );
-        check(
-            (adapter.alpha as f32).is_finite(),
-            "adapter.alpha",
-            "must be a finite number",
-        );
-        let alphas = adapter
-            .alpha_pattern
-            .0
-            .iter()
-            .all(|(_, alpha)| (*alpha as f32).is_finite());
-        check(
-            alphas,
-            "adapter.alpha_pattern",
-            "has an alpha that must be a finite number",
-        );
-        check(
-            (0.0..1.0).contains(&adapter.dropout),
-            "adapter.dropout",
-            "must be from 0 to below 1",
-        );
-        check(
-            !adapter.use_dora,
-            "adapter.use_dora",
-            "= true is not supported",
-        );
-        let continues = adapter.init_from.is_some();
-        let apart = "does not go with adapter.method = \"full\"";
-        check(
-            !(continues && adapter.is_full()),
-            "adapter.init_from",
-            apart,
-        );
-        let fresh = adapter.init != LoraInit::Default;
-        check(
-            !(continues && fresh),
-            "adapter.init",
-            "does not go with adapter.init_from",
-        );
-        problems
-    }
-
-    fn data_problems(&self) -> Vec<(&'static str, String)> {
-        let data = &self.data;
-        let mut problems = Vec::new();
-        let mut check = |ok: bool, key, text: &str| add(&mut problems, ok, key, text);
-        check(
-            data.max_length >= 2,
-            "data.max_length",
-            "must be at least 2",
-        );
-        check(!data.packing, "data.packing", "= true is not supported");
-        let share = (0.0..1.0).contains(&data.eval_fraction);
-        check(share, "data.eval_fraction", "must be from 0 to below 1");
-        problems
-    }
-
-    fn train_problems(&self) -> Vec<(&'static str, String)> {
-        let train = &self.train;
-        let mut problems = Vec::new();
-        let mut check = |ok: bool, key, text: &str| add(&mut problems, ok, key, text);
-        check(
-            train.epochs > 0.0 && train.epochs <= 1e6,
-            "train.epochs",
-            "must be above 0 and at most 1e6",
-        );
-        let steps = train.max_steps.unwrap_or(1);
-        check(steps >= 1, "train.max_steps", "must be at least 1");
-        let too_many = format!("must be at most {MAX_STEPS}");
-        check(steps <= MAX_STEPS, "train.max_steps", &too_many);
-        let (micro, accumulation) = (train.micro_batch_size, train.gradient_accumulation_steps);
-        check(micro >= 1, "train.micro_batch_size", "must be at least 1");
-        check(
-            accumulation >= 1,
-            "train.gradient_accumulation_steps",
-            "must be at least 1",
-        );
-        let rows = micro.checked_mul(accumulation);
-        let too_many = format!(
-            "times train.gradient_accumulation_steps must be at most {MAX_ROWS_PER_STEP} rows"
-        );
-        let few = rows.is_some_and(|rows| rows <= MAX_ROWS_PER_STEP);
-        check(few, "train.micro_batch_size", &too_many);
-        let optimizer = &train.optimizer;
-        let unsupported = format!("= {optimizer:?} is not supported: only \"adamw\" is");
-        check(optimizer == "adamw", "train.optimizer", &unsupported);
-        let positive = |x: f64| x >= 0.0 && (x as f32).is_finite(); // computed in f32
-        check(
-            positive(train.learning_rate),
-            "train.learning_rate",
-            "must be 0 or above",
-        );
-        check(
-            positive(train.weight_decay),
-            "train.weight_decay",
-            "must be 0 or above",
-        );
-        let betas = train.betas.iter().all(|beta| (0.0..1.0).contains(beta));
-        check(betas, "train.betas", "must both be from 0 to below 1");
-        check(
-            train.eps as f32 > 0.0 && (train.eps as f32).is_finite(),
-            "train.eps",
-            "must be above 0",
-        );
-        let ratio = (0.0..=1.0).contains(&train.warmup_ratio);
-        check(ratio, "train.warmup_ratio", "must be from 0 to 1");
-        check(
-            positive(train.max_grad_norm),
-            "train.max_grad_norm",
-            "must be 0 (off) or above",
-        );
-        let evaluates = !self.data.eval.is_empty() || self.data.eval_fraction > 0.0;
-        check(
-            evaluates || train.early_stopping_patience == 0,
-            "train.early_stopping_patience",
-            "needs data.eval or data.eval_fraction",
-        );
-        check(
-            train.log_every >= 1,
-            "train.log_every",
-            "must be at least 1",
-        );
-        problems
-    }
-}
-
-fn add(problems: &mut Vec<(&'static str, String)>, ok: bool, key: &'static str, text: &str) {
-    if !ok {
-        problems.push((key, format!("{key} {text}")));
-    }
-}
-
-fn read_table(path: &Path) -> Result<Table> {
-    let text = std::fs::read_to_string(path).map_err(|source| Error::NoRecipe {
-        path: path.into(),
-        source,
-    })?;
-    text.parse().map_err(|source| Error::Toml {
-        path: path.into(),
-        source,
-    })
-}
-
-/// What `--set section.key=value` means: TOML, or a string if it is not; strings in a list need no
-/// quotes either.
-pub fn parse_setting(text: &str) -> Option<(String, Value)> {
-    let (key, value) = text.split_once('=')?;
-    let (key, value) = (key.trim(), value.trim());
-    let (section, name) = key.split_once('.')?;
-    if section.is_empty() || name.is_empty() {
-        return None;
-    }
-    let list = value
-        .strip_prefix('[')
-        .and_then(|rest| rest.strip_suffix(']'));
-    let value = match (parse_value(value), list) {
-        (Some(value), _) => value,
-        (None, Some(list)) => {
-            let one = |item: &str| parse_value(item).unwrap_or_else(|| item.trim().into());
-            Value::Array(list.split(',').map(one).collect())
-        }
-        (None, None) => value.into(),
-    };
-    Some((key.to_owned(), value))
-}
-
-fn parse_value(text: &str) -> Option<Value> {
-    let mut table = format!("x = {text}").parse::<Table>().ok()?;
-    match table.remove("x") {
-        // no key of a recipe is a date, but a folder may be called after one
-        Some(Value::Datetime(date)) => Some(date.to_string().into()),
-        value => value.filter(|_| table.is_empty()),
-    }
-}
-
-/// Reads key by key, so that one bad key does not hide the next.
-struct Reader<'a> {
-    file: Option<&'a Path>,
-    problems: Vec<String>,
-    /// Where each key was given.
-    places: BTreeMap<String, Place>,
-    /// Keys whose value could not be taken over.
-    failed: BTreeSet<String>,
-}
-
-/// Where a key was given.
-#[derive(Clone, Copy)]
-enum Place {
-    File,
-    CommandLine,
-}
-
-impl Reader<'_> {
-    fn read(&mut self, table: Table, settings: &[(String, Value)]) -> Recipe {
-        let mut recipe = Recipe::default();
-        for (section, value) in table {
-            match value {
-                _ if !SECTIONS.contains(&section.as_str()) => {
-                    self.add(Place::File, &unknown_section(&section));
-                }
-                Value::Table(table) => {
-                    for (key, value) in table {
-                        self.set(&mut recipe, Place::File, &section, &key, value);
-                    }
-                }
-                _ => self.add(Place::File, &format!("{section} must be a section")),
-            }
-        }
-        for (key, value) in settings {
-            let (section, name) = key.split_once('.').unwrap_or((key, ""));
-            self.set(
-                &mut recipe,
-                Place::CommandLine,
-                section,
-                name,
-                value.clone(),
-            );
-        }
-        recipe.given = self.places.keys().cloned().collect();
-        recipe
-    }
-
-    fn set(&mut self, recipe: &mut Recipe, place: Place, section: &str, key: &str, value: Value) {
-        let at = format!("{section}.{key}");
-        let outcome = match section {
-            "model" => set(&mut recipe.model, key, value),
-            "quantization" => set(&mut recipe.quantization, key, value),
-            "adapter" => set(&mut recipe.adapter, key, value),
-            "data" => set(&mut recipe.data, key, value),
-            "train" => set(&mut recipe.train, key, value),
-            "output" => set(&mut recipe.output, key, value),
-            _ => Err(unknown_section(section)),
-        };
-        match outcome {
-            Ok(()) => {
-                self.places.insert(at, place);
-            }
-            Err(problem) => {
-                self.add(place, &format!("{at}: {problem}"));
-                self.failed.insert(at);
-            }
-        }
-    }
-
-    /// What is wrong with a value; nothing new about a key that could not be read at all.
-    fn add_value_problem(&mut self, key: &str, problem: &str) {
-        if self.failed.contains(key) {
-            return;
-        }
-        match (self.places.get(key), self.file) {
-            (Some(place), _) => self.add(*place, problem),
-            (None, Some(_)) => self.add(Place::File, problem),
-            (None, None) => self.problems.push(problem.to_owned()),
-        }
-    }
-
-    fn add(&mut self, place: Place, problem: &str) {
-        let place = match (place, self.file) {
-            (Place::File, Some(path)) => path.display().to_string(),
-            _ => "the command line".into(),
-        };
-        self.problems.push(format!("{place}: {problem}"));
-    }
-}
-
-fn unknown_section(name: &str) -> String {
-    format!(
-        "there is no section {name}: expected {}",
-        SECTIONS.join(", ")
-    )
-}
-
-/// Sets one key of a section; the section stays as it is when the key or the type is wrong.
-fn set<T: Serialize + DeserializeOwned>(
-    section: &mut T,
-    key: &str,
-    value: Value,
-) -> std::result::Result<(), String> {
-    let current = Value::try_from(&*section).map_err(|e| e.to_string())?;
-    let mut table = current.as_table().cloned().unwrap_or_default();
-    table.insert(key.to_owned(), value);
-    *section = Value::Table(table)
-        .try_into()
-        .map_err(|e: toml::de::Error| {
-            let message = e.message().trim().lines().collect::<Vec<_>>().join(", ");
-            in_words(&message)
-        })?;
-    Ok(())
-}
-
-/// serde names Rust's types.
-fn in_words(message: &str) -> String {
-    let words = [
-        ("expected usize", "expected a whole number, 0 or above"),
-        ("expected u64", "expected a whole number, 0 or above"),
-        ("expected f64", "expected a number"),
-    ];
-    words
-        .iter()
-        .fold(message.to_owned(), |text, (name, words)| {
-            text.replace(name, words)
-        })
 }
 
 #[cfg(test)]
 mod tests {
+    use toml::Table;
+
     use super::*;
+    use crate::error::Error;
 
     /// A recipe file, read with `--set` arguments over it.
     fn read(file: &str, set: &[&str]) -> Result<Recipe> {
@@ -945,14 +212,14 @@ mod tests {
             ],
         );
         let expected = [
-            "my.toml: there is no section trian: expected model, quantization, adapter, data, train, output",
+            "my.toml: there is no section trian: did you mean train?",
             "my.toml: model.path: invalid type: integer `3`, expected a string",
-            "my.toml: adapter.ranks: unknown field `ranks`, expected one of `method`, `rank`",
+            "my.toml: adapter.ranks: unknown field `ranks`: did you mean adapter.rank?",
             "my.toml: train.epochs: invalid type: string \"two\", expected a number",
             "my.toml: train.max_steps: invalid value: integer `-1`, expected a whole number",
             "my.toml: there is no section empty",
             "the command line: data.packing: invalid type: string \"yes\", expected a boolean",
-            "the command line: output.name: unknown field `name`, expected `dir`",
+            "the command line: output.name: unknown field `name`: expected dir",
             "the command line: foo.bar: there is no section foo",
             "my.toml: adapter.rank must be from 1 to 65536",
             "the command line: train.eps must be above 0",
@@ -1037,11 +304,40 @@ mod tests {
                 "{text}"
             );
         }
-        let both = problems(GOOD, &["adapter.method=full", "adapter.init_from=there"]);
-        assert_eq!(
-            both,
-            ["the command line: adapter.init_from does not go with adapter.method = \"full\""]
-        );
+    }
+
+    #[test]
+    fn keys_that_mean_nothing_beside_the_others_are_errors() {
+        let cases = [
+            ("adapter.method=full", "adapter.init_from='there'"),
+            ("adapter.method=full", "adapter.rank=8"),
+            ("adapter.method=full", "adapter.target_modules=['q_proj']"),
+            ("quantization.format=none", "quantization.block_size=128"),
+            ("quantization.format=none", "quantization.double_quant=true"),
+            ("data.packing=false", "train.eval_every=5"),
+        ];
+        for (deciding, unused) in cases {
+            let key = unused.split('=').next().unwrap();
+            let told = |place: &str| format!("{place}: {key} means nothing here: ");
+            let all = problems(GOOD, &[deciding, unused]);
+            assert!(
+                all.len() == 1 && all[0].starts_with(&told("the command line")),
+                "{all:?}"
+            );
+            let all = problems(&format!("{GOOD}{unused}"), &[deciding]);
+            assert!(
+                all.len() == 1 && all[0].starts_with(&told("my.toml")),
+                "{all:?}"
+            );
+        }
+        // on the command line even with the value that it has anyway
+        let all = problems(GOOD, &["adapter.method=full", "adapter.rank=16"]);
+        assert!(all[0].starts_with("the command line: adapter.rank means nothing here"));
+        // in a complete recipe they stand, all of them
+        let full = read(GOOD, &["adapter.method=full"]).unwrap();
+        let file = full.to_toml();
+        assert!(file.contains("rank = 16") && file.contains("eval_every = 0"));
+        assert_eq!(read(&file, &[]).unwrap().adapter, full.adapter);
     }
 
     #[test]

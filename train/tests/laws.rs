@@ -298,13 +298,21 @@ fn the_base_stays_as_it_is() {
 /// Everything that could go wrong when a run goes on: shuffled epochs that end inside a window,
 /// dropout, accumulation, warm-up, evaluations and checkpoints at different steps.
 const EVENTFUL: &str = "train.epochs=2.6 train.micro_batch_size=2 train.gradient_accumulation_steps=2 \
-    train.learning_rate=1e-2 train.weight_decay=0.01 adapter.dropout=0.2 train.eval_every=3 \
-    train.save_every=2 train.keep_checkpoints=9 adapter.rank=3";
+    train.learning_rate=1e-2 train.weight_decay=0.01 train.eval_every=3 train.save_every=2 \
+    train.keep_checkpoints=9";
+
+/// [`EVENTFUL`] with a method, `lora` or `full`.
+fn eventful(method: &str) -> String {
+    match method {
+        "lora" => format!("{EVENTFUL} adapter.dropout=0.2 adapter.rank=3"),
+        method => format!("{EVENTFUL} adapter.method={method}"),
+    }
+}
 
 #[test]
 fn a_resumed_run_is_the_uninterrupted_one() {
     for (method, result) in [("lora", "adapter"), ("full", "model")] {
-        let text = format!("{EVENTFUL} adapter.method={method}");
+        let text = eventful(method);
         let (whole, outcome) = run_gqa(&text);
         assert_eq!((outcome.steps, outcome.stopped), (8, None));
 
@@ -365,7 +373,7 @@ fn cut_evaluation(run: Run<B>, number: usize) -> Outcome {
 
 #[test]
 fn an_evaluation_that_was_cut_short_is_made_again() {
-    let text = EVENTFUL.replace("batch_size=2", "batch_size=1");
+    let text = eventful("lora").replace("batch_size=2", "batch_size=1");
     let text = text.replace("steps=2", "steps=4"); // five batches an evaluation
     let (whole, _) = run_gqa(&text);
     let out = tempdir().unwrap();
@@ -429,23 +437,28 @@ fn files(folder: &Path) -> Vec<(PathBuf, Vec<u8>)> {
 #[test]
 fn layers_that_are_computed_again_change_nothing() {
     let cases = [
-        ("gqa", "adapter.dropout=0.2"), // beside what `EVENTFUL` has
-        ("gqa", "quantization.format=nf4"),
-        ("gqa", "adapter.layers_to_transform=[1]"),
-        ("gqa", "adapter.layers_to_transform=[0]"),
-        ("gqa", "adapter.modules_to_save=[embed_tokens,lm_head]"),
+        ("gqa", "lora", ""),
+        ("gqa", "lora", "quantization.format=nf4"),
+        ("gqa", "lora", "adapter.layers_to_transform=[1]"),
+        ("gqa", "lora", "adapter.layers_to_transform=[0]"),
         (
             "gqa",
+            "lora",
+            "adapter.modules_to_save=[embed_tokens,lm_head]",
+        ),
+        (
+            "gqa",
+            "lora",
             "adapter.modules_to_save=[norm,post_attention_layernorm]",
         ),
-        ("gqa", "adapter.target_modules=[lm_head]"), // nothing below the output layer
-        ("gqa", "adapter.method=full"),
-        ("tied_llama3", "adapter.method=full"),
-        ("mha_bias_linear", "adapter.method=full"),
+        ("gqa", "lora", "adapter.target_modules=[lm_head]"), // nothing below the output layer
+        ("gqa", "full", ""),
+        ("tied_llama3", "full", ""),
+        ("mha_bias_linear", "full", ""),
     ];
-    for (model, text) in cases {
+    for (model, method, text) in cases {
         let run = |recompute: &str| {
-            let text = format!("{EVENTFUL} {text} train.recompute={recompute}");
+            let text = format!("{} {text} train.recompute={recompute}", eventful(method));
             let out = tempdir().unwrap();
             let recipe = recipe(&tiny_model(model), &settings(&text));
             let run = start(recipe, &rows(), out.path());
@@ -455,16 +468,19 @@ fn layers_that_are_computed_again_change_nothing() {
             (first, out)
         };
         let ((plain, plain_run), (again, again_run)) = (run("none"), run("block"));
-        assert!(plain == again, "{model} {text}: gradients");
+        assert!(plain == again, "{model} {method} {text}: gradients");
         let metrics = |run: &TempDir| steady_metrics(run.path());
-        assert_eq!(metrics(&again_run), metrics(&plain_run), "{model} {text}");
-        let result = if text.contains("full") {
-            "model"
-        } else {
-            "adapter"
-        };
+        assert_eq!(
+            metrics(&again_run),
+            metrics(&plain_run),
+            "{model} {method} {text}"
+        );
+        let result = if method == "full" { "model" } else { "adapter" };
         let trained = |run: &TempDir| files(&run.path().join(result));
-        assert!(trained(&again_run) == trained(&plain_run), "{model} {text}");
+        assert!(
+            trained(&again_run) == trained(&plain_run),
+            "{model} {method} {text}"
+        );
     }
 }
 
@@ -484,9 +500,10 @@ fn the_memory_decides_whether_layers_are_computed_again() {
 
 #[test]
 fn the_seed_decides_the_run() {
-    let (first, _) = run_gqa(EVENTFUL);
-    let (again, _) = run_gqa(EVENTFUL);
-    let (other, _) = run_gqa(&format!("{EVENTFUL} train.seed=43"));
+    let text = eventful("lora");
+    let (first, _) = run_gqa(&text);
+    let (again, _) = run_gqa(&text);
+    let (other, _) = run_gqa(&format!("{text} train.seed=43"));
     let run = |run: &TempDir| {
         (
             steady_metrics(run.path()),
@@ -735,9 +752,7 @@ fn the_best_adapter_is_that_of_the_lowest_evaluation_loss() {
 
 #[test]
 fn a_run_stops_early_when_patience_ends() {
-    let (out, outcome) = run_gqa(&format!(
-        "{OVERFIT} train.early_stopping_patience=2 data.eval=given"
-    ));
+    let (out, outcome) = run_gqa(&format!("{OVERFIT} train.early_stopping_patience=2"));
     let best = outcome.best.unwrap();
     assert_eq!(outcome.stopped, Some(Stopped::Early));
     let losses = numbers(&metrics(out.path(), "eval"), "loss");

@@ -38,6 +38,7 @@ pub fn recipe(base: &Path, settings: &[String]) -> Recipe {
     let given = [
         format!("model.path={}", base.display()),
         "data.train=given as rows".into(),
+        "data.eval=given as rows".into(),
     ];
     let all = given.iter().chain(settings);
     let all: Vec<_> = all.map(|text| parse_setting(text).unwrap()).collect();

@@ -12,7 +12,7 @@ use model::hub::Files;
 use serde::Serialize;
 
 use super::open_model;
-use super::train::{all_params, check_training_memory, check_used, read_rows, settings_of};
+use super::train::{all_params, check_training_memory, read_rows, settings_of};
 use crate::cli::RecipeArgs;
 use crate::device::Device;
 use crate::encoder::choose_template;
@@ -44,7 +44,6 @@ struct DataPlan {
 pub fn run(args: RecipeArgs, device: &str, output: &Output) -> Result<ExitCode> {
     let over = settings_of(&args)?;
     let mut recipe = Recipe::read_without_data(args.recipe.as_deref(), &over)?;
-    check_used(&over, &recipe)?;
     let device = Device::find(device)?;
     let trained = session::trained(&mut recipe)?;
     let mut base = open_model(&recipe.model.path, Files::Config, output)?;

@@ -23,7 +23,6 @@ use super::{check_memory, gib, loaded, open_model, settings};
 use crate::cli::{RecipeArgs, TrainArgs};
 use crate::device::{Device, Job};
 use crate::encoder;
-use crate::failure::Advised;
 use crate::output::Output;
 use crate::renderer::Renderer;
 use crate::signals;
@@ -36,7 +35,6 @@ pub fn run(args: TrainArgs, device: &str, no_tui: bool, output: &Output) -> Resu
     }
     let over = settings_of(&args.recipe)?;
     let mut recipe = Recipe::read(args.recipe.recipe.as_deref(), &over)?;
-    check_used(&over, &recipe)?;
     if args.print_recipe {
         session::trained(&mut recipe)?;
         output.result(&serde_json::to_value(&recipe)?, recipe.to_toml().trim_end())?;
@@ -67,30 +65,6 @@ pub fn settings_of(args: &RecipeArgs) -> Result<Vec<(String, Value)>> {
     set("train.epochs", args.epochs.map(Value::Float));
     over.extend(settings(&args.set)?);
     Ok(over)
-}
-
-/// Refuses settings of the command line that the rest of the recipe makes meaningless. In a recipe
-/// file they may stand: a saved one has every key.
-pub fn check_used(over: &[(String, Value)], recipe: &Recipe) -> Result<()> {
-    let evaluates = !recipe.data.eval.is_empty() || recipe.data.eval_fraction > 0.0;
-    let unused = |key: &str| match key.split_once('.')? {
-        ("adapter", name) if name != "method" && recipe.adapter.is_full() => {
-            Some("adapter.method = \"full\" trains all weights, without an adapter")
-        }
-        ("quantization", name) if name != "format" && recipe.quantization.format == "none" => {
-            Some("quantization.format is \"none\"")
-        }
-        ("train", "eval_every") if !evaluates => Some("there are no rows to evaluate"),
-        _ => None,
-    };
-    match over.iter().find_map(|(key, _)| Some((key, unused(key)?))) {
-        Some((key, reason)) => Err(Advised::usage(
-            format!("{key} means nothing here: {reason}"),
-            format!("leave {key} out, or change what it depends on"),
-        )
-        .into()),
-        None => Ok(()),
-    }
 }
 
 /// A run that has ended.

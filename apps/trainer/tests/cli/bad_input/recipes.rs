@@ -33,7 +33,7 @@ project = "x"
         "adapter.use_dora = true is not supported",
         "recipe.toml: data.train: expected a path",
         "data.eval_fraction must be",
-        "recipe.toml: train.learning_rat: unknown field `learning_rat`",
+        "recipe.toml: train.learning_rat: unknown field `learning_rat`: did you mean train.learning_rate?",
         "recipe.toml: train.betas",
         "train.epochs must be above 0",
         "recipe.toml: there is no section wandb",
@@ -129,6 +129,11 @@ fn values_that_cannot_be() {
         ("train.warmup_ratio=2", "train.warmup_ratio"),
         ("train.log_every=0", "train.log_every"),
         (
+            "train.lr=1",
+            "train.lr: unknown field `lr`: did you mean train.learning_rate?",
+        ),
+        ("adapter.r=8", "did you mean adapter.rank?"),
+        (
             "nothing.at_all=1",
             "nothing.at_all: there is no section nothing",
         ),
@@ -159,6 +164,30 @@ fn numbers_on_the_command_line_are_keys_like_any_other() {
         .fails(2, &["--rank"]);
     dir.trainer(&format!("{line} --method full --quant nf4 --rank 0"))
         .fails(2, &["quantization.format", "adapter.rank"]);
+}
+
+#[test]
+fn keys_of_a_file_that_mean_nothing_beside_the_others() {
+    let dir = Dir::with_tokens();
+    let base = "model.path = 'model'\ndata.train = 'rows.jsonl'\n";
+    dir.write(
+        "recipe.toml",
+        format!("{base}adapter = {{method = 'full', rank = 8, alpha = 16}}\nquantization.block_size = 128"),
+    );
+    let parts = [
+        "recipe.toml: adapter.rank means nothing here: adapter.method = \"full\"",
+        "recipe.toml: adapter.alpha means nothing here",
+        "recipe.toml: quantization.block_size means nothing here",
+    ];
+    for command in ["train", "train --print-recipe", "plan"] {
+        dir.trainer(&format!("{command} recipe.toml"))
+            .fails(2, &parts);
+    }
+    // with the default values they stand: a run's own recipe is read again
+    let full = "train --model model --data rows.jsonl --method full --max-steps 1 --output run";
+    dir.trainer(full).succeeds();
+    assert!(dir.read("run/recipe.toml").contains("rank = 16"));
+    dir.trainer("train --resume run").succeeds();
 }
 
 #[test]

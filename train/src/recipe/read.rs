@@ -1,0 +1,227 @@
+//! Reading a recipe key by key, so that every problem is told at once, with its key and its place.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
+
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use toml::{Table, Value};
+
+use super::{Recipe, check, names};
+use crate::error::{Error, Result};
+
+/// Reads a recipe; `data` tells whether training rows must be given.
+pub(super) fn read(
+    file: Option<&Path>,
+    settings: &[(String, Value)],
+    data: bool,
+) -> Result<Recipe> {
+    let table = match file {
+        Some(path) => read_table(path)?,
+        None => Table::new(),
+    };
+    let mut reader = Reader {
+        file,
+        problems: Vec::new(),
+        places: BTreeMap::new(),
+        failed: BTreeSet::new(),
+    };
+    let recipe = reader.read(table, settings);
+    for (key, problem) in check::problems(&recipe) {
+        reader.add_value_problem(key, &problem);
+    }
+    if data && recipe.data.train.is_empty() {
+        let missing = "data.train is missing: give a file or folder of training rows";
+        reader.add_value_problem("data.train", missing);
+    }
+    reader.add_unused(&recipe);
+    match reader.problems.is_empty() {
+        true => Ok(recipe),
+        false => Err(Error::Recipe {
+            problems: reader.problems,
+        }),
+    }
+}
+
+fn read_table(path: &Path) -> Result<Table> {
+    let text = std::fs::read_to_string(path).map_err(|source| Error::NoRecipe {
+        path: path.into(),
+        source,
+    })?;
+    text.parse().map_err(|source| Error::Toml {
+        path: path.into(),
+        source,
+    })
+}
+
+/// What `--set section.key=value` means: TOML, or a string if it is not; strings in a list need no
+/// quotes either.
+pub fn parse_setting(text: &str) -> Option<(String, Value)> {
+    let (key, value) = text.split_once('=')?;
+    let (key, value) = (key.trim(), value.trim());
+    let (section, name) = key.split_once('.')?;
+    if section.is_empty() || name.is_empty() {
+        return None;
+    }
+    let list = value
+        .strip_prefix('[')
+        .and_then(|rest| rest.strip_suffix(']'));
+    let value = match (parse_value(value), list) {
+        (Some(value), _) => value,
+        (None, Some(list)) => {
+            let one = |item: &str| parse_value(item).unwrap_or_else(|| item.trim().into());
+            Value::Array(list.split(',').map(one).collect())
+        }
+        (None, None) => value.into(),
+    };
+    Some((key.to_owned(), value))
+}
+
+fn parse_value(text: &str) -> Option<Value> {
+    let mut table = format!("x = {text}").parse::<Table>().ok()?;
+    match table.remove("x") {
+        // no key of a recipe is a date, but a folder may be called after one
+        Some(Value::Datetime(date)) => Some(date.to_string().into()),
+        value => value.filter(|_| table.is_empty()),
+    }
+}
+
+/// Reads key by key, so that one bad key does not hide the next.
+struct Reader<'a> {
+    file: Option<&'a Path>,
+    problems: Vec<String>,
+    /// Where each key was given.
+    places: BTreeMap<String, Place>,
+    /// Keys whose value could not be taken over.
+    failed: BTreeSet<String>,
+}
+
+/// Where a key was given.
+#[derive(Clone, Copy)]
+enum Place {
+    File,
+    CommandLine,
+}
+
+impl Reader<'_> {
+    fn read(&mut self, table: Table, settings: &[(String, Value)]) -> Recipe {
+        let mut recipe = Recipe::default();
+        for (section, value) in table {
+            match value {
+                _ if !names::SECTIONS.contains(&section.as_str()) => {
+                    self.add(Place::File, &names::unknown_section(&section));
+                }
+                Value::Table(table) => {
+                    for (key, value) in table {
+                        self.set(&mut recipe, Place::File, &section, &key, value);
+                    }
+                }
+                _ => self.add(Place::File, &format!("{section} must be a section")),
+            }
+        }
+        for (key, value) in settings {
+            let (section, name) = key.split_once('.').unwrap_or((key, ""));
+            self.set(
+                &mut recipe,
+                Place::CommandLine,
+                section,
+                name,
+                value.clone(),
+            );
+        }
+        recipe.given = self.places.keys().cloned().collect();
+        recipe
+    }
+
+    fn set(&mut self, recipe: &mut Recipe, place: Place, section: &str, key: &str, value: Value) {
+        let at = format!("{section}.{key}");
+        let known = names::keys(section).iter().any(|known| known == key);
+        let outcome = match section {
+            _ if !names::SECTIONS.contains(&section) => Err(names::unknown_section(section)),
+            _ if !known => Err(names::unknown_key(section, key)),
+            "model" => set(&mut recipe.model, key, value),
+            "quantization" => set(&mut recipe.quantization, key, value),
+            "adapter" => set(&mut recipe.adapter, key, value),
+            "data" => set(&mut recipe.data, key, value),
+            "train" => set(&mut recipe.train, key, value),
+            _ => set(&mut recipe.output, key, value),
+        };
+        match outcome {
+            Ok(()) => {
+                self.places.insert(at, place);
+            }
+            Err(problem) => {
+                self.add(place, &format!("{at}: {problem}"));
+                self.failed.insert(at);
+            }
+        }
+    }
+
+    /// What is wrong with a value; nothing new about a key that could not be read at all.
+    fn add_value_problem(&mut self, key: &str, problem: &str) {
+        if self.failed.contains(key) {
+            return;
+        }
+        match (self.places.get(key), self.file) {
+            (Some(place), _) => self.add(*place, problem),
+            (None, Some(_)) => self.add(Place::File, problem),
+            (None, None) => self.problems.push(problem.to_owned()),
+        }
+    }
+
+    /// A key that means nothing beside the others is a mistake on the command line, and in a file
+    /// if it has another value than if it were left out: a complete recipe has every key.
+    fn add_unused(&mut self, recipe: &Recipe) {
+        for unused in check::unused(recipe) {
+            let is_meant = match self.places.get(&unused.key) {
+                Some(Place::CommandLine) => true,
+                Some(Place::File) => !unused.is_default,
+                None => false,
+            };
+            if is_meant {
+                let problem = format!("{} means nothing here: {}", unused.key, unused.reason);
+                self.add_value_problem(&unused.key, &problem);
+            }
+        }
+    }
+
+    fn add(&mut self, place: Place, problem: &str) {
+        let place = match (place, self.file) {
+            (Place::File, Some(path)) => path.display().to_string(),
+            _ => "the command line".into(),
+        };
+        self.problems.push(format!("{place}: {problem}"));
+    }
+}
+
+/// Sets one key of a section; the section stays as it is when the type is wrong.
+fn set<T: Serialize + DeserializeOwned>(
+    section: &mut T,
+    key: &str,
+    value: Value,
+) -> std::result::Result<(), String> {
+    let current = Value::try_from(&*section).map_err(|e| e.to_string())?;
+    let mut table = current.as_table().cloned().unwrap_or_default();
+    table.insert(key.to_owned(), value);
+    *section = Value::Table(table)
+        .try_into()
+        .map_err(|e: toml::de::Error| {
+            let message = e.message().trim().lines().collect::<Vec<_>>().join(", ");
+            in_words(&message)
+        })?;
+    Ok(())
+}
+
+/// serde names Rust's types.
+fn in_words(message: &str) -> String {
+    let words = [
+        ("expected usize", "expected a whole number, 0 or above"),
+        ("expected u64", "expected a whole number, 0 or above"),
+        ("expected f64", "expected a number"),
+    ];
+    words
+        .iter()
+        .fold(message.to_owned(), |text, (name, words)| {
+            text.replace(name, words)
+        })
+}
