@@ -15,6 +15,11 @@ use crate::attach::AdaptedLlama;
 use crate::error::{Error, Result};
 use crate::lora::AdaptedLinear;
 
+/// The tensor of the embeddings, which may be that of `lm_head`, too.
+pub(crate) const EMBEDDINGS: &str = "model.embed_tokens.weight";
+/// The tensor of the output layer.
+pub(crate) const HEAD: &str = "lm_head.weight";
+
 /// A backend that has every operation of an adapted model.
 pub trait AdaptedBackend: ModelBackend + QuantBackend {}
 
@@ -161,10 +166,11 @@ impl<'a> Base<'a> {
 
     /// Checks everything; gives the scheme of the first weight that is stored in 4 bits.
     fn check(&self, config: &LlamaConfig) -> Result<Option<Scheme>> {
+        let is_linear = |name: &str, shape: &[usize]| shape.len() == 2 && name != EMBEDDINGS;
         let (stored, dense): (Vec<_>, Vec<_>) = config
             .tensors()
             .into_iter()
-            .partition(|(name, _)| self.has_stored(name));
+            .partition(|(name, shape)| is_linear(name, shape) && self.has_stored(name));
         let is_known = |name: &str| {
             let weight = bitsandbytes::weight_of_part(name).unwrap_or(name);
             stored.iter().any(|(name, _)| name == weight) || is_redundant(config, name)

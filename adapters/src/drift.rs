@@ -11,10 +11,10 @@ use model::ops::matmul;
 use model::rope::Rope;
 use rayon::prelude::*;
 
-use crate::base::{AdaptedBackend, BaseLinear};
+use crate::base::{AdaptedBackend, BaseLinear, EMBEDDINGS, HEAD};
 use crate::error::{Error, Result};
 use crate::lora::{AdaptedLinear, Lora};
-use crate::merge::{EMBEDDINGS, HEAD, Merge, Weight};
+use crate::merge::{Merge, Weight};
 
 /// How many elements of the output layer are in memory at a time.
 const HEAD_PART: usize = 1 << 24;

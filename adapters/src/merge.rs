@@ -22,7 +22,7 @@ use quant::{Quantized, Scheme};
 use rayon::prelude::*;
 use safetensors::Dtype;
 
-use crate::base::{Base, BaseLinear};
+use crate::base::{Base, BaseLinear, EMBEDDINGS, HEAD};
 use crate::config::LoraLayer;
 use crate::error::{Error, Result};
 use crate::lora::{AdaptedLinear, Lora};
@@ -31,10 +31,6 @@ use adapter::{Adapter, conflicts, trained_on};
 
 /// How many elements are merged at a time.
 const PART: usize = 1 << 22;
-/// The tensor of the embeddings, which may be that of `lm_head`, too.
-pub(crate) const EMBEDDINGS: &str = "model.embed_tokens.weight";
-/// The tensor of the output layer.
-pub(crate) const HEAD: &str = "lm_head.weight";
 
 /// Which weights the updates are added to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

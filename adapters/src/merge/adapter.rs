@@ -5,7 +5,8 @@ use std::path::PathBuf;
 use model::config::LlamaConfig;
 use quant::{Format, Scheme};
 
-use super::{EMBEDDINGS, HEAD, Onto, Weighted};
+use super::{Onto, Weighted};
+use crate::base::{EMBEDDINGS, HEAD};
 use crate::config::LoraLayer;
 use crate::error::Result;
 use crate::peft::{self, Opened};
