@@ -9,11 +9,16 @@ use model::linear::{Linear, Projection};
 use model::load::{LinearSource, build, fresh, is_redundant};
 use model::ops::ModelBackend;
 use quant::bitsandbytes::{self, Stored};
-use quant::{PackedWeight, QuantBackend, QuantLinear, Scheme, quantize};
+use quant::{PackedWeight, QuantBackend, QuantLinear, Quantized, Scheme, quantize};
 
 use crate::attach::AdaptedLlama;
 use crate::error::{Error, Result};
 use crate::lora::AdaptedLinear;
+
+/// The tensor of the embeddings, which may be that of `lm_head`, too.
+pub(crate) const EMBEDDINGS: &str = "model.embed_tokens.weight";
+/// The tensor of the output layer.
+pub(crate) const HEAD: &str = "lm_head.weight";
 
 /// A backend that has every operation of an adapted model.
 pub trait AdaptedBackend: ModelBackend + QuantBackend {}
@@ -54,44 +59,152 @@ impl<B: QuantBackend> Projection<B> for BaseLinear<B> {
 /// with their own blocks, its dense ones dense.
 ///
 /// # Errors
-/// [`model::Error::Tensors`] with everything that is missing, unexpected, of another shape, or not
-/// in order among the parts of a 4-bit weight, or in another format than that of `scheme`; [`Error::Quantization`] if the checkpoint is
-/// quantised in a way that is not supported; [`Error::Weight`] if a weight cannot be quantised.
+/// Those of [`Base::new`]; [`Error::Weight`] if a weight cannot be quantised.
 pub fn load<B: Backend>(
     config: &LlamaConfig,
     checkpoint: &Checkpoint,
     scheme: Option<Scheme>,
     device: &B::Device,
 ) -> Result<AdaptedLlama<B>> {
-    let wrong = |source| Error::Quantization {
-        path: checkpoint.path().into(),
-        source,
-    };
-    if let Some(quantization) = &config.quantization_config {
-        bitsandbytes::check_config(quantization).map_err(wrong)?;
-    }
-    let has = |name: &str| checkpoint.shape(name).is_some();
-    let is_stored = |weight: &str| bitsandbytes::is_stored(weight, has);
-    check(config, checkpoint, scheme, is_stored)?;
-    let scheme = scheme.filter(|_| config.quantization_config.is_none());
+    let base = Base::new(config, checkpoint, scheme)?;
     let values = |name: &str, _: &[usize]| checkpoint.read(name);
-    build(config, device, values, |mut source: LinearSource<B>| {
-        let name = format!("{}.weight", source.name);
-        if !is_stored(&name) {
-            return unadapted(source, scheme);
+    build(config, device, values, |source| base.linear(source))
+}
+
+/// The weights of a base model, checked as a whole and not read yet.
+pub(crate) struct Base<'a> {
+    pub(crate) checkpoint: &'a Checkpoint,
+    /// How the linear layers of the decoder are quantised, or will be.
+    pub(crate) scheme: Option<Scheme>,
+    /// Whether the checkpoint is quantised itself.
+    pub(crate) is_stored: bool,
+}
+
+impl<'a> Base<'a> {
+    /// Checks a checkpoint whose linear layers are to be quantised by `scheme`.
+    ///
+    /// # Errors
+    /// [`model::Error::Tensors`] with everything that is missing, unexpected, of another shape, or
+    /// not in order among the parts of a 4-bit weight, or in another format than that of `scheme`;
+    /// [`Error::Quantization`] if the checkpoint is quantised in a way that is not supported.
+    pub(crate) fn new(
+        config: &LlamaConfig,
+        checkpoint: &'a Checkpoint,
+        scheme: Option<Scheme>,
+    ) -> Result<Self> {
+        let mut base = Self {
+            checkpoint,
+            scheme,
+            is_stored: config.quantization_config.is_some(),
+        };
+        if let Some(quantization) = &config.quantization_config {
+            bitsandbytes::check_config(quantization).map_err(|source| base.wrong(source))?;
         }
-        let stored = Stored::find(&name, source.shape, |part| checkpoint.view(part));
-        let weight = stored.and_then(|stored| stored.read()).map_err(wrong)?;
-        checkpoint.release(&name);
-        let bias = source.bias()?;
-        Ok(quantized(PackedWeight::new(weight, source.device), bias))
-    })
+        let found = base.check(config)?;
+        base.is_stored |= found.is_some();
+        if base.is_stored {
+            base.scheme = found;
+        }
+        Ok(base)
+    }
+
+    /// A linear layer.
+    pub(crate) fn linear<B: Backend>(
+        &self,
+        mut source: LinearSource<B>,
+    ) -> Result<AdaptedLinear<B>> {
+        let base = match self.quantized(source.name, source.shape)? {
+            None => BaseLinear::Dense(source.linear()?),
+            Some(weight) => BaseLinear::Quantized(QuantLinear {
+                bias: source.bias()?,
+                weight: PackedWeight::new(weight, source.device),
+            }),
+        };
+        Ok(AdaptedLinear { base, lora: None })
+    }
+
+    /// The weight `[out, in]` of a linear layer in 4 bits: as it is stored, or, if the layer is one
+    /// of the decoder's, quantised; nothing if it is dense.
+    pub(crate) fn quantized(&self, layer: &str, shape: [usize; 2]) -> Result<Option<Quantized>> {
+        let name = format!("{layer}.weight");
+        if let Some(stored) = self.stored(&name, shape)? {
+            let weight = stored.read().map_err(|source| self.wrong(source))?;
+            self.checkpoint.release(&name);
+            return Ok(Some(weight));
+        }
+        let scheme = self
+            .scheme
+            .filter(|_| !self.is_stored && layer != "lm_head");
+        let Some(scheme) = scheme else {
+            return Ok(None);
+        };
+        let weight = quantize(&self.checkpoint.read(&name)?, shape, scheme);
+        weight
+            .map(Some)
+            .map_err(|source| Error::Weight { name, source })
+    }
+
+    /// The parts of a weight that the checkpoint holds in 4 bits.
+    pub(crate) fn stored(&self, name: &str, shape: [usize; 2]) -> Result<Option<Stored<'a>>> {
+        if !self.has_stored(name) {
+            return Ok(None);
+        }
+        let stored = Stored::find(name, shape, |part| self.checkpoint.view(part));
+        stored.map(Some).map_err(|source| self.wrong(source))
+    }
+
+    fn has_stored(&self, name: &str) -> bool {
+        bitsandbytes::is_stored(name, |part| self.checkpoint.shape(part).is_some())
+    }
+
+    fn wrong(&self, source: quant::Error) -> Error {
+        Error::Quantization {
+            path: self.checkpoint.path().into(),
+            source,
+        }
+    }
+
+    /// Checks everything; gives the scheme of the first weight that is stored in 4 bits.
+    fn check(&self, config: &LlamaConfig) -> Result<Option<Scheme>> {
+        let is_linear = |name: &str, shape: &[usize]| shape.len() == 2 && name != EMBEDDINGS;
+        let (stored, dense): (Vec<_>, Vec<_>) = config
+            .tensors()
+            .into_iter()
+            .partition(|(name, shape)| is_linear(name, shape) && self.has_stored(name));
+        let is_known = |name: &str| {
+            let weight = bitsandbytes::weight_of_part(name).unwrap_or(name);
+            stored.iter().any(|(name, _)| name == weight) || is_redundant(config, name)
+        };
+        let mut problems = self.checkpoint.differences(&dense, is_known);
+        let mut first = None;
+        for (name, shape) in &stored {
+            let shape = [shape[0], shape[1]];
+            match Stored::find(name, shape, |part| self.checkpoint.view(part)) {
+                Err(error) => problems.push(error.to_string()),
+                Ok(found) => {
+                    let found = found.scheme();
+                    first.get_or_insert(found);
+                    if let Some(scheme) = self.scheme.filter(|s| s.format != found.format) {
+                        problems.push(format!("{name} is {found}, but {scheme} is asked for"));
+                    }
+                }
+            }
+        }
+        match problems.is_empty() {
+            true => Ok(first),
+            false => Err(Error::File(model::Error::Tensors {
+                path: self.checkpoint.path().into(),
+                problems,
+            })),
+        }
+    }
 }
 
 /// Makes a base model with fresh weights, see [`fresh`]; it is dense.
 pub fn init<B: Backend>(config: &LlamaConfig, seed: u64, device: &B::Device) -> AdaptedLlama<B> {
     let model = build(config, device, fresh(config, seed), |source| {
-        unadapted(source, None)
+        let base = BaseLinear::Dense(source.linear()?);
+        Ok::<_, Error>(AdaptedLinear { base, lora: None })
     });
     model.expect("fresh values cannot fail")
 }
@@ -140,66 +253,4 @@ pub fn scheme<B: Backend>(model: &AdaptedLlama<B>) -> Option<Scheme> {
         BaseLinear::Quantized(linear) => Some(linear.weight.layout.scheme),
     });
     schemes.next()
-}
-
-/// Checks the whole checkpoint before anything of it is read.
-fn check(
-    config: &LlamaConfig,
-    checkpoint: &Checkpoint,
-    scheme: Option<Scheme>,
-    is_stored: impl Fn(&str) -> bool,
-) -> Result<()> {
-    let (stored, dense): (Vec<_>, Vec<_>) = config
-        .tensors()
-        .into_iter()
-        .partition(|(name, _)| is_stored(name));
-    let is_known = |name: &str| {
-        let weight = bitsandbytes::weight_of_part(name).unwrap_or(name);
-        stored.iter().any(|(name, _)| name == weight) || is_redundant(config, name)
-    };
-    let mut problems = checkpoint.differences(&dense, is_known);
-    for (name, shape) in &stored {
-        let shape = [shape[0], shape[1]];
-        match Stored::find(name, shape, |part| checkpoint.view(part)) {
-            Err(error) => problems.push(error.to_string()),
-            Ok(found) => {
-                let found = found.scheme();
-                if let Some(scheme) = scheme.filter(|scheme| scheme.format != found.format) {
-                    problems.push(format!("{name} is {found}, but {scheme} is asked for"));
-                }
-            }
-        }
-    }
-    match problems.is_empty() {
-        true => Ok(()),
-        false => Err(Error::File(model::Error::Tensors {
-            path: checkpoint.path().into(),
-            problems,
-        })),
-    }
-}
-
-/// A linear layer of the base without an adapter, quantised if it is one of the decoder's.
-fn unadapted<B: Backend>(
-    mut source: LinearSource<B>,
-    scheme: Option<Scheme>,
-) -> Result<AdaptedLinear<B>> {
-    let Some(scheme) = scheme.filter(|_| source.name != "lm_head") else {
-        let base = BaseLinear::Dense(source.linear()?);
-        return Ok(AdaptedLinear { base, lora: None });
-    };
-    let weight = quantize(&source.weight()?, source.shape, scheme);
-    let weight = weight.map_err(|error| Error::Weight {
-        name: format!("{}.weight", source.name),
-        source: error,
-    })?;
-    let bias = source.bias()?;
-    Ok(quantized(PackedWeight::new(weight, source.device), bias))
-}
-
-fn quantized<B: Backend>(weight: PackedWeight<B>, bias: Option<Tensor<B, 1>>) -> AdaptedLinear<B> {
-    AdaptedLinear {
-        base: BaseLinear::Quantized(QuantLinear { weight, bias }),
-        lora: None,
-    }
 }

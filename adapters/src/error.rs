@@ -56,4 +56,26 @@ pub enum Error {
         /// One sentence a tensor, with both shapes where they differ.
         problems: Vec<String>,
     },
+    /// Adapters that cannot be merged together, or not onto what they are to be merged onto; every
+    /// problem is listed.
+    #[error("cannot merge these adapters: {}", problems.join("; "))]
+    Merge {
+        /// One sentence a problem.
+        problems: Vec<String>,
+    },
+    /// The original weights of a model that has them no more.
+    #[error("{} is in 4 bits: there are no original weights to merge onto", path.display())]
+    NoOriginal {
+        /// The model's folder.
+        path: PathBuf,
+    },
+    /// A merged weight is infinite or NaN, or too large for the type of its tensor.
+    #[error("the merged {name} has values that are no finite numbers of its type")]
+    NotFinite {
+        /// The tensor.
+        name: String,
+    },
+    /// Whoever asked for it asked to stop.
+    #[error("interrupted")]
+    Interrupted,
 }

@@ -6,7 +6,9 @@ use std::path::Path;
 
 use burn::tensor::backend::Backend;
 use model::checkpoint::{Checkpoint, NamedTensor, write_file, write_safetensors};
+use model::config::LlamaConfig;
 use model::weight::param_id;
+use quant::Scheme;
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
@@ -181,16 +183,33 @@ fn unsupported(object: &Map<String, Value>) -> Vec<String> {
     problems
 }
 
-/// Puts the adapter of a folder on a model; its `modules_to_save` replace the model's own weights.
+/// An adapter folder that has been checked against a model and not read yet.
+pub(crate) struct Opened {
+    /// The settings.
+    pub(crate) config: LoraConfig,
+    /// Name and shape of every tensor.
+    pub(crate) parameters: Vec<(String, Vec<usize>)>,
+    /// The tensors, by [`key`].
+    pub(crate) file: Checkpoint,
+}
+
+impl Opened {
+    /// Elements of a parameter, row by row.
+    pub(crate) fn read(&self, name: &str) -> Result<Vec<f32>> {
+        Ok(self.file.read(&key(name))?)
+    }
+
+    /// How the base was quantised that the adapter was trained on, if the file says so.
+    pub(crate) fn base_quantization(&self) -> Option<&str> {
+        self.file.metadata(BASE_QUANTIZATION)
+    }
+}
+
+/// Opens the adapter of a folder and compares it with a model.
 ///
 /// # Errors
-/// [`Error::Tensors`] lists every tensor that is missing, unexpected or of another shape;
-/// [`Error::Config`] if the settings do not fit the model.
-pub fn load<B: Backend>(
-    mut model: AdaptedLlama<B>,
-    folder: &Path,
-    device: &B::Device,
-) -> Result<(AdaptedLlama<B>, LoraConfig)> {
+/// Those of [`load`].
+pub(crate) fn open(folder: &Path, model: &LlamaConfig) -> Result<Opened> {
     let config = read_config(folder)?;
     let in_config = |error| match error {
         Error::Fit { problems } => Error::Config {
@@ -199,7 +218,7 @@ pub fn load<B: Backend>(
         },
         other => other,
     };
-    let parameters = parameters(&config, &model.config).map_err(in_config)?;
+    let parameters = parameters(&config, model).map_err(in_config)?;
     let file = Checkpoint::open_file(&folder.join(MODEL_FILE))?;
     let wanted: Vec<_> = parameters
         .iter()
@@ -210,10 +229,28 @@ pub fn load<B: Backend>(
             model::Error::Tensors { path, problems } => Error::Tensors { path, problems },
             other => Error::File(other),
         })?;
-    attach(&mut model, &config, 0, device)?;
-    let read = |(name, _): &(String, _)| Ok((param_id(name), file.read(&key(name))?));
-    let values = parameters.iter().map(read).collect::<Result<_>>()?;
-    Ok((write_parameters(model, values), config))
+    Ok(Opened {
+        config,
+        parameters,
+        file,
+    })
+}
+
+/// Puts the adapter of a folder on a model; its `modules_to_save` replace the model's own weights.
+///
+/// # Errors
+/// [`Error::Tensors`] lists every tensor that is missing, unexpected or of another shape;
+/// [`Error::Config`] if the settings do not fit the model.
+pub fn load<B: Backend>(
+    mut model: AdaptedLlama<B>,
+    folder: &Path,
+    device: &B::Device,
+) -> Result<(AdaptedLlama<B>, LoraConfig)> {
+    let adapter = open(folder, &model.config)?;
+    attach(&mut model, &adapter.config, 0, device)?;
+    let read = |(name, _): &(String, _)| Ok((param_id(name), adapter.read(name)?));
+    let values = adapter.parameters.iter().map(read).collect::<Result<_>>()?;
+    Ok((write_parameters(model, values), adapter.config))
 }
 
 /// Writes an adapter folder that `peft.PeftModel.from_pretrained` loads; `base_model` is the name
@@ -266,9 +303,14 @@ pub fn other_base<B: Backend>(
     Ok(differs.map(|theirs| [theirs.to_owned(), ours]))
 }
 
-/// In words.
+/// How a model is quantised, in words.
 fn quantization<B: Backend>(model: &AdaptedLlama<B>) -> String {
-    scheme(model).map_or("none".into(), |scheme| scheme.to_string())
+    in_words(scheme(model))
+}
+
+/// What a file says of a base that is quantised by `scheme`.
+pub(crate) fn in_words(scheme: Option<Scheme>) -> String {
+    scheme.map_or("none".into(), |scheme| scheme.to_string())
 }
 
 /// PEFT adds the base weights of an adapted `lm_head`, unchanged; the model has them already.
@@ -277,7 +319,7 @@ fn is_base_copy(key: &str) -> bool {
 }
 
 /// Key of a parameter in PEFT's file.
-fn key(name: &str) -> String {
+pub(crate) fn key(name: &str) -> String {
     let (module, part) = name
         .rsplit_once('.')
         .expect("parameters are named module.part");

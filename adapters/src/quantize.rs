@@ -64,7 +64,7 @@ pub fn quantize_folder(base: &ModelFolder, scheme: Scheme, to: &Path) -> Result<
             Ok(bytes.into())
         }),
     });
-    write_lazily(&to.join(MODEL_FILE), packed.chain(kept).collect(), &[])?;
+    write_lazily::<Error>(&to.join(MODEL_FILE), packed.chain(kept).collect(), &[])?;
     base.copy_assets(to)?;
     edit_config(to, |config| {
         let quantization = bitsandbytes::config(scheme, "float32");

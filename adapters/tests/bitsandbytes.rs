@@ -257,6 +257,10 @@ fn a_part_that_is_missing_or_wrong_is_named() {
             (Dtype::F32, vec![1], vec![0; 4]),
         );
     });
+    let norm = changed("nf4", |tensors, _| {
+        let name = "model.norm.weight.quant_state.bitsandbytes__nf4";
+        tensors.insert(name.into(), (Dtype::U8, vec![2], b"{}".to_vec()));
+    });
     let state_of = |size: usize, shape: &str| {
         with_state(&format!(
             r#"{{"quant_type": "nf4", "blocksize": {size}, "dtype": "float32", "shape": {shape}}}"#
@@ -285,6 +289,16 @@ fn a_part_that_is_missing_or_wrong_is_named() {
             vec!["q_proj.weight.quant_map", "is not the code book of nf4"],
         ),
         (unknown, vec!["model.extra.weight.absmax is unexpected"]),
+        (
+            norm,
+            vec!["model.norm.weight.quant_state.bitsandbytes__nf4 is unexpected"],
+        ),
+        (
+            with_state(
+                r#"{"quant_type": "nf4", "blocksize": 64, "dtype": "int32", "shape": [64, 64]}"#,
+            ),
+            vec!["dtype is int32: expected float32, float16 or bfloat16"],
+        ),
         (
             with_state("{\"quant_type\": "),
             vec!["quant_state.bitsandbytes__nf4", "EOF"],

@@ -206,25 +206,62 @@ impl Checkpoint {
     /// [`Error::Tensors`] if there is no such tensor; [`Error::Safetensors`] if it is not F32, F16
     /// or BF16.
     pub fn read(&self, name: &str) -> Result<Vec<f32>> {
+        let entry = self.floats(name)?;
+        Ok(self.convert(entry, entry.bytes.clone()))
+    }
+
+    /// Reads some rows of a tensor, that is slices along its first dimension, as
+    /// [`Checkpoint::read`] does.
+    ///
+    /// # Errors
+    /// As [`Checkpoint::read`].
+    ///
+    /// # Panics
+    /// If there are no such rows.
+    pub fn read_rows(&self, name: &str, rows: Range<usize>) -> Result<Vec<f32>> {
+        let entry = self.floats(name)?;
+        let count = entry.shape.first().copied().unwrap_or(0);
+        assert!(
+            rows.start <= rows.end && rows.end <= count,
+            "rows {rows:?} of {count}"
+        );
+        let row_bytes = entry.bytes.len() / count.max(1);
+        let at = |row| entry.bytes.start + row * row_bytes;
+        Ok(self.convert(entry, at(rows.start)..at(rows.end)))
+    }
+
+    /// The type of a tensor's elements, one that [`Checkpoint::read`] takes.
+    ///
+    /// # Errors
+    /// As [`Checkpoint::read`].
+    pub fn float_dtype(&self, name: &str) -> Result<Dtype> {
+        self.floats(name).map(|entry| entry.dtype)
+    }
+
+    fn floats(&self, name: &str) -> Result<&Entry> {
         let entry = self.tensors.get(name).ok_or_else(|| Error::Tensors {
             path: self.path.clone(),
             problems: vec![format!("{name} is missing")],
         })?;
+        match entry.dtype {
+            Dtype::F32 | Dtype::F16 | Dtype::BF16 => Ok(entry),
+            other => Err(Error::Safetensors {
+                path: self.shards[entry.shard].path.clone(),
+                reason: format!("{name} is {other:?}, expected F32, F16 or BF16"),
+            }),
+        }
+    }
+
+    fn convert(&self, entry: &Entry, range: Range<usize>) -> Vec<f32> {
         let shard = &self.shards[entry.shard];
-        let bytes = &shard.map[entry.bytes.clone()];
+        let bytes = &shard.map[range.clone()];
         let values = match entry.dtype {
-            Dtype::F32 => convert::<4>(bytes, f32::from_le_bytes),
             Dtype::F16 => convert::<2>(bytes, |b| f16::from_le_bytes(b).to_f32()),
             Dtype::BF16 => convert::<2>(bytes, |b| bf16::from_le_bytes(b).to_f32()),
-            other => {
-                return Err(Error::Safetensors {
-                    path: shard.path.clone(),
-                    reason: format!("{name} is {other:?}, expected F32, F16 or BF16"),
-                });
-            }
+            _ => convert::<4>(bytes, f32::from_le_bytes),
         };
-        shard.release(&entry.bytes);
-        Ok(values)
+        shard.release(&range);
+        values
     }
 }
 
@@ -253,6 +290,45 @@ fn convert<const N: usize>(bytes: &[u8], one: impl Fn([u8; N]) -> f32 + Sync) ->
         .with_min_len(1 << 14)
         .map(|e| one(*e))
         .collect()
+}
+
+/// Appends elements as a file holds them, each rounded to the nearest number of its type, ties to
+/// the even one.
+///
+/// # Panics
+/// If the type is not F32, F16 or BF16.
+pub fn encode(values: &[f32], dtype: Dtype, bytes: &mut Vec<u8>) {
+    match dtype {
+        Dtype::F32 => append(values, bytes, f32::to_le_bytes),
+        Dtype::F16 => append(values, bytes, |x| f16::from_f32(x).to_le_bytes()),
+        Dtype::BF16 => append(values, bytes, |x| bf16::from_f32(x).to_le_bytes()),
+        other => panic!("{other:?} is none of the float types of a checkpoint"),
+    }
+}
+
+/// Appends f32 as little-endian elements of `N` bytes, on all cores.
+fn append<const N: usize>(
+    values: &[f32],
+    bytes: &mut Vec<u8>,
+    one: impl Fn(f32) -> [u8; N] + Sync,
+) {
+    let start = bytes.len();
+    bytes.resize(start + N * values.len(), 0);
+    let (elements, _) = bytes[start..].as_chunks_mut::<N>();
+    let elements = elements.par_iter_mut().with_min_len(1 << 14);
+    elements
+        .zip(values)
+        .for_each(|(element, x)| *element = one(*x));
+}
+
+/// Whether every value stays a finite number when it is rounded to a type.
+pub fn fits(values: &[f32], dtype: Dtype) -> bool {
+    let largest = match dtype {
+        Dtype::F16 => f16::MAX.to_f32(),
+        Dtype::BF16 => bf16::MAX.to_f32(),
+        _ => f32::MAX,
+    };
+    values.iter().all(|x| x.abs() <= largest)
 }
 
 /// The files that an index names, each a plain name inside the folder.
@@ -287,7 +363,7 @@ fn shard_files(index: &Path) -> Result<Vec<String>> {
 
 /// A tensor to be written whose elements are made when it is their turn: a file can be larger than
 /// memory.
-pub struct LazyTensor<'a> {
+pub struct LazyTensor<'a, E = Error> {
     /// Key in the file.
     pub name: String,
     /// Type of its elements.
@@ -295,7 +371,7 @@ pub struct LazyTensor<'a> {
     /// Dimensions.
     pub shape: Vec<usize>,
     /// Makes the elements, row-major and little-endian; called once.
-    pub bytes: Box<dyn Fn() -> Result<Cow<'a, [u8]>> + 'a>,
+    pub bytes: Box<dyn Fn() -> std::result::Result<Cow<'a, [u8]>, E> + 'a>,
 }
 
 /// A tensor to be written.
@@ -314,11 +390,11 @@ pub struct NamedTensor {
 ///
 /// # Errors
 /// [`Error::Io`], or what making a tensor's elements failed with; the file is complete or absent.
-pub fn write_lazily(
+pub fn write_lazily<E: From<Error>>(
     path: &Path,
-    mut tensors: Vec<LazyTensor>,
+    mut tensors: Vec<LazyTensor<E>>,
     metadata: &[(&str, String)],
-) -> Result<()> {
+) -> std::result::Result<(), E> {
     let mut all = HashMap::from([("format".to_owned(), "pt".to_owned())]);
     all.extend(
         metadata
@@ -327,7 +403,7 @@ pub fn write_lazily(
     );
     tensors.sort_by(|a, b| b.dtype.cmp(&a.dtype).then_with(|| a.name.cmp(&b.name)));
     let mut end = 0;
-    let info = |tensor: &LazyTensor| {
+    let info = |tensor: &LazyTensor<E>| {
         let start = end;
         end += tensor.shape.iter().product::<usize>() * tensor.dtype.bitsize() / 8;
         let info = TensorInfo {
@@ -353,7 +429,7 @@ pub fn write_lazily(
         file(&header)?;
         tensors
             .iter()
-            .try_for_each(|tensor| file(&(tensor.bytes)()?))
+            .try_for_each(|tensor| Ok(file(&(tensor.bytes)()?)?))
     })
 }
 
@@ -366,7 +442,7 @@ pub fn write_safetensors(
     tensors: &[NamedTensor],
     metadata: &[(&str, String)],
 ) -> Result<()> {
-    let lazy = tensors.iter().map(|tensor| LazyTensor {
+    let lazy = tensors.iter().map(|tensor| LazyTensor::<Error> {
         name: tensor.name.clone(),
         dtype: Dtype::F32,
         shape: tensor.shape.clone(),
@@ -381,10 +457,10 @@ pub fn write_file(path: &Path, bytes: &[u8]) -> Result<()> {
 }
 
 /// [`write_file`] part by part: `write` gets a function that appends to the file.
-fn write_parts(
+fn write_parts<E: From<Error>>(
     path: &Path,
-    write: impl FnOnce(&mut dyn FnMut(&[u8]) -> Result<()>) -> Result<()>,
-) -> Result<()> {
+    write: impl FnOnce(&mut dyn FnMut(&[u8]) -> Result<()>) -> std::result::Result<(), E>,
+) -> std::result::Result<(), E> {
     let io = |source| Error::Io {
         action: "write",
         path: path.into(),
@@ -511,6 +587,59 @@ mod tests {
             read.check(&[("a".into(), vec![2, 3])], |name| name == "odd")
                 .is_ok()
         );
+    }
+
+    #[test]
+    fn elements_are_rounded_to_the_nearest_and_even() {
+        let bytes = |x: f32, dtype| {
+            let mut bytes = Vec::new();
+            encode(&[x], dtype, &mut bytes);
+            bytes
+        };
+        // bf16 keeps 7 bits after the point: 1 + 1/256 and 1 + 3/256 lie in the middle
+        for (x, nearest) in [
+            (1.0 + 1.0 / 256.0, 0x3f80_u16),
+            (1.0 + 3.0 / 256.0, 0x3f82),
+            (1.0 + 1.1 / 256.0, 0x3f81),
+            (-1.5, 0xbfc0),
+        ] {
+            assert_eq!(bytes(x, Dtype::BF16), nearest.to_le_bytes(), "{x}");
+        }
+        // f16 keeps 10
+        for (x, nearest) in [
+            (1.0 + 1.0 / 2048.0, 0x3c00_u16),
+            (1.0 + 3.0 / 2048.0, 0x3c02),
+        ] {
+            assert_eq!(bytes(x, Dtype::F16), nearest.to_le_bytes(), "{x}");
+        }
+        assert_eq!(bytes(0.1, Dtype::F32), 0.1f32.to_le_bytes());
+    }
+
+    #[test]
+    fn values_beyond_a_type_do_not_fit_it() {
+        for (x, fitting) in [
+            (65504.0, [true, true, true]),
+            (65536.0, [false, true, true]),
+            (f32::MAX, [false, false, true]),
+            (f32::INFINITY, [false; 3]),
+            (f32::NAN, [false; 3]),
+        ] {
+            let found = [Dtype::F16, Dtype::BF16, Dtype::F32].map(|dtype| fits(&[0.0, -x], dtype));
+            assert_eq!(found, fitting, "{x}");
+        }
+    }
+
+    #[test]
+    fn rows_are_slices_of_the_first_dimension() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a.safetensors");
+        let (a, b) = (tensor("a", &[4, 2, 3]), tensor("b", &[4]));
+        write_safetensors(&path, &[a.clone(), b.clone()], &[]).unwrap();
+        let read = Checkpoint::open_file(&path).unwrap();
+        assert_eq!(read.read_rows("a", 1..3).unwrap(), a.values[6..18]);
+        assert_eq!(read.read_rows("b", 3..4).unwrap(), b.values[3..]);
+        assert!(read.read_rows("a", 2..2).unwrap().is_empty());
+        assert!(read.read_rows("c", 0..1).is_err());
     }
 
     #[test]

@@ -38,13 +38,7 @@ pub fn build<B: Backend, P, E: From<Error>>(
     values: impl FnMut(&str, &[usize]) -> Result<Vec<f32>>,
     make: impl FnMut(LinearSource<B>) -> std::result::Result<P, E>,
 ) -> std::result::Result<Llama<B, P>, E> {
-    let builder = Builder {
-        config,
-        device,
-        values,
-        make,
-    };
-    builder.llama()
+    Parts::new(config, device, values, make).llama()
 }
 
 /// Values for [`build`] that begin a model anew: normal with `initializer_range`, gains 1, biases
@@ -132,8 +126,9 @@ pub fn is_redundant(config: &LlamaConfig, name: &str) -> bool {
         || (config.tie_word_embeddings && name == "lm_head.weight")
 }
 
-/// Makes modules out of named values.
-struct Builder<'a, B: Backend, V, M> {
+/// Makes the parts of a model one by one: [`build`] keeps them all; who drops each when it has been
+/// computed with needs no memory for the model.
+pub struct Parts<'a, B: Backend, V, M> {
     config: &'a LlamaConfig,
     device: &'a B::Device,
     /// Values of a tensor, by name and shape.
@@ -142,12 +137,22 @@ struct Builder<'a, B: Backend, V, M> {
     make: M,
 }
 
-impl<B: Backend, V, M, P, E> Builder<'_, B, V, M>
+impl<'a, B: Backend, V, M, P, E> Parts<'a, B, V, M>
 where
     V: FnMut(&str, &[usize]) -> Result<Vec<f32>>,
     M: FnMut(LinearSource<B>) -> std::result::Result<P, E>,
     E: From<Error>,
 {
+    /// `values` and `make` as in [`build`].
+    pub fn new(config: &'a LlamaConfig, device: &'a B::Device, values: V, make: M) -> Self {
+        Self {
+            config,
+            device,
+            values,
+            make,
+        }
+    }
+
     fn weight<const D: usize>(
         &mut self,
         name: &str,
@@ -180,7 +185,11 @@ where
         })
     }
 
-    fn layer(&mut self, index: usize) -> std::result::Result<DecoderLayer<B, P>, E> {
+    /// A decoder layer.
+    ///
+    /// # Errors
+    /// Those of `values` and `make`.
+    pub fn layer(&mut self, index: usize) -> std::result::Result<DecoderLayer<B, P>, E> {
         let name = |part: &str| format!("model.layers.{index}.{part}");
         let config = self.config;
         let [q, k, v, o, gate, up, down] = config.projections();
@@ -207,6 +216,14 @@ where
         })
     }
 
+    /// The norm before `lm_head`.
+    ///
+    /// # Errors
+    /// Those of `values`.
+    pub fn final_norm(&mut self) -> Result<RmsNorm<B>> {
+        self.norm("model.norm")
+    }
+
     fn llama(mut self) -> std::result::Result<Llama<B, P>, E> {
         let vocab = [self.config.vocab_size, self.config.hidden_size];
         Ok(Llama {
@@ -214,7 +231,7 @@ where
             layers: (0..self.config.num_hidden_layers)
                 .map(|index| self.layer(index))
                 .collect::<std::result::Result<_, E>>()?,
-            norm: self.norm("model.norm")?,
+            norm: self.final_norm()?,
             lm_head: match self.config.tie_word_embeddings {
                 true => None,
                 false => Some(self.linear("lm_head", vocab, false)?),

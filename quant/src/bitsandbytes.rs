@@ -143,6 +143,11 @@ impl<'a> Stored<'a> {
         }
     }
 
+    /// The type that the weight had before it was quantised, and decodes to in PyTorch.
+    pub fn dtype(&self) -> Dtype {
+        dtype(&self.state.dtype).expect("checked when the parts were found")
+    }
+
     /// Format and blocks.
     pub fn scheme(&self) -> Scheme {
         Scheme {
@@ -194,12 +199,25 @@ impl QuantState {
                 "a power of two from 32 to 4096",
             );
         }
+        if dtype(&self.dtype).is_none() {
+            return wrong("dtype", &self.dtype, "float32, float16 or bfloat16");
+        }
         match self.nested_blocksize {
             Some(size) if self.nested_offset.is_some() && size != NESTED_BLOCK_SIZE => {
                 wrong("nested_blocksize", &size, "256")
             }
             _ => Ok(()),
         }
+    }
+}
+
+/// A type by torch's name for it.
+fn dtype(name: &str) -> Option<Dtype> {
+    match name {
+        "float32" => Some(Dtype::F32),
+        "float16" => Some(Dtype::F16),
+        "bfloat16" => Some(Dtype::BF16),
+        _ => None,
     }
 }
 

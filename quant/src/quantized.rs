@@ -9,6 +9,8 @@ use crate::{DoubleQuantized, Error, Format, NESTED_BLOCK_SIZE, Result};
 
 /// The smallest and the largest block size.
 const BLOCK_SIZES: [usize; 2] = [32, 4096];
+/// What follows the block size in the words for a scheme with 8-bit absmax values.
+const DOUBLE: &str = " with double quantization";
 /// bitsandbytes' lower bound where it divides by an absmax.
 const MIN_ABSMAX: f32 = 1e-38;
 /// How many values a rayon task quantises or decodes at least.
@@ -41,6 +43,18 @@ impl Scheme {
         check_block_size(self.block_size).is_ok()
     }
 
+    /// A scheme by its own words, those of its `Display`.
+    pub fn from_words(words: &str) -> Option<Self> {
+        let (format, rest) = words.split_once(" in blocks of ")?;
+        let (block_size, double_quant) = match rest.strip_suffix(DOUBLE) {
+            Some(block_size) => (block_size, true),
+            None => (rest, false),
+        };
+        let block_size = block_size.parse().ok()?;
+        let scheme = Self::new(Format::from_name(format)?, block_size, double_quant);
+        scheme.is_supported().then_some(scheme)
+    }
+
     /// A format, its block size, and whether the absmax values are in 8 bits, too.
     pub fn new(format: Format, block_size: usize, double_quant: bool) -> Self {
         Self {
@@ -55,7 +69,7 @@ impl std::fmt::Display for Scheme {
     fn fmt(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
         write!(f, "{} in blocks of {}", self.format.name(), self.block_size)?;
         match self.double_quant {
-            true => f.write_str(" with double quantization"),
+            true => f.write_str(DOUBLE),
             false => Ok(()),
         }
     }
@@ -370,6 +384,27 @@ mod tests {
 
     fn ramp(len: usize) -> Vec<f32> {
         (0..len).map(|i| (i as f32 * 0.37).sin()).collect()
+    }
+
+    #[test]
+    fn a_scheme_is_read_from_its_own_words() {
+        for scheme in [
+            Scheme::new(Format::Nf4, 64, false),
+            Scheme::new(Format::Fp4, 4096, true),
+        ] {
+            assert_eq!(Scheme::from_words(&scheme.to_string()), Some(scheme));
+        }
+        for other in [
+            "none",
+            "",
+            "nf4",
+            "nf5 in blocks of 64",
+            "nf4 in blocks of 65",
+            "nf4 in blocks of -64",
+            "nf4 in blocks of 64 with",
+        ] {
+            assert_eq!(Scheme::from_words(other), None, "{other}");
+        }
     }
 
     #[test]

@@ -39,6 +39,8 @@ pub enum Command {
     Generate(GenerateArgs),
     /// Talk with a model
     Chat(ChatArgs),
+    /// Make a model of a model and adapters on it
+    Merge(MergeArgs),
     /// Store a model in 4 bits, in the format of bitsandbytes
     Quantize(QuantizeArgs),
     /// Count parameters, rows and trained tokens without training
@@ -139,6 +141,23 @@ pub struct EvalArgs {
     /// A recipe key of how rows are read, such as data.max_length (repeatable)
     #[arg(long, value_name = "SECTION.KEY=VALUE")]
     pub set: Vec<String>,
+}
+
+#[derive(Debug, Args)]
+pub struct MergeArgs {
+    /// A model folder or a Hub id
+    #[arg(long)]
+    pub model: String,
+    /// A PEFT adapter folder or Hub id; DIR=0.7 adds 0.7 of its update (repeatable)
+    #[arg(long, value_name = "DIR[=WEIGHT]")]
+    pub adapter: Vec<String>,
+    /// The folder to make
+    #[arg(long, value_name = "DIR")]
+    pub out: PathBuf,
+    /// The weights that the updates are added to: the original ones, or those that the 4-bit weights
+    /// of the training decode to (the default for a model that is in 4 bits)
+    #[arg(long, value_parser = ["original", "nf4"])]
+    pub onto: Option<String>,
 }
 
 #[derive(Debug, Args)]

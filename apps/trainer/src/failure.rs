@@ -187,6 +187,11 @@ fn adapter_advice(error: &adapters::Error) -> &'static str {
             "use the original model with --quant nf4, or one that bitsandbytes quantised to 4 bits"
         }
         E::Quantized { .. } => "give the original model",
+        E::Merge { .. } => {
+            "merge fewer adapters at a time, leave weights of 1 out, or merge --onto original"
+        }
+        E::NoOriginal { .. } => "give the original model by --model, or leave --onto original out",
+        E::NotFinite { .. } => "check the weights of the adapter, and the weight it is given",
         E::Weight { .. } => "use the model without quantization, or get its files again",
         _ => "check the adapter folder that is named above",
     }

@@ -4,6 +4,7 @@ pub mod chat;
 pub mod devices;
 pub mod eval;
 pub mod generate;
+pub mod merge;
 pub mod plan;
 pub mod quantize;
 pub mod train;
@@ -12,6 +13,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use ::train::recipe::parse_setting;
+use ::train::run_folder::check_empty;
 use adapters::{AdaptedLlama, base_bytes, peft};
 use anyhow::Result;
 use burn::tensor::backend::Backend;
@@ -34,16 +36,43 @@ fn open_model(name: &str, files: Files, output: &Output) -> Result<ModelFolder> 
 
 /// An adapter folder, downloaded if it is a Hub id.
 fn open_adapter(name: &str, output: &Output) -> Result<PathBuf> {
-    let inside = Path::new(name).join("adapter");
-    let is_adapter = |folder: &Path| folder.join(peft::CONFIG_FILE).exists();
-    if !is_adapter(Path::new(name)) && is_adapter(&inside) {
+    let folder = Path::new(name);
+    let has = |file: &str| folder.join(file).exists();
+    let config = peft::CONFIG_FILE;
+    if !has(config) && has(&format!("adapter/{config}")) {
         return Err(Advised::failed(
             format!("{name} is the folder of a run, not an adapter"),
-            format!("give {}", inside.display()),
+            format!("give {}", folder.join("adapter").display()),
+        )
+        .into());
+    }
+    let model = ["", "model"].map(|inside| folder.join(inside));
+    let model = model
+        .iter()
+        .find(|folder| folder.join("config.json").exists());
+    if let Some(model) = model.filter(|_| !has(config)) {
+        return Err(Advised::failed(
+            format!(
+                "{name} holds a whole model and no adapter: there is no {}",
+                folder.join(config).display()
+            ),
+            format!("give it by --model {}", model.display()),
         )
         .into());
     }
     Ok(hub::resolve(name, Files::Adapter, &mut output.downloads())?)
+}
+
+/// A folder to be made is new or empty.
+fn check_out(out: &Path) -> Result<()> {
+    let advised = |error| match error {
+        ::train::Error::OutputNotEmpty { .. } => {
+            let message = format!("{} is not empty", out.display());
+            Advised::failed(message, "choose another --out, or remove what is in it").into()
+        }
+        other => anyhow::Error::from(other),
+    };
+    check_empty(out).map_err(advised)
 }
 
 /// A model and the adapter on it, found and not loaded yet.

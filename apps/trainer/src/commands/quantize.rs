@@ -3,14 +3,13 @@
 use std::process::ExitCode;
 use std::time::Instant;
 
-use ::train::run_folder::check_empty;
 use adapters::{base_bytes, quantize_folder};
 use anyhow::Result;
 use model::folder::write_folder;
 use model::hub::Files;
 use serde_json::json;
 
-use super::{open_model, read_scheme};
+use super::{check_out, open_model, read_scheme};
 use crate::cli::QuantizeArgs;
 use crate::output::Output;
 
@@ -18,7 +17,7 @@ use crate::output::Output;
 pub fn run(args: QuantizeArgs, output: &Output) -> Result<ExitCode> {
     let scheme = read_scheme(Some(&args.format), args.block_size, args.double_quant)?;
     let scheme = scheme.expect("the command line knows no other formats");
-    check_empty(&args.out)?;
+    check_out(&args.out)?;
     let base = open_model(&args.model, Files::Model, output)?;
     let start = Instant::now();
     write_folder(&args.out, |folder| quantize_folder(&base, scheme, folder))?;

@@ -10,12 +10,14 @@ mod devices;
 mod eval;
 mod generate;
 mod hub;
+mod merge;
 mod plan;
 mod quantize;
 mod train;
 mod bad_input {
     mod adapters;
     mod data;
+    mod merge;
     mod models;
     mod output;
     mod recipes;

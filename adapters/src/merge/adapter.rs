@@ -1,0 +1,127 @@
+//! The adapters of a merge: each opened on the model, and all held against each other.
+
+use std::path::PathBuf;
+
+use model::config::LlamaConfig;
+use quant::{Format, Scheme};
+
+use super::{Onto, Weighted};
+use crate::base::{EMBEDDINGS, HEAD};
+use crate::config::LoraLayer;
+use crate::error::Result;
+use crate::peft::{self, Opened};
+
+/// An adapter that fits the model.
+pub(super) struct Adapter {
+    pub(super) folder: PathBuf,
+    pub(super) weight: f64,
+    pub(super) opened: Opened,
+    pub(super) layers: Vec<LoraLayer>,
+}
+
+impl Adapter {
+    /// Opens an adapter on a model; where its embeddings are its `lm_head` and the adapter does not
+    /// fit, on the same model with the two apart.
+    pub(super) fn open(adapter: &Weighted, model: &LlamaConfig) -> Result<Self> {
+        let apart = LlamaConfig {
+            tie_word_embeddings: false,
+            ..model.clone()
+        };
+        let (opened, model) = match peft::open(&adapter.folder, model) {
+            Err(error) if model.tie_word_embeddings => {
+                let opened = peft::open(&adapter.folder, &apart);
+                (opened.map_err(|_| error)?, &apart)
+            }
+            opened => (opened?, model),
+        };
+        for (name, _) in &opened.parameters {
+            opened.file.float_dtype(&peft::key(name))?;
+        }
+        Ok(Self {
+            folder: adapter.folder.clone(),
+            weight: adapter.weight,
+            layers: opened.config.layers(model)?,
+            opened,
+        })
+    }
+
+    /// The update of a layer.
+    pub(super) fn layer(&self, name: &str) -> Option<&LoraLayer> {
+        self.layers.iter().find(|layer| layer.name == name)
+    }
+
+    /// The tensors that it replaces as a whole.
+    fn replaced(&self) -> impl Iterator<Item = &str> {
+        let names = self.opened.parameters.iter().map(|(name, _)| name.as_str());
+        names.filter(|name| !name.ends_with(".lora_a") && !name.ends_with(".lora_b"))
+    }
+
+    /// Whether it replaces a tensor as a whole.
+    pub(super) fn replaces(&self, name: &str) -> bool {
+        self.replaced().any(|replaced| replaced == name)
+    }
+
+    /// Whether a model where embeddings and `lm_head` are one has them apart afterwards.
+    pub(super) fn touches_embeddings(&self) -> bool {
+        self.layer("lm_head").is_some() || self.replaces(EMBEDDINGS) || self.replaces(HEAD)
+    }
+
+    /// What its base was quantised to, in the words of its file.
+    pub(super) fn stated(&self) -> Option<&str> {
+        self.opened.base_quantization()
+    }
+}
+
+/// What keeps adapters from being merged together.
+pub(super) fn conflicts(adapters: &[Adapter]) -> Vec<String> {
+    let mut problems = Vec::new();
+    for (index, one) in adapters.iter().enumerate() {
+        for name in one.replaced() {
+            let folder = one.folder.display();
+            if one.weight != 1.0 {
+                problems.push(format!(
+                    "{folder} replaces {name} as a whole, which cannot be weighed"
+                ));
+            }
+            for (other_index, other) in adapters.iter().enumerate() {
+                let also = other.folder.display();
+                let module = name.strip_suffix(".weight").unwrap_or(name);
+                if index < other_index && other.replaces(name) {
+                    problems.push(format!("{folder} and {also} both replace {name}"));
+                } else if other.layer(module).is_some() {
+                    problems.push(format!("{folder} replaces {name}, which {also} adapts"));
+                }
+            }
+        }
+    }
+    problems
+}
+
+/// How the base is quantised that adapters of a dense model were trained on: as their files say, if
+/// they agree. PEFT's files do not say; if no other does, weights are dequantised from its default.
+pub(super) fn trained_on(
+    adapters: &[Adapter],
+    onto: Option<Onto>,
+    problems: &mut Vec<String>,
+) -> Option<Scheme> {
+    let default = Scheme::new(Format::Nf4, 64, false);
+    let onto_dequantized = onto == Some(Onto::Dequantized);
+    let stated: Vec<_> = adapters.iter().filter_map(Adapter::stated).collect();
+    let Some(first) = stated.first() else {
+        return onto_dequantized.then_some(default);
+    };
+    let scheme = Scheme::from_words(first);
+    let agree = stated.iter().all(|other| other == first);
+    if onto_dequantized && !(agree && scheme.is_some()) {
+        let told = adapters.iter().map(|adapter| {
+            let base = adapter.stated().unwrap_or("unknown");
+            format!("{}: {base}", adapter.folder.display())
+        });
+        let all: Vec<_> = told.collect();
+        problems.push(format!(
+            "there is no one quantised base that the adapters were trained on ({})",
+            all.join("; ")
+        ));
+    }
+    scheme.filter(|_| agree)
+}

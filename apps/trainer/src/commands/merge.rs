@@ -1,0 +1,214 @@
+//! `trainer merge`
+
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use adapters::{Drift, Merge, Onto, TrainBackend, Weighted, drift};
+use anyhow::Result;
+use model::checkpoint::Checkpoint;
+use model::folder::{ModelFolder, write_folder};
+use model::hub::Files;
+use serde_json::json;
+
+use super::{check_out, open_adapter, open_model};
+use crate::cli::MergeArgs;
+use crate::device::{Device, Job};
+use crate::encoder::choose_template;
+use crate::failure::Advised;
+use crate::output::Output;
+use crate::signals;
+
+/// What the drift is measured on, where the model has a tokenizer.
+const PROBE: &str = "The bridge was closed for repairs on 14 March, so the 27 children of the \
+    village school crossed the river by boat. Each trip carried 6 of them; how many trips did the \
+    ferryman make? He made 5 trips, since 27 / 6 is more than 4.\n\n\
+    def mean(values):\n    return sum(values) / len(values)\n\n\
+    \"Is it far?\" she asked. Nobody knew: the old map showed only hills, and two names in another \
+    language.";
+/// How many tokens of it are taken, or how many stand for it where there is no tokenizer.
+const PROBE_TOKENS: usize = 96;
+
+/// Writes a model with adapters merged into it.
+pub fn run(args: MergeArgs, device: &str, output: &Output) -> Result<ExitCode> {
+    let named: Vec<_> = args
+        .adapter
+        .iter()
+        .map(|a| read_weight(a))
+        .collect::<Result<_>>()?;
+    let device = Device::find(device)?;
+    check_out(&args.out)?;
+    let mut source = open_model(&args.model, Files::Model, output)?;
+    check_outside(&args.out, &source.path)?;
+    let open = |(name, weight): &(&str, f64)| {
+        let (folder, weight) = (open_adapter(name, output)?, *weight);
+        Ok(Weighted { folder, weight })
+    };
+    let adapters: Vec<_> = named.iter().map(open).collect::<Result<_>>()?;
+    take_template(&mut source, &adapters)?;
+    let checkpoint = source.checkpoint()?;
+    let onto = args.onto.as_deref().map(|onto| match onto {
+        "original" => Onto::Original,
+        _ => Onto::Dequantized,
+    });
+    let merge = Merge::new(&source, &checkpoint, &adapters, onto)?;
+    warn(&merge, &adapters, output);
+    let ids = probe(&source)?;
+    let interrupter = signals::interrupter("stopping");
+    let go_on = || !interrupter.should_stop();
+    output.note(format_args!("merging {} tensors", merge.tensors()));
+    let drift = write_folder(&args.out, |folder| {
+        merge.write(folder, &go_on)?;
+        output.note("measuring the drift");
+        device.run(DriftJob {
+            merge: &merge,
+            merged: Checkpoint::open_folder(folder)?,
+            ids: &ids,
+            go_on: &go_on,
+        })
+    });
+    match drift {
+        Err(_) if interrupter.should_stop() => signals::interrupted(output),
+        drift => report(&args.out, &merge, drift?, output),
+    }
+}
+
+/// `DIR` or `DIR=0.7`. A folder whose name looks like the latter is a folder.
+fn read_weight(text: &str) -> Result<(&str, f64)> {
+    let split = text.rsplit_once('=').filter(|_| !Path::new(text).exists());
+    let Some((name, weight)) = split else {
+        return Ok((text, 1.0));
+    };
+    let number = weight.parse::<f64>().ok();
+    match number.filter(|weight| weight.is_finite() && *weight >= 0.0) {
+        Some(weight) => Ok((name, weight)),
+        None => Err(Advised::usage(
+            format!("--adapter {text}: {weight:?} is not a weight"),
+            format!("give a number from 0 on, as in --adapter {name}=0.7"),
+        )
+        .into()),
+    }
+}
+
+/// Refuses to put a folder into the model's own.
+fn check_outside(out: &Path, model: &Path) -> Result<()> {
+    let above = out.ancestors().find_map(|path| match path {
+        path if path.as_os_str().is_empty() => std::env::current_dir().ok(),
+        path => path.canonicalize().ok(),
+    });
+    let inside = above
+        .zip(model.canonicalize().ok())
+        .is_some_and(|(above, model)| above.starts_with(model));
+    match inside {
+        true => Err(Advised::usage(
+            format!("--out {} lies in the folder of the model", out.display()),
+            format!("choose a folder outside of {}", model.display()),
+        )
+        .into()),
+        false => Ok(()),
+    }
+}
+
+/// Takes the chat template of the first adapter that was trained with one of its own.
+fn take_template(source: &mut ModelFolder, adapters: &[Weighted]) -> Result<()> {
+    for adapter in adapters {
+        choose_template(source, Some(&adapter.folder), None)?;
+        if source.template.is_some() {
+            break;
+        }
+    }
+    Ok(())
+}
+
+fn warn(merge: &Merge, adapters: &[Weighted], output: &Output) {
+    if adapters.is_empty() {
+        output.note("warning: there is no --adapter: the weights are written as they are");
+    }
+    for (folder, base) in merge.strangers() {
+        output.note(format_args!(
+            "warning: {} was trained on a base with quantization {base}, and the base in use has \
+             quantization {}: results differ from those of training",
+            folder.display(),
+            base_words(merge)
+        ));
+    }
+}
+
+fn base_words(merge: &Merge) -> String {
+    merge
+        .trained_on()
+        .map_or("none".into(), |scheme| scheme.to_string())
+}
+
+/// The same tokens for the same model: a text, or numbers all over the vocabulary.
+fn probe(source: &ModelFolder) -> Result<Vec<u32>> {
+    let vocab = source.config.vocab_size;
+    if let Some(tokenizer) = source.tokenizer()? {
+        let mut ids = tokenizer.encode(PROBE, true)?.ids;
+        ids.truncate(PROBE_TOKENS);
+        if !ids.is_empty() && ids.iter().all(|id| (*id as usize) < vocab) {
+            return Ok(ids);
+        }
+    }
+    let id = |i| (i * 0x9e37_79b1 % vocab as u64) as u32; // a prime far above any vocabulary
+    Ok((1..=PROBE_TOKENS as u64).map(id).collect())
+}
+
+fn report(out: &PathBuf, merge: &Merge, drift: Drift, output: &Output) -> Result<ExitCode> {
+    let onto = match merge.onto() {
+        Onto::Original => "original".to_owned(),
+        Onto::Dequantized => base_words(merge),
+    };
+    let json = json!({
+        "out": out,
+        "tensors": merge.tensors(),
+        "merged_layers": merge.merged_layers(),
+        "onto": onto,
+        "drift": {
+            "tokens": drift.tokens,
+            "max_abs": drift.max_abs,
+            "mean_abs": drift.mean_abs,
+            "kl": drift.kl,
+            "same_top": drift.same_top,
+        },
+    });
+    let onto = match merge.onto() {
+        Onto::Original => "the original weights".to_owned(),
+        Onto::Dequantized => format!("what {onto} decodes to"),
+    };
+    let text = format!(
+        "{}\nmerged {} layers onto {onto}, {} tensors in all\ndrift from the trained model (base: \
+         {}) on {} tokens: logits {:.2e} at most, {:.2e} in the mean; KL divergence {:.2e} nats; \
+         the same most likely token after {:.1} %",
+        out.display(),
+        merge.merged_layers(),
+        merge.tensors(),
+        match merge.trained_on() {
+            Some(scheme) => scheme.to_string(),
+            None => "not quantised".to_owned(),
+        },
+        drift.tokens,
+        drift.max_abs,
+        drift.mean_abs,
+        drift.kl,
+        100.0 * drift.same_top,
+    );
+    output.result(&json, &text)?;
+    Ok(ExitCode::SUCCESS)
+}
+
+struct DriftJob<'a, 'm> {
+    merge: &'a Merge<'m>,
+    merged: Checkpoint,
+    ids: &'a [u32],
+    go_on: &'a dyn Fn() -> bool,
+}
+
+impl Job for DriftJob<'_, '_> {
+    type Output = Drift;
+
+    fn run<B: TrainBackend>(self, device: B::Device) -> Result<Drift> {
+        let drift =
+            drift::<B::InnerBackend>(self.merge, &self.merged, self.ids, &device, self.go_on)?;
+        Ok(drift)
+    }
+}
