@@ -59,7 +59,10 @@ impl<B: QuantBackend> Projection<B> for BaseLinear<B> {
 /// with their own blocks, its dense ones dense.
 ///
 /// # Errors
-/// Those of [`Base::new`]; [`Error::Weight`] if a weight cannot be quantised.
+/// [`model::Error::Tensors`] with everything that is missing, unexpected, of another shape, or not
+/// in order among the parts of a 4-bit weight, or in another format than that of `scheme`;
+/// [`Error::Quantization`] if the checkpoint is quantised in a way that is not supported;
+/// [`Error::Weight`] if a weight cannot be quantised.
 pub fn load<B: Backend>(
     config: &LlamaConfig,
     checkpoint: &Checkpoint,
@@ -84,9 +87,7 @@ impl<'a> Base<'a> {
     /// Checks a checkpoint whose linear layers are to be quantised by `scheme`.
     ///
     /// # Errors
-    /// [`model::Error::Tensors`] with everything that is missing, unexpected, of another shape, or
-    /// not in order among the parts of a 4-bit weight, or in another format than that of `scheme`;
-    /// [`Error::Quantization`] if the checkpoint is quantised in a way that is not supported.
+    /// Those of [`load`] but the last.
     pub(crate) fn new(
         config: &LlamaConfig,
         checkpoint: &'a Checkpoint,

@@ -6,7 +6,6 @@ use adapters::{
     AdaptedLlama, Drift, Error, LoraConfig, LoraInit, Merge, Onto, Pattern, Targets, Weighted,
     drift, peft, read_parameters, write_parameters,
 };
-use burn::backend::Flex;
 use burn::tensor::{Tensor, TensorData};
 use model::checkpoint::{Checkpoint, MODEL_FILE, NamedTensor, write_safetensors};
 use model::folder::ModelFolder;
@@ -16,6 +15,12 @@ use quant::{Format, Scheme};
 use safetensors::SafeTensors;
 use serde_json::Value;
 use tempfile::TempDir;
+
+/// The drift is measured on the processor, or with `--features wgpu` on the first graphics adapter.
+#[cfg(not(feature = "wgpu"))]
+type B = burn::backend::Flex;
+#[cfg(feature = "wgpu")]
+type B = burn::backend::Wgpu;
 
 fn root(path: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join(path)
@@ -76,7 +81,7 @@ fn merge_and_probe(
     merge.write(folder.path(), &|| true)?;
     let merged = Checkpoint::open_folder(folder.path())?;
     Ok(Merged {
-        drift: drift::<Flex>(&merge, &merged, ids, &Default::default(), &|| true)?,
+        drift: drift::<B>(&merge, &merged, ids, &Default::default(), &|| true)?,
         layers: merge.merged_layers(),
         folder,
     })
@@ -95,7 +100,7 @@ impl Merged {
         self.folder.path()
     }
 
-    fn load(&self) -> AdaptedLlama<Flex> {
+    fn load(&self) -> AdaptedLlama<B> {
         load(self.path())
     }
 
@@ -105,14 +110,14 @@ impl Merged {
     }
 }
 
-fn load(folder: &Path) -> AdaptedLlama<Flex> {
+fn load(folder: &Path) -> AdaptedLlama<B> {
     let folder = ModelFolder::open(folder).unwrap();
     let checkpoint = folder.checkpoint().unwrap();
     adapters::load(&folder.config, &checkpoint, None, &Default::default()).unwrap()
 }
 
 /// Logits of the sequences `[b, s]`, row by row.
-fn logits(model: &AdaptedLlama<Flex>, ids: &[i64], [b, s]: [usize; 2]) -> Vec<f32> {
+fn logits(model: &AdaptedLlama<B>, ids: &[i64], [b, s]: [usize; 2]) -> Vec<f32> {
     let device = Default::default();
     let ids = Tensor::from_data(TensorData::new(ids.to_vec(), [b, s]), &device);
     let positions: Vec<usize> = (0..b).flat_map(|_| 0..s).collect();
@@ -149,7 +154,7 @@ impl Expected {
     }
 
     /// The largest difference between a model's logits and these.
-    fn off(&self, name: &str, model: &AdaptedLlama<Flex>) -> f32 {
+    fn off(&self, name: &str, model: &AdaptedLlama<B>) -> f32 {
         let (ids, shape) = self.ids();
         largest_difference(&self.logits(name), &logits(model, &ids, shape))
     }
@@ -219,7 +224,7 @@ fn lora(target_modules: Targets) -> LoraConfig {
 }
 
 /// A model with an adapter whose every number is random, and the folder of the adapter.
-fn adapted(base: &Path, config: &LoraConfig, seed: u64) -> (AdaptedLlama<Flex>, TempDir) {
+fn adapted(base: &Path, config: &LoraConfig, seed: u64) -> (AdaptedLlama<B>, TempDir) {
     let mut model = load(base);
     adapters::attach(&mut model, config, seed, &Default::default()).unwrap();
     let random = |(id, values): (_, Vec<f32>)| (id, normal(seed, "b", values.len(), 0.2));
@@ -370,6 +375,23 @@ fn merged_is_unmerged_for_any_numbers() {
         );
         assert!(off < 5e-5, "{seed}: off by {off}");
     }
+}
+
+#[test]
+fn a_module_that_an_adapter_replaces_is_not_quantised() {
+    let base = in_f32(&base("by_64"));
+    let mut config = lora(Targets::AllLinear);
+    config.modules_to_save = vec!["up_proj".into()];
+    let (_, adapter) = adapted(base.path(), &config, 5);
+    let adapter = trained_on(adapter.path(), "fp4 in blocks of 32");
+    let adapters = [whole(adapter.path())];
+    let merged = merge(base.path(), &adapters, Some(Onto::Dequantized)).unwrap();
+    assert!(merged.drift.max_abs < 1e-4, "{:?}", merged.drift);
+    let name = "model.layers.1.mlp.up_proj.weight";
+    let theirs = Checkpoint::open_file(&adapter.path().join(peft::MODEL_FILE)).unwrap();
+    let ours = Checkpoint::open_folder(merged.path()).unwrap();
+    let theirs = theirs.read(&format!("base_model.model.{name}")).unwrap();
+    assert_eq!(ours.read(name).unwrap(), theirs);
 }
 
 #[test]
