@@ -85,7 +85,7 @@ impl<'a, B: TrainBackend> Blocks<'a, B> {
     }
 }
 
-/// The gradients of what led to `y`, from that of `y`; `y` must be tracked.
+/// The gradients of what led to `y`, from that of `y`; none if nothing of it is tracked.
 pub(crate) fn backward<B: AutodiffBackend, const D: usize>(
     y: Tensor<B, D>,
     d_y: Tensor<B::InnerBackend, D>,
@@ -94,7 +94,7 @@ pub(crate) fn backward<B: AutodiffBackend, const D: usize>(
 }
 
 /// Whether anything of a module is trained: frozen weights are no parameters.
-pub(crate) fn trains<B: Backend>(module: &impl Module<B>) -> bool {
+fn trains<B: Backend>(module: &impl Module<B>) -> bool {
     module.num_params() > 0
 }
 

@@ -13,7 +13,7 @@ use model::ops;
 use model::rope::Rope;
 
 use crate::batch::{MicroBatch, Window};
-use crate::recompute::{Blocks, backward, trains};
+use crate::recompute::{Blocks, backward};
 
 /// Largest number of logits that exist at a time (32 MiB of f32).
 pub(crate) const LOGITS_AT_A_TIME: usize = 1 << 23;
@@ -113,9 +113,6 @@ impl<B: TrainBackend> CausalLm<B> {
         };
         let hidden = self.predicting(x.clone(), batch); // [m, d]
         let (total, d_hidden) = self.loss(hidden.clone().inner(), batch, weight, gradients);
-        if !(trains(&model.embed_tokens) || trains(&model.layers) || trains(&model.norm)) {
-            return total; // only `lm_head` is
-        }
         let mut grads = backward(hidden, d_hidden);
         gradients.accumulate(model, GradientsParams::from_module(&mut grads, model));
         if let (Some(blocks), Some(d_x)) = (blocks, x.grad_remove(&mut grads)) {
