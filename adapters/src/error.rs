@@ -27,7 +27,7 @@ pub enum Error {
         problems: Vec<String>,
     },
     /// The base model's checkpoint is quantised in a way that is not supported.
-    #[error("{}", path.display())]
+    #[error("{} cannot be read as a 4-bit model", path.display())]
     Quantization {
         /// The checkpoint.
         path: PathBuf,

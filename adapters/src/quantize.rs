@@ -13,11 +13,17 @@ use crate::error::{Error, Result};
 
 /// Writes `base` with the linear layers of its decoder in 4 bits into the folder `to`, which
 /// must exist; the other tensors stay as they are. Holds the 4-bit weights and one dense one.
+/// Before each tensor, `go_on` is asked.
 ///
 /// # Errors
-/// [`Error::Quantized`] if the model is in fewer bits already, [`Error::Weight`] if a weight cannot
+/// [`Error::Interrupted`] if `go_on` says so; [`Error::Quantized`] if the model is in fewer bits already, [`Error::Weight`] if a weight cannot
 /// be quantised, [`Error::File`] for what cannot be read or written.
-pub fn quantize_folder(base: &ModelFolder, scheme: Scheme, to: &Path) -> Result<()> {
+pub fn quantize_folder(
+    base: &ModelFolder,
+    scheme: Scheme,
+    to: &Path,
+    go_on: &dyn Fn() -> bool,
+) -> Result<()> {
     if base.config.quantization_config.is_some() {
         return Err(Error::Quantized {
             path: base.path.clone(),
@@ -30,6 +36,9 @@ pub fn quantize_folder(base: &ModelFolder, scheme: Scheme, to: &Path) -> Result<
         .into_iter()
         .partition(|(name, shape)| shape.len() == 2 && name.starts_with("model.layers."));
     let weights = linear.iter().map(|(name, shape)| {
+        if !go_on() {
+            return Err(Error::Interrupted);
+        }
         let dtype = torch_name(&checkpoint, name);
         let values = checkpoint.read(name)?;
         let weight = quantize(&values, [shape[0], shape[1]], scheme);
@@ -47,7 +56,10 @@ pub fn quantize_folder(base: &ModelFolder, scheme: Scheme, to: &Path) -> Result<
                 name: part.name,
                 dtype: part.dtype,
                 shape: part.shape,
-                bytes: Box::new(move || Ok(part.bytes.clone())),
+                bytes: Box::new(move || match go_on() {
+                    true => Ok(part.bytes.clone()),
+                    false => Err(Error::Interrupted),
+                }),
             })
     });
     let kept = others.iter().map(|(name, shape)| LazyTensor {

@@ -4,10 +4,13 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use adapters::{AdaptedLlama, LoraConfig, LoraInit, Pattern, Targets, attach, peft, scheme};
+use adapters::{
+    AdaptedLlama, LoraConfig, LoraInit, Pattern, Targets, attach, peft, quantize_folder, scheme,
+};
 use burn::tensor::{Int, Tensor, TensorData};
-use model::checkpoint::{Checkpoint, MODEL_FILE};
+use model::checkpoint::{Checkpoint, MODEL_FILE, NamedTensor, write_safetensors};
 use model::config::LlamaConfig;
+use model::folder::ModelFolder;
 use model::rope::Rope;
 use quant::bitsandbytes::{Stored, parts};
 use quant::{Format, Scheme, quantize};
@@ -172,6 +175,48 @@ fn parts_made_here_have_the_bytes_that_transformers_saves() {
 }
 
 #[test]
+fn a_quantised_folder_has_the_bytes_that_transformers_saves() {
+    // the fixtures were quantised from by_64 loaded as f32
+    let source = Checkpoint::open_folder(&dense()).unwrap();
+    let tensors = source.tensors().map(|(name, shape)| NamedTensor {
+        name: name.to_owned(),
+        shape: shape.to_vec(),
+        values: source.read(name).unwrap(),
+    });
+    let folder = tempfile::tempdir().unwrap();
+    write_safetensors(
+        &folder.path().join(MODEL_FILE),
+        &tensors.collect::<Vec<_>>(),
+        &[],
+    )
+    .unwrap();
+    std::fs::copy(
+        dense().join("config.json"),
+        folder.path().join("config.json"),
+    )
+    .unwrap();
+    let base = ModelFolder::open(folder.path()).unwrap();
+    for (name, scheme, _) in CASES.iter().filter(|(.., dtype)| *dtype == "float32") {
+        let out = tempfile::tempdir().unwrap();
+        quantize_folder(&base, *scheme, out.path(), &|| true).unwrap();
+        let bytes = |folder: &Path| std::fs::read(folder.join(MODEL_FILE)).unwrap();
+        assert!(bytes(out.path()) == bytes(&fixture(name)), "{name}");
+        let config = |folder: &Path| -> Value {
+            serde_json::from_slice(&std::fs::read(folder.join("config.json")).unwrap()).unwrap()
+        };
+        let (ours, theirs) = (config(out.path()), config(&fixture(name)));
+        assert_eq!(
+            ours["quantization_config"], theirs["quantization_config"],
+            "{name}"
+        );
+    }
+    let out = tempfile::tempdir().unwrap();
+    let stopped = quantize_folder(&base, NF4, out.path(), &|| false);
+    assert!(matches!(stopped, Err(adapters::Error::Interrupted)));
+    assert_eq!(std::fs::read_dir(out.path()).unwrap().count(), 0);
+}
+
+#[test]
 fn a_layer_that_was_left_dense_stays_dense() {
     let folder = fixture("nf4_double_bf16");
     let model = try_load(&folder, Some(NF4)).unwrap();
@@ -261,12 +306,44 @@ fn a_part_that_is_missing_or_wrong_is_named() {
         let name = "model.norm.weight.quant_state.bitsandbytes__nf4";
         tensors.insert(name.into(), (Dtype::U8, vec![2], b"{}".to_vec()));
     });
+    let short_book = changed("nf4", |tensors, _| {
+        let (_, shape, bytes) = tensors.get_mut(&format!("{Q_PROJ}.quant_map")).unwrap();
+        shape[0] = 15;
+        bytes.truncate(60);
+    });
+    let infinite = changed("nf4_double", |tensors, _| {
+        let (_, shape, bytes) = tensors.get_mut(&state).unwrap();
+        let text = String::from_utf8(bytes.clone()).unwrap();
+        let (before, _) = text.split_once("\"nested_offset\"").unwrap();
+        *bytes = format!("{before}\"nested_offset\": 1e300}}").into_bytes();
+        shape[0] = bytes.len();
+    });
+    let no_utf8 = changed("nf4", |tensors, _| {
+        tensors.insert(state.clone(), (Dtype::U8, vec![3], vec![0xff, 0xfe, 0]));
+    });
     let state_of = |size: usize, shape: &str| {
         with_state(&format!(
             r#"{{"quant_type": "nf4", "blocksize": {size}, "dtype": "float32", "shape": {shape}}}"#
         ))
     };
     for (folder, words) in [
+        (
+            short_book,
+            vec!["q_proj.weight.quant_map is [15]", "expected 16 values"],
+        ),
+        (infinite, vec!["nested_offset[0] is inf"]),
+        (no_utf8, vec!["quant_state.bitsandbytes__nf4"]),
+        (
+            state_of(1 << 62, "[64, 64]"),
+            vec!["blocksize is 4611686018427387904"],
+        ),
+        (state_of(0, "[64, 64]"), vec!["blocksize is 0"]),
+        (
+            state_of(64, "[9223372036854775808, 2]"),
+            vec!["expected [64, 64]"],
+        ),
+        (state_of(64, "[-1, 64]"), vec!["invalid value"]),
+        (state_of(64, "[]"), vec!["shape is []"]),
         (
             missing,
             vec![

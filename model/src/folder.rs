@@ -173,6 +173,7 @@ pub fn write_folder<T, E: From<Error>>(
         path: to.into(),
         source,
     };
+    let to = &to.canonicalize().unwrap_or(to.into()); // the folder that a link leads to
     let parent = to.parent().filter(|path| !path.as_os_str().is_empty());
     let parent = parent.unwrap_or(Path::new("."));
     std::fs::create_dir_all(parent).map_err(io)?;

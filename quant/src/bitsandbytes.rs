@@ -106,13 +106,14 @@ impl<'a> Stored<'a> {
             nested,
             state,
         };
-        let code_book = floats(&part(".quant_map")?);
-        if code_book != format.code_book() {
+        stored.check_parts(name)?;
+        let code_book = part(".quant_map")?;
+        check_part(name, ".quant_map", &code_book, Dtype::F32, 16)?;
+        if floats(&code_book) != format.code_book() {
             let name = format!("{name}.quant_map");
             let reason = format!("is not the code book of {}", format.name());
             return Err(Error::QuantState { name, reason });
         }
-        stored.check_parts(name)?;
         Ok(stored)
     }
 
@@ -121,15 +122,7 @@ impl<'a> Stored<'a> {
         let len = self.shape[0] * self.shape[1];
         let blocks = len.div_ceil(self.state.blocksize);
         let check = |suffix: &str, part: &TensorView, dtype: Dtype, values: usize| {
-            let bytes = values * dtype.bitsize() / 8;
-            if part.dtype() == dtype && part.data().len() == bytes {
-                return Ok(());
-            }
-            Err(Error::WrongPart {
-                name: format!("{name}{suffix}"),
-                expected: format!("{values} values of type {dtype:?}"),
-                found: format!("{:?} of type {:?}", part.shape(), part.dtype()),
-            })
+            check_part(name, suffix, part, dtype, values)
         };
         check("", &self.codes, Dtype::U8, len.div_ceil(2))?;
         match &self.nested {
@@ -176,6 +169,24 @@ impl<'a> Stored<'a> {
         let codes = self.codes.data().to_vec();
         Quantized::new(self.shape, self.format, self.state.blocksize, codes, absmax)
     }
+}
+
+fn check_part(
+    name: &str,
+    suffix: &str,
+    part: &TensorView,
+    dtype: Dtype,
+    values: usize,
+) -> Result<()> {
+    let bytes = values * dtype.bitsize() / 8;
+    if part.dtype() == dtype && part.data().len() == bytes {
+        return Ok(());
+    }
+    Err(Error::WrongPart {
+        name: format!("{name}{suffix}"),
+        expected: format!("{values} values of type {dtype:?}"),
+        found: format!("{:?} of type {:?}", part.shape(), part.dtype()),
+    })
 }
 
 impl QuantState {

@@ -54,6 +54,8 @@ pub struct Run<B: TrainBackend> {
     pub progress: Progress,
     /// How long it took to load the base model.
     pub load_time: Duration,
+    /// How the base of `adapter.init_from` was quantised, and how this one is, if they differ.
+    pub other_base: Option<[String; 2]>,
     /// Where it computes.
     pub device: B::Device,
 }

@@ -85,8 +85,13 @@ impl RunFolder {
             }
             Err(_) => false, // as a power cut leaves it
         };
-        let kept: Vec<&str> = text.split_inclusive('\n').filter(is_past).collect();
-        write_file(&metrics, kept.concat().as_bytes())?;
+        // the last line may lack its end
+        let kept: String = text
+            .lines()
+            .filter(is_past)
+            .flat_map(|line| [line, "\n"])
+            .collect();
+        write_file(&metrics, kept.as_bytes())?;
         Self::open(path)
     }
 

@@ -147,8 +147,12 @@ pub fn start<B: TrainBackend>(
     let start = Instant::now();
     let mut model = load_base::<B>(&recipe, &base, &device)?;
     let load_time = start.elapsed();
+    let mut other_base = None;
     match &recipe.adapter.init_from {
-        Some(folder) => model = peft::load(model, folder, &device)?.0,
+        Some(folder) => {
+            model = peft::load(model, folder, &device)?.0;
+            other_base = peft::other_base(&model, folder)?;
+        }
         None => trained.attach(&mut model, recipe.train.seed, &device)?,
     }
     let folder = RunFolder::create(output, &recipe)?;
@@ -157,9 +161,10 @@ pub fn start<B: TrainBackend>(
         rows: rows.fingerprint(),
         ..Progress::default()
     };
-    Ok(assemble(
+    let run = assemble(
         recipe, trained, base, rows, device, model, optimizer, folder, progress, load_time,
-    ))
+    );
+    Ok(Run { other_base, ..run })
 }
 
 /// Settles `train.recompute = "auto"` of a run by the memory that is there now, the weights being
@@ -243,6 +248,7 @@ fn assemble<B: TrainBackend>(
         folder,
         progress,
         load_time,
+        other_base: None,
         device,
     }
 }

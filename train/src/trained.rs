@@ -97,6 +97,7 @@ impl Trained {
                         false => "dtype",
                     };
                     config.insert(key.into(), "float32".into());
+                    config.shift_remove("quantization_config"); // of a model that began anew
                 })?;
             }
         }

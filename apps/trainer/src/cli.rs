@@ -66,8 +66,8 @@ pub struct RecipeArgs {
     /// output.dir: the run folder
     #[arg(long, value_name = "DIR")]
     pub output: Option<PathBuf>,
-    /// quantization.format
-    #[arg(long, hide = true)]
+    /// quantization.format: nf4 or fp4 keeps the linear layers in 4 bits
+    #[arg(long, value_name = "FORMAT")]
     pub quant: Option<String>,
     /// adapter.method: lora or full
     #[arg(long)]
@@ -111,7 +111,7 @@ pub struct ModelArgs {
     #[arg(long)]
     pub adapter: Option<String>,
     /// Keep the linear layers in 4 bits: nf4 or fp4 (a model that is stored so needs no --quant)
-    #[arg(long, value_name = "FORMAT", value_parser = ["none", "nf4", "fp4"])]
+    #[arg(long, value_name = "FORMAT", value_parser = ["nf4", "fp4"])]
     pub quant: Option<String>,
     #[command(flatten)]
     pub blocks: BlockArgs,
@@ -120,9 +120,9 @@ pub struct ModelArgs {
 /// How --quant cuts weights into blocks.
 #[derive(Debug, Args)]
 pub struct BlockArgs {
-    /// Weights that share a scale: a power of two from 32 to 4096
-    #[arg(long, default_value_t = 64, requires = "quant")]
-    pub block_size: usize,
+    /// Weights that share a scale: a power of two from 32 to 4096 [default: 64]
+    #[arg(long, requires = "quant")]
+    pub block_size: Option<usize>,
     /// Keep the scales in 8 bits
     #[arg(long, requires = "quant")]
     pub double_quant: bool,

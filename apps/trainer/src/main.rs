@@ -48,7 +48,7 @@ fn run(cli: Cli, output: &Output) -> anyhow::Result<ExitCode> {
         Some(Command::Generate(args)) => commands::generate::run(args, &device, output),
         Some(Command::Chat(args)) => commands::chat::run(args, &device, output),
         Some(Command::Merge(args)) => commands::merge::run(args, &device, output),
-        Some(Command::Quantize(args)) => commands::quantize::run(args, output),
+        Some(Command::Quantize(args)) => commands::quantize::run(args, &device, output),
         Some(Command::Plan(args)) => commands::plan::run(args, &device, output),
         Some(Command::Devices) => commands::devices::run(&device, output),
     }

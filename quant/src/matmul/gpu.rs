@@ -58,7 +58,12 @@ impl<R: CubeRuntime, F: FloatElement, I: IntElement, BT: BoolElement> QuantBacke
         let (client, dtype) = (x.client.clone(), x.dtype);
         let shape = Shape::from(shape);
         let dense = empty_device_contiguous_dtype(client.clone(), x.device.clone(), shape, dtype);
-        let words = weight.layout.num_values().div_ceil(8);
+        let num_values = weight.layout.num_values();
+        assert!(
+            u32::try_from(num_values).is_ok(),
+            "the kernel counts in 32 bits"
+        );
+        let words = num_values.div_ceil(8);
         let cube = CubeDim::new(&client, words);
         dequantize::launch::<R>(
             &client,

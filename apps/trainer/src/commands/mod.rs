@@ -72,6 +72,11 @@ fn check_out(out: &Path) -> Result<()> {
         }
         other => anyhow::Error::from(other),
     };
+    let current = std::env::current_dir().ok();
+    if current.is_some() && out.canonicalize().ok() == current {
+        let message = format!("{} is the current folder", out.display());
+        return Err(Advised::failed(message, "choose another --out").into());
+    }
     check_empty(out).map_err(advised)
 }
 
@@ -91,8 +96,15 @@ impl Adapted {
     /// Finds what the command line names, if the device can hold it.
     pub fn open(args: &ModelArgs, device: &Device, output: &Output) -> Result<Self> {
         let (format, blocks) = (args.quant.as_deref(), &args.blocks);
-        let scheme = read_scheme(format, blocks.block_size, blocks.double_quant)?;
+        let scheme = read_scheme(format, blocks.block_size.unwrap_or(64), blocks.double_quant)?;
         let base = open_model(&args.model, Files::Model, output)?;
+        if base.config.quantization_config.is_some()
+            && (blocks.block_size.is_some() || blocks.double_quant)
+        {
+            let message = format!("{} is stored in 4 bits, with blocks of its own", args.model);
+            let help = "leave --block-size and --double-quant out, or give the original model";
+            return Err(Advised::usage(message, help).into());
+        }
         let adapter = args.adapter.as_deref();
         let adapter = adapter.map(|name| open_adapter(name, output)).transpose()?;
         check_memory(base_bytes(&base, scheme)?, device)?;
@@ -119,14 +131,19 @@ impl Adapted {
             return Ok(model);
         };
         let (model, _) = peft::load(model, folder, device)?;
-        if let Some([theirs, ours]) = peft::other_base(&model, folder)? {
-            self.output.note(format_args!(
-                "warning: the adapter was trained on a base with quantization {theirs}, and the \
-                 base in use has quantization {ours}: results differ from those of training"
-            ));
+        if let Some(differs) = peft::other_base(&model, folder)? {
+            self.output.note(other_base(&differs));
         }
         Ok(model)
     }
+}
+
+/// What there is to say of an adapter that was trained on another quantization than the base's.
+fn other_base([theirs, ours]: &[String; 2]) -> String {
+    format!(
+        "warning: the adapter was trained on a base with quantization {theirs}, and the base in \
+         use has quantization {ours}: results differ from those of training"
+    )
 }
 
 /// What loading did and how long it took, in words.

@@ -65,7 +65,7 @@ pub fn run(args: RecipeArgs, device: &str, output: &Output) -> Result<ExitCode> 
         false => plan_data(&mut plan, &recipe, &base, output)?,
     }
     let memory = check_training_memory(&recipe, &trained, &base, trainable_params, &device);
-    plan.problems.extend(memory.err().map(|e| e.to_string()));
+    plan.problems.extend(memory.err().map(|e| format!("{e:#}")));
     if let Some(folder) = &recipe.output.dir {
         let occupied = check_empty(folder).err();
         plan.problems.extend(occupied.map(|e| e.to_string()));

@@ -11,16 +11,28 @@ use serde_json::json;
 
 use super::{check_out, open_model, read_scheme};
 use crate::cli::QuantizeArgs;
+use crate::device::Device;
 use crate::output::Output;
+use crate::signals;
 
 /// Writes a model with 4-bit weights.
-pub fn run(args: QuantizeArgs, output: &Output) -> Result<ExitCode> {
+pub fn run(args: QuantizeArgs, device: &str, output: &Output) -> Result<ExitCode> {
     let scheme = read_scheme(Some(&args.format), args.block_size, args.double_quant)?;
     let scheme = scheme.expect("the command line knows no other formats");
+    Device::find(device)?; // computes on the CPU, and no name is taken unread
     check_out(&args.out)?;
     let base = open_model(&args.model, Files::Model, output)?;
+    let interrupter = signals::interrupter("stopping");
+    let go_on = || !interrupter.should_stop();
+    output.note(format_args!("quantising {} to {scheme}", args.model));
     let start = Instant::now();
-    write_folder(&args.out, |folder| quantize_folder(&base, scheme, folder))?;
+    let written = write_folder(&args.out, |folder| {
+        quantize_folder(&base, scheme, folder, &go_on)
+    });
+    match written {
+        Err(_) if interrupter.should_stop() => return signals::interrupted(output),
+        written => written?,
+    }
     let seconds = start.elapsed().as_secs_f64();
     let bytes = base_bytes(&base, Some(scheme))?;
     let json = json!({

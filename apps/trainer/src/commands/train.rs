@@ -19,7 +19,7 @@ use model::hub::Files;
 use serde_json::json;
 use toml::Value;
 
-use super::{check_memory, gib, loaded, open_model, settings};
+use super::{check_memory, gib, loaded, open_model, other_base, settings};
 use crate::cli::{RecipeArgs, TrainArgs};
 use crate::device::{Device, Job};
 use crate::encoder;
@@ -185,7 +185,10 @@ pub fn check_training_memory(
     trainable: u64,
     device: &Device,
 ) -> Result<()> {
-    let weights = base_bytes(base, recipe.quantization.scheme())?;
+    let weights = match recipe.model.init {
+        ModelInit::Random => base.config.num_params() * size_of::<f32>() as u64,
+        ModelInit::Pretrained => base_bytes(base, recipe.quantization.scheme())?,
+    };
     let trained_bytes = trainable.saturating_mul(size_of::<f32>() as u64);
     let beside = match trained {
         Trained::Full => trained_bytes.saturating_mul(3), // gradient and moments
@@ -233,6 +236,9 @@ impl Job for TrainJob {
         let answer = "saving and stopping (again: at once, unsaved)";
         let interrupter = signals::interrupter(answer);
         output.note(loaded(&run.model.model, run.load_time));
+        if let Some(differs) = &run.other_base {
+            output.note(other_base(differs));
+        }
         let trained = run.trained.num_params(&run.base.config)?;
         output.note(format_args!(
             "training {trained} of {} parameters for {} steps in {}",

@@ -83,6 +83,15 @@ fn training_on_either_is_the_same_run() {
     assert!(!warns("--model model --quant fp4"));
     assert!(warns("--model model --quant nf4"));
     assert!(warns("--model model"));
+    let run = dir.trainer(&format!(
+        "{train} --model model --output c --set adapter.init_from=a/adapter"
+    ));
+    assert!(
+        run.succeeds()
+            .stderr
+            .contains("the adapter was trained on a base with quantization fp4"),
+        "so does a run that goes on from it"
+    );
 }
 
 #[test]
@@ -134,6 +143,10 @@ fn what_cannot_be_quantised_is_refused() {
         .fails(2, &["--quant"]);
     dir.trainer(quantize).succeeds();
     dir.trainer(quantize).fails(1, &["small is not empty"]);
+    dir.trainer("eval --model small --data rows.jsonl --quant nf4 --block-size 128")
+        .fails(2, &["small is stored in 4 bits", "leave --block-size"]);
+    dir.trainer("eval --model model --data rows.jsonl --quant none")
+        .fails(2, &["nf4"]);
     dir.trainer("quantize --model small --format nf4 --out again")
         .fails(1, &["small is quantised already", "original model"]);
     assert!(!dir.has("again"));
@@ -145,6 +158,11 @@ fn what_cannot_be_quantised_is_refused() {
     dir.trainer("train --model small --method full --data rows.jsonl --output run")
         .fails(2, &["is in 4 bits and cannot be trained as a whole"]);
     assert!(!dir.has("run"));
+    // what begins anew is dense, whatever the folder held
+    dir.trainer("train --model small --method full --data rows.jsonl --max-steps 1 --set model.init=random --output new")
+        .succeeds();
+    dir.trainer("eval --model new/model --data rows.jsonl")
+        .succeeds();
 }
 
 #[test]
