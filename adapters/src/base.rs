@@ -114,44 +114,42 @@ impl<'a> Base<'a> {
         &self,
         mut source: LinearSource<B>,
     ) -> Result<AdaptedLinear<B>> {
-        let base = match self.quantized(source.name, source.shape)? {
-            None => BaseLinear::Dense(source.linear()?),
-            Some(weight) => BaseLinear::Quantized(QuantLinear {
-                bias: source.bias()?,
-                weight: PackedWeight::new(weight, source.device),
-            }),
+        let name = format!("{}.weight", source.name);
+        let Some(weight) = self.quantized(&name, &source.shape)? else {
+            return dense(source);
         };
+        let base = BaseLinear::Quantized(QuantLinear {
+            bias: source.bias()?,
+            weight: PackedWeight::new(weight, source.device),
+        });
         Ok(AdaptedLinear { base, lora: None })
     }
 
-    /// The weight `[out, in]` of a linear layer in 4 bits: as it is stored, or, if the layer is one
-    /// of the decoder's, quantised; nothing if it is dense.
-    pub(crate) fn quantized(&self, layer: &str, shape: [usize; 2]) -> Result<Option<Quantized>> {
-        let name = format!("{layer}.weight");
-        if let Some(stored) = self.stored(&name, shape)? {
+    /// A tensor in 4 bits: as it is stored, or, if it is the weight of a linear layer of the
+    /// decoder, quantised; nothing if it is dense.
+    pub(crate) fn quantized(&self, name: &str, shape: &[usize]) -> Result<Option<Quantized>> {
+        if let Some(stored) = self.stored(name, shape)? {
             let weight = stored.read().map_err(|source| self.wrong(source))?;
-            self.checkpoint.release(&name);
+            self.checkpoint.release(name);
             return Ok(Some(weight));
         }
-        let scheme = self
-            .scheme
-            .filter(|_| !self.is_stored && layer != "lm_head");
-        let Some(scheme) = scheme else {
+        let scheme = self.scheme.filter(|_| !self.is_stored && name != HEAD);
+        let (Some(scheme), Some(shape)) = (scheme, linear_shape(name, shape)) else {
             return Ok(None);
         };
-        let weight = quantize(&self.checkpoint.read(&name)?, shape, scheme);
-        weight
-            .map(Some)
-            .map_err(|source| Error::Weight { name, source })
+        let weight = quantize(&self.checkpoint.read(name)?, shape, scheme);
+        weight.map(Some).map_err(|source| Error::Weight {
+            name: name.into(),
+            source,
+        })
     }
 
-    /// The parts of a weight that the checkpoint holds in 4 bits.
-    pub(crate) fn stored(&self, name: &str, shape: [usize; 2]) -> Result<Option<Stored<'a>>> {
-        if !self.has_stored(name) {
-            return Ok(None);
-        }
-        let stored = Stored::find(name, shape, |part| self.checkpoint.view(part));
-        stored.map(Some).map_err(|source| self.wrong(source))
+    /// The parts of a tensor that the checkpoint holds in 4 bits.
+    pub(crate) fn stored(&self, name: &str, shape: &[usize]) -> Result<Option<Stored<'a>>> {
+        let shape = linear_shape(name, shape).filter(|_| self.has_stored(name));
+        let find = |shape| Stored::find(name, shape, |part| self.checkpoint.view(part));
+        let stored = shape.map(find).transpose();
+        stored.map_err(|source| self.wrong(source))
     }
 
     fn has_stored(&self, name: &str) -> bool {
@@ -167,11 +165,10 @@ impl<'a> Base<'a> {
 
     /// Checks everything; gives the scheme of the first weight that is stored in 4 bits.
     fn check(&self, config: &LlamaConfig) -> Result<Option<Scheme>> {
-        let is_linear = |name: &str, shape: &[usize]| shape.len() == 2 && name != EMBEDDINGS;
-        let (stored, dense): (Vec<_>, Vec<_>) = config
-            .tensors()
-            .into_iter()
-            .partition(|(name, shape)| is_linear(name, shape) && self.has_stored(name));
+        let (stored, dense): (Vec<_>, Vec<_>) =
+            config.tensors().into_iter().partition(|(name, shape)| {
+                linear_shape(name, shape).is_some() && self.has_stored(name)
+            });
         let is_known = |name: &str| {
             let weight = bitsandbytes::weight_of_part(name).unwrap_or(name);
             stored.iter().any(|(name, _)| name == weight) || is_redundant(config, name)
@@ -201,12 +198,21 @@ impl<'a> Base<'a> {
     }
 }
 
+/// The shape `[out, in]` of a tensor that is the weight of a linear layer.
+fn linear_shape(name: &str, shape: &[usize]) -> Option<[usize; 2]> {
+    let shape = <[usize; 2]>::try_from(shape).ok();
+    shape.filter(|_| name != EMBEDDINGS)
+}
+
+/// A linear layer as it is, without an adapter.
+pub(crate) fn dense<B: Backend>(source: LinearSource<B>) -> Result<AdaptedLinear<B>> {
+    let base = BaseLinear::Dense(source.linear()?);
+    Ok(AdaptedLinear { base, lora: None })
+}
+
 /// Makes a base model with fresh weights, see [`fresh`]; it is dense.
 pub fn init<B: Backend>(config: &LlamaConfig, seed: u64, device: &B::Device) -> AdaptedLlama<B> {
-    let model = build(config, device, fresh(config, seed), |source| {
-        let base = BaseLinear::Dense(source.linear()?);
-        Ok::<_, Error>(AdaptedLinear { base, lora: None })
-    });
+    let model = build(config, device, fresh(config, seed), dense);
     model.expect("fresh values cannot fail")
 }
 

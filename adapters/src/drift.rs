@@ -11,7 +11,7 @@ use model::ops::matmul;
 use model::rope::Rope;
 use rayon::prelude::*;
 
-use crate::base::{AdaptedBackend, BaseLinear, EMBEDDINGS, HEAD};
+use crate::base::{AdaptedBackend, EMBEDDINGS, HEAD, dense};
 use crate::error::{Error, Result};
 use crate::lora::{AdaptedLinear, Lora};
 use crate::merge::{Merge, Weight};
@@ -151,12 +151,6 @@ impl<B: AdaptedBackend> Probe<'_, B> {
     fn tensor(&self, values: Vec<f32>, shape: [usize; 2]) -> Tensor<B, 2> {
         Tensor::from_data(TensorData::new(values, shape), self.device)
     }
-}
-
-/// A linear layer of the merged model.
-fn dense<B: Backend>(source: LinearSource<B>) -> Result<AdaptedLinear<B>> {
-    let base = BaseLinear::Dense(source.linear()?);
-    Ok(AdaptedLinear { base, lora: None })
 }
 
 /// Two models' logits `[n, v]`.

@@ -19,7 +19,6 @@ use model::folder::{ModelFolder, edit_config};
 use model::load::LinearSource;
 use model::weight::named_param;
 use quant::{Quantized, Scheme};
-use rayon::prelude::*;
 use safetensors::Dtype;
 
 use crate::base::{Base, BaseLinear, EMBEDDINGS, HEAD};
@@ -200,14 +199,13 @@ impl<'a> Merge<'a> {
 
     /// A tensor that updates are added to.
     pub(crate) fn weight(&self, name: &str, shape: &[usize]) -> Result<Weight<'_>> {
-        let layer = name.strip_suffix(".weight").filter(|_| name != EMBEDDINGS);
-        let is_dense = self.onto == Onto::Original || self.replaces(name);
-        if let (Some(layer), &[out, r#in], false) = (layer, shape, is_dense)
-            && let Some(weight) = self.base.quantized(layer, [out, r#in])?
-        {
-            return Ok(Weight::Decoded(weight));
+        if self.onto == Onto::Original || self.replaces(name) {
+            return Ok(self.dense(name));
         }
-        Ok(self.dense(name))
+        Ok(match self.base.quantized(name, shape)? {
+            Some(weight) => Weight::Decoded(weight),
+            None => self.dense(name),
+        })
     }
 
     /// A linear layer of the trained model.
@@ -282,12 +280,10 @@ impl<'a> Merge<'a> {
     /// The type of a tensor of the merged model: that of the base's tensor.
     fn dtype(&self, name: &str, shape: &[usize]) -> Result<Dtype> {
         let name = self.base_name(name);
-        if let [out, r#in] = shape
-            && let Some(stored) = self.base.stored(name, [*out, *r#in])?
-        {
-            return Ok(stored.dtype());
-        }
-        Ok(self.base.checkpoint.float_dtype(name)?)
+        Ok(match self.base.stored(name, shape)? {
+            Some(stored) => stored.dtype(),
+            None => self.base.checkpoint.float_dtype(name)?,
+        })
     }
 
     /// The bytes of a tensor of the merged model.
@@ -323,7 +319,12 @@ impl Weight<'_> {
     pub(crate) fn rows(&self, rows: Range<usize>) -> model::Result<Vec<f32>> {
         match self {
             Self::Dense(file, name) => file.read_rows(name, rows),
-            Self::Decoded(weight) => Ok(decode(weight, rows)),
+            Self::Decoded(weight) => {
+                let [_, width] = weight.shape();
+                let mut values = vec![0.0; rows.len() * width];
+                weight.dequantize_rows(rows, &mut values);
+                Ok(values)
+            }
         }
     }
 }
@@ -334,17 +335,4 @@ fn add(update: &Lora<Flex>, rows: Range<usize>, values: &mut [f32]) {
     let product = b.matmul(update.lora_a.val()).into_data(); // [rows, in]
     let product = product.as_slice::<f32>().expect("computed in f32");
     values.iter_mut().zip(product).for_each(|(w, x)| *w += x);
-}
-
-/// Rows of a weight in 4 bits, decoded on all cores.
-fn decode(weight: &Quantized, rows: Range<usize>) -> Vec<f32> {
-    let [_, width] = weight.shape();
-    let few = ((1 << 14) / width).max(1);
-    let mut values = vec![0.0; rows.len() * width];
-    let parts = values.par_chunks_mut(few * width).enumerate();
-    parts.for_each(|(part, values)| {
-        let start = rows.start + part * few;
-        weight.dequantize_rows(start..start + values.len() / width, values);
-    });
-    values
 }

@@ -308,8 +308,8 @@ fn quantization<B: Backend>(model: &AdaptedLlama<B>) -> String {
     in_words(scheme(model))
 }
 
-/// What a file says of a base that is quantised by `scheme`.
-pub(crate) fn in_words(scheme: Option<Scheme>) -> String {
+/// What an adapter's file says of a base that is quantised by `scheme`.
+pub fn in_words(scheme: Option<Scheme>) -> String {
     scheme.map_or("none".into(), |scheme| scheme.to_string())
 }
 

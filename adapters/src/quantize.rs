@@ -2,13 +2,13 @@
 
 use std::path::Path;
 
-use model::checkpoint::{Checkpoint, LazyTensor, MODEL_FILE, write_lazily};
+use model::checkpoint::{LazyTensor, MODEL_FILE, write_lazily};
 use model::folder::{ModelFolder, edit_config};
-use model::load::is_redundant;
+use quant::Scheme;
 use quant::bitsandbytes::{self, parts};
-use quant::{Quantized, Scheme, quantize};
 use safetensors::Dtype;
 
+use crate::base::Base;
 use crate::error::{Error, Result};
 
 /// Writes `base` with the linear layers of its decoder in 4 bits into the folder `to`, which
@@ -16,67 +16,65 @@ use crate::error::{Error, Result};
 /// Before each tensor, `go_on` is asked.
 ///
 /// # Errors
-/// [`Error::Interrupted`] if `go_on` says so; [`Error::Quantized`] if the model is in fewer bits already, [`Error::Weight`] if a weight cannot
-/// be quantised, [`Error::File`] for what cannot be read or written.
+/// [`Error::Interrupted`] if `go_on` says so; [`Error::Quantized`] if the model is in fewer bits
+/// already, [`Error::Weight`] if a weight cannot be quantised, [`Error::File`] for what cannot be
+/// read or written.
 pub fn quantize_folder(
     base: &ModelFolder,
     scheme: Scheme,
     to: &Path,
     go_on: &dyn Fn() -> bool,
 ) -> Result<()> {
+    let quantized = || Error::Quantized {
+        path: base.path.clone(),
+    };
     if base.config.quantization_config.is_some() {
-        return Err(Error::Quantized {
-            path: base.path.clone(),
-        });
+        return Err(quantized());
     }
     let checkpoint = base.checkpoint()?;
+    let source = Base::new(&base.config, &checkpoint, Some(scheme))?;
+    if source.is_stored {
+        return Err(quantized());
+    }
+    let asked = || match go_on() {
+        true => Ok(()),
+        false => Err(Error::Interrupted),
+    };
     let tensors = base.config.tensors();
-    checkpoint.check(&tensors, |name| is_redundant(&base.config, name))?;
-    let (linear, others): (Vec<_>, Vec<_>) = tensors
-        .into_iter()
-        .partition(|(name, shape)| shape.len() == 2 && name.starts_with("model.layers."));
-    let weights = linear.iter().map(|(name, shape)| {
-        if !go_on() {
-            return Err(Error::Interrupted);
-        }
-        let dtype = torch_name(&checkpoint, name);
-        let values = checkpoint.read(name)?;
-        let weight = quantize(&values, [shape[0], shape[1]], scheme);
-        let weight = weight.map_err(|source| Error::Weight {
-            name: name.clone(),
-            source,
-        })?;
-        Ok((name.as_str(), weight, dtype))
+    let weights = tensors.iter().map(|(name, shape)| {
+        asked()?;
+        Ok((name, shape, source.quantized(name, shape)?))
     });
-    let weights: Vec<(&str, Quantized, &str)> = weights.collect::<Result<_>>()?;
-    let packed = weights.iter().flat_map(|(name, weight, dtype)| {
-        parts(name, weight, dtype)
-            .into_iter()
-            .map(|part| LazyTensor {
-                name: part.name,
-                dtype: part.dtype,
-                shape: part.shape,
-                bytes: Box::new(move || match go_on() {
-                    true => Ok(part.bytes.clone()),
-                    false => Err(Error::Interrupted),
+    let weights: Vec<_> = weights.collect::<Result<_>>()?;
+    let mut written = Vec::new();
+    for (name, shape, weight) in &weights {
+        let dtype = checkpoint.float_dtype(name)?;
+        let Some(weight) = weight else {
+            written.push(LazyTensor {
+                name: (*name).clone(),
+                dtype,
+                shape: (*shape).clone(),
+                bytes: Box::new(|| {
+                    let bytes = checkpoint.view(name).expect("checked above").data();
+                    let bytes = bytes.to_vec();
+                    checkpoint.release(name);
+                    Ok(bytes.into())
                 }),
-            })
-    });
-    let kept = others.iter().map(|(name, shape)| LazyTensor {
-        name: name.clone(),
-        dtype: checkpoint.view(name).expect("checked above").dtype(),
-        shape: shape.clone(),
-        bytes: Box::new(|| {
-            let bytes = checkpoint
-                .view(name)
-                .expect("checked above")
-                .data()
-                .to_vec();
-            checkpoint.release(name);
-            Ok(bytes.into())
-        }),
-    });
-    write_lazily::<Error>(&to.join(MODEL_FILE), packed.chain(kept).collect(), &[])?;
+            });
+            continue;
+        };
+        written.extend(
+            parts(name, weight, torch_name(dtype))
+                .into_iter()
+                .map(|part| LazyTensor {
+                    name: part.name,
+                    dtype: part.dtype,
+                    shape: part.shape,
+                    bytes: Box::new(move || asked().map(|()| part.bytes)),
+                }),
+        );
+    }
+    write_lazily::<Error>(&to.join(MODEL_FILE), written, &[])?;
     base.copy_assets(to)?;
     edit_config(to, |config| {
         let quantization = bitsandbytes::config(scheme, "float32");
@@ -85,11 +83,11 @@ pub fn quantize_folder(
     Ok(())
 }
 
-/// What torch calls the type of a tensor.
-fn torch_name(checkpoint: &Checkpoint, name: &str) -> &'static str {
-    match checkpoint.view(name).map(|view| view.dtype()) {
-        Some(Dtype::BF16) => "bfloat16",
-        Some(Dtype::F16) => "float16",
+/// What torch calls a type.
+fn torch_name(dtype: Dtype) -> &'static str {
+    match dtype {
+        Dtype::BF16 => "bfloat16",
+        Dtype::F16 => "float16",
         _ => "float32",
     }
 }

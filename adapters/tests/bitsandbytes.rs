@@ -1,13 +1,14 @@
 //! 4-bit checkpoints of transformers and bitsandbytes (`fixtures/bitsandbytes/make.py`): read,
 //! computed with, made again to the byte, and refused when something is wrong with them.
 
+mod harness;
+
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use adapters::{
-    AdaptedLlama, LoraConfig, LoraInit, Pattern, Targets, attach, peft, quantize_folder, scheme,
-};
+use adapters::{AdaptedLlama, LoraConfig, Targets, attach, peft, quantize_folder, scheme};
 use burn::tensor::{Int, Tensor, TensorData};
+use harness::{B, lora, root};
 use model::checkpoint::{Checkpoint, MODEL_FILE, NamedTensor, write_safetensors};
 use model::config::LlamaConfig;
 use model::folder::ModelFolder;
@@ -18,11 +19,6 @@ use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
 use serde_json::{Value, json};
 use tempfile::TempDir;
-
-#[cfg(not(feature = "wgpu"))]
-type B = burn::backend::Flex;
-#[cfg(feature = "wgpu")]
-type B = burn::backend::Wgpu;
 
 const NF4: Scheme = Scheme {
     format: Format::Nf4,
@@ -48,36 +44,18 @@ const DOUBLE: Scheme = Scheme {
 };
 
 fn fixture(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR"))
-        .join("tests/fixtures/bitsandbytes")
-        .join(name)
+    root("tests/fixtures/bitsandbytes").join(name)
 }
 
 /// What the fixtures were made of.
 fn dense() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("../model/tests/fixtures/models/by_64")
+    root("../model/tests/fixtures/models/by_64")
 }
 
 fn try_load(folder: &Path, scheme: Option<Scheme>) -> adapters::Result<AdaptedLlama<B>> {
     let config = LlamaConfig::from_file(&folder.join("config.json"))?;
     let checkpoint = Checkpoint::open_folder(folder)?;
     adapters::load(&config, &checkpoint, scheme, &Default::default())
-}
-
-fn lora(target_modules: Targets, modules_to_save: &[&str]) -> LoraConfig {
-    LoraConfig {
-        rank: 4,
-        alpha: 8.0,
-        dropout: 0.0,
-        target_modules,
-        exclude_modules: None,
-        layers_to_transform: None,
-        rank_pattern: Pattern::default(),
-        alpha_pattern: Pattern::default(),
-        use_rslora: false,
-        modules_to_save: modules_to_save.iter().map(|name| (*name).into()).collect(),
-        init: LoraInit::Default,
-    }
 }
 
 /// The error and its causes.
@@ -438,7 +416,7 @@ fn a_weight_that_is_not_finite_cannot_be_quantised() {
 #[test]
 fn an_adapter_remembers_the_quantization_it_was_trained_on() {
     let device = Default::default();
-    let config = lora(Targets::AllLinear, &[]);
+    let config = lora(Targets::AllLinear);
     let folder = tempfile::tempdir().unwrap();
     let mut model = try_load(&dense(), Some(DOUBLE)).unwrap();
     attach(&mut model, &config, 1, &device).unwrap();
@@ -455,7 +433,7 @@ fn an_adapter_remembers_the_quantization_it_was_trained_on() {
         Some([theirs.to_owned(), "nf4 in blocks of 64".to_owned()])
     );
     assert_eq!(other(None), Some([theirs.to_owned(), "none".to_owned()]));
-    let by_peft = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/qv");
+    let by_peft = root("tests/fixtures/qv");
     let model = try_load(&dense(), None).unwrap();
     let other = peft::other_base(&model, &by_peft).unwrap();
     assert_eq!(other, None, "PEFT does not say");
@@ -464,7 +442,10 @@ fn an_adapter_remembers_the_quantization_it_was_trained_on() {
 #[test]
 fn a_module_in_4_bits_cannot_be_trained_as_a_whole() {
     let mut model = try_load(&dense(), Some(NF4)).unwrap();
-    let config = lora(Targets::Names(vec!["q_proj".into()]), &["up_proj"]);
+    let config = LoraConfig {
+        modules_to_save: vec!["up_proj".into()],
+        ..lora(Targets::Names(vec!["q_proj".into()]))
+    };
     let error = attach(&mut model, &config, 1, &Default::default()).unwrap_err();
     let words = "model.layers.0.mlp.up_proj is in 4 bits and cannot be trained as a whole";
     assert!(error.to_string().contains(words), "{error}");

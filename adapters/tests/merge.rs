@@ -1,12 +1,15 @@
 //! Adapters merged into their base, against PEFT (`fixtures/merge/make.py`, `fixtures/make.py`).
 
+mod harness;
+
 use std::path::{Path, PathBuf};
 
 use adapters::{
-    AdaptedLlama, Drift, Error, LoraConfig, LoraInit, Merge, Onto, Pattern, Targets, Weighted,
-    drift, peft, read_parameters, write_parameters,
+    AdaptedLlama, Drift, Error, LoraConfig, Merge, Onto, Pattern, Targets, Weighted, drift, peft,
+    read_parameters, write_parameters,
 };
 use burn::tensor::{Tensor, TensorData};
+use harness::{B, lora, root};
 use model::checkpoint::{Checkpoint, MODEL_FILE, NamedTensor, write_safetensors};
 use model::folder::ModelFolder;
 use model::load::normal;
@@ -15,16 +18,6 @@ use quant::{Format, Scheme};
 use safetensors::SafeTensors;
 use serde_json::Value;
 use tempfile::TempDir;
-
-/// The drift is measured on the processor, or with `--features wgpu` on the first graphics adapter.
-#[cfg(not(feature = "wgpu"))]
-type B = burn::backend::Flex;
-#[cfg(feature = "wgpu")]
-type B = burn::backend::Wgpu;
-
-fn root(path: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join(path)
-}
 
 /// A folder of PEFT's adapters.
 fn fixture(name: &str) -> PathBuf {
@@ -207,19 +200,16 @@ fn trained_on(adapter: &Path, words: &str) -> TempDir {
     copy
 }
 
-fn lora(target_modules: Targets) -> LoraConfig {
+/// Settings that give layers different ranks and factors.
+fn mixed_lora(target_modules: Targets) -> LoraConfig {
     LoraConfig {
         rank: 3,
         alpha: 5.0,
         dropout: 0.1,
-        target_modules,
-        exclude_modules: None,
-        layers_to_transform: None,
         rank_pattern: Pattern(vec![("up_proj".into(), 7)]),
         alpha_pattern: Pattern(vec![("0.self_attn.q_proj".into(), 11.0)]),
         use_rslora: true,
-        modules_to_save: Vec::new(),
-        init: LoraInit::Default,
+        ..lora(target_modules)
     }
 }
 
@@ -279,7 +269,7 @@ fn tied_embeddings_part_where_an_adapter_parts_them() {
 
 #[test]
 fn an_expression_that_would_name_a_tied_lm_head_parts_nothing() {
-    let config = lora(Targets::Regex(r".*v_proj|lm_head".into()));
+    let config = mixed_lora(Targets::Regex(r".*v_proj|lm_head".into()));
     let (model, folder) = adapted(&base("tied_llama3"), &config, 3);
     let merged = merge(&base("tied_llama3"), &[whole(folder.path())], None).unwrap();
     let (ids, shape) = Expected::read(&fixture("tied")).ids();
@@ -362,7 +352,7 @@ fn drift_is_the_difference_between_pefts_trained_and_merged_models() {
 fn merged_is_unmerged_for_any_numbers() {
     let (ids, shape) = Expected::read(&fixture("qv")).ids();
     for seed in 0..4 {
-        let mut config = lora(Targets::AllLinear);
+        let mut config = mixed_lora(Targets::AllLinear);
         if seed == 1 {
             config.modules_to_save = vec!["lm_head".into(), "norm".into(), "o_proj".into()];
         }
@@ -380,7 +370,7 @@ fn merged_is_unmerged_for_any_numbers() {
 #[test]
 fn a_module_that_an_adapter_replaces_is_not_quantised() {
     let base = in_f32(&base("by_64"));
-    let mut config = lora(Targets::AllLinear);
+    let mut config = mixed_lora(Targets::AllLinear);
     config.modules_to_save = vec!["up_proj".into()];
     let (_, adapter) = adapted(base.path(), &config, 5);
     let adapter = trained_on(adapter.path(), "fp4 in blocks of 32");

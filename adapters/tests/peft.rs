@@ -1,24 +1,17 @@
 //! Adapters written by PEFT (`fixtures/make.py`): loaded, evaluated and saved again.
 
+mod harness;
+
 use std::path::{Path, PathBuf};
 
-use adapters::{AdaptedLlama, LoraConfig, LoraInit, Pattern, Targets, peft};
+use adapters::{AdaptedLlama, LoraConfig, Targets, peft};
 use burn::tensor::{Tensor, TensorData};
+use harness::{B, lora, root};
 use model::checkpoint::Checkpoint;
 use model::config::LlamaConfig;
 use model::rope::Rope;
 use safetensors::SafeTensors;
 use serde_json::Value;
-
-/// The tests run on the processor, or with `--features wgpu` on the first graphics adapter.
-#[cfg(not(feature = "wgpu"))]
-type B = burn::backend::Flex;
-#[cfg(feature = "wgpu")]
-type B = burn::backend::Wgpu;
-
-fn root(path: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join(path)
-}
 
 fn fixture(name: &str) -> PathBuf {
     root("tests/fixtures").join(name)
@@ -148,17 +141,8 @@ fn what_was_loaded_is_saved_again() {
 #[test]
 fn fresh_adapters_leave_the_logits_unchanged() {
     let config = LoraConfig {
-        rank: 4,
-        alpha: 8.0,
-        dropout: 0.0,
-        target_modules: Targets::AllLinear,
-        exclude_modules: None,
-        layers_to_transform: None,
-        rank_pattern: Pattern::default(),
-        alpha_pattern: Pattern::default(),
-        use_rslora: false,
         modules_to_save: vec!["lm_head".into()],
-        init: LoraInit::Default,
+        ..lora(Targets::AllLinear)
     };
     let folder = root("../model/tests/fixtures/models/gqa");
     let mut model = base("gqa");

@@ -99,19 +99,20 @@ impl Checkpoint {
             path: path.clone(),
             reason,
         };
-        let parsed = SafeTensors::deserialize(&map).map_err(|e| damaged(e.to_string()))?;
-        let (_, header) = SafeTensors::read_metadata(&map).map_err(|e| damaged(e.to_string()))?;
+        let (length, header) =
+            SafeTensors::read_metadata(&map).map_err(|e| damaged(e.to_string()))?;
+        let data = size_of::<u64>() + length; // after the header and its length
         self.metadata
             .extend(header.metadata().clone().unwrap_or_default());
-        for (name, view) in parsed.iter() {
-            let start = view.data().as_ptr() as usize - map.as_ptr() as usize;
+        for (name, info) in header.tensors() {
+            let (start, end) = info.data_offsets;
             let entry = Entry {
                 shard: self.shards.len(),
-                dtype: view.dtype(),
-                shape: view.shape().to_vec(),
-                bytes: start..start + view.data().len(),
+                dtype: info.dtype,
+                shape: info.shape.clone(),
+                bytes: data + start..data + end,
             };
-            if self.tensors.insert(name.to_owned(), entry).is_some() {
+            if self.tensors.insert(name.clone(), entry).is_some() {
                 return Err(damaged(format!("{name} is in another shard, too")));
             }
         }
@@ -370,8 +371,8 @@ pub struct LazyTensor<'a, E = Error> {
     pub dtype: Dtype,
     /// Dimensions.
     pub shape: Vec<usize>,
-    /// Makes the elements, row-major and little-endian; called once.
-    pub bytes: Box<dyn Fn() -> std::result::Result<Cow<'a, [u8]>, E> + 'a>,
+    /// Makes the elements, row-major and little-endian.
+    pub bytes: Box<dyn FnOnce() -> std::result::Result<Cow<'a, [u8]>, E> + 'a>,
 }
 
 /// A tensor to be written.
@@ -428,7 +429,7 @@ pub fn write_lazily<E: From<Error>>(
         file(&(header.len() as u64).to_le_bytes())?;
         file(&header)?;
         tensors
-            .iter()
+            .into_iter()
             .try_for_each(|tensor| Ok(file(&(tensor.bytes)()?)?))
     })
 }

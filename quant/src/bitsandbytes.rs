@@ -324,7 +324,7 @@ pub fn config(scheme: Scheme, compute_dtype: &str) -> Value {
 }
 
 /// What a `quantization_config` says of the weights, which [`Stored`] reads; their block size is
-/// not in it and stands for transformers' 64.
+/// not in it and stands for transformers' own.
 ///
 /// # Errors
 /// [`Error::QuantConfig`] with the key that describes something else.
@@ -354,7 +354,7 @@ pub fn check_config(config: &Value) -> Result<Scheme> {
     };
     Ok(Scheme::new(
         format,
-        64,
+        Scheme::DEFAULT_BLOCK_SIZE,
         is_true("bnb_4bit_use_double_quant"),
     ))
 }

@@ -28,6 +28,9 @@ pub struct Scheme {
 }
 
 impl Scheme {
+    /// What bitsandbytes and transformers take if nothing else is asked for.
+    pub const DEFAULT_BLOCK_SIZE: usize = 64;
+
     /// About how many bytes `len` values take.
     pub fn bytes(&self, len: u64) -> u64 {
         let blocks = len.div_ceil(self.block_size as u64);
@@ -242,18 +245,13 @@ impl Quantized {
 
     /// The whole weight, row by row, decoded on all cores.
     pub fn dequantize(&self) -> Vec<f32> {
-        let view = self.view();
-        let mut weight = vec![0.0; self.shape[0] * self.shape[1]];
-        weight
-            .par_chunks_mut(TASK_VALUES)
-            .enumerate()
-            .for_each(|(task, out)| {
-                view.decode(task * TASK_VALUES, out);
-            });
+        let [out_features, in_features] = self.shape;
+        let mut weight = vec![0.0; out_features * in_features];
+        self.dequantize_rows(0..out_features, &mut weight);
         weight
     }
 
-    /// Writes some of the rows into `out`, row by row, on the calling thread.
+    /// Writes some of the rows into `out`, row by row, decoded on all cores.
     ///
     /// # Panics
     /// If there are no such rows, or `out` is not exactly as long as they are.
@@ -268,7 +266,9 @@ impl Quantized {
             rows.len() * in_features,
             "length of the output for {rows:?}"
         );
-        self.view().decode(rows.start * in_features, out);
+        let (view, start) = (self.view(), rows.start * in_features);
+        let tasks = out.par_chunks_mut(TASK_VALUES).enumerate();
+        tasks.for_each(|(task, out)| view.decode(start + task * TASK_VALUES, out));
     }
 
     /// The parts, borrowed, as the kernels read them.

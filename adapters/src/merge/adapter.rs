@@ -104,7 +104,7 @@ pub(super) fn trained_on(
     onto: Option<Onto>,
     problems: &mut Vec<String>,
 ) -> Option<Scheme> {
-    let default = Scheme::new(Format::Nf4, 64, false);
+    let default = Scheme::new(Format::Nf4, Scheme::DEFAULT_BLOCK_SIZE, false);
     let onto_dequantized = onto == Some(Onto::Dequantized);
     let stated: Vec<_> = adapters.iter().filter_map(Adapter::stated).collect();
     let Some(first) = stated.first() else {

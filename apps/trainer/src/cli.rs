@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, value_parser};
+use quant::Scheme;
 
 /// Fine-tunes Llama models with LoRA: a Hugging Face folder goes in, a PEFT adapter comes out.
 ///
@@ -169,7 +170,7 @@ pub struct QuantizeArgs {
     #[arg(long, value_parser = ["nf4", "fp4"])]
     pub format: String,
     /// Weights that share a scale: a power of two from 32 to 4096
-    #[arg(long, default_value_t = 64)]
+    #[arg(long, default_value_t = Scheme::DEFAULT_BLOCK_SIZE)]
     pub block_size: usize,
     /// Keep the scales in 8 bits
     #[arg(long)]

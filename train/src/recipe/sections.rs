@@ -217,7 +217,7 @@ impl Default for QuantizationSection {
     fn default() -> Self {
         Self {
             format: "none".into(),
-            block_size: 64,
+            block_size: Scheme::DEFAULT_BLOCK_SIZE,
             double_quant: false,
         }
     }

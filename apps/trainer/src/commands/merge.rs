@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
+use adapters::peft::in_words;
 use adapters::{Drift, Merge, Onto, TrainBackend, Weighted, drift};
 use anyhow::Result;
 use model::checkpoint::Checkpoint;
@@ -10,7 +11,7 @@ use model::folder::{ModelFolder, write_folder};
 use model::hub::Files;
 use serde_json::json;
 
-use super::{check_out, open_adapter, open_model};
+use super::{check_out, open_adapter, open_model, other_base};
 use crate::cli::MergeArgs;
 use crate::device::{Device, Job};
 use crate::encoder::choose_template;
@@ -124,19 +125,12 @@ fn warn(merge: &Merge, adapters: &[Weighted], output: &Output) {
         output.note("warning: there is no --adapter: the weights are written as they are");
     }
     for (folder, base) in merge.strangers() {
-        output.note(format_args!(
-            "warning: {} was trained on a base with quantization {base}, and the base in use has \
-             quantization {}: results differ from those of training",
+        output.note(other_base(
             folder.display(),
-            base_words(merge)
+            base,
+            &in_words(merge.trained_on()),
         ));
     }
-}
-
-fn base_words(merge: &Merge) -> String {
-    merge
-        .trained_on()
-        .map_or("none".into(), |scheme| scheme.to_string())
 }
 
 /// The same tokens for the same model: a text, or numbers all over the vocabulary.
@@ -156,7 +150,7 @@ fn probe(source: &ModelFolder) -> Result<Vec<u32>> {
 fn report(out: &PathBuf, merge: &Merge, drift: Drift, output: &Output) -> Result<ExitCode> {
     let onto = match merge.onto() {
         Onto::Original => "original".to_owned(),
-        Onto::Dequantized => base_words(merge),
+        Onto::Dequantized => in_words(merge.trained_on()),
     };
     let json = json!({
         "out": out,

@@ -96,7 +96,8 @@ impl Adapted {
     /// Finds what the command line names, if the device can hold it.
     pub fn open(args: &ModelArgs, device: &Device, output: &Output) -> Result<Self> {
         let (format, blocks) = (args.quant.as_deref(), &args.blocks);
-        let scheme = read_scheme(format, blocks.block_size.unwrap_or(64), blocks.double_quant)?;
+        let block_size = blocks.block_size.unwrap_or(Scheme::DEFAULT_BLOCK_SIZE);
+        let scheme = read_scheme(format, block_size, blocks.double_quant)?;
         let base = open_model(&args.model, Files::Model, output)?;
         if base.config.quantization_config.is_some()
             && (blocks.block_size.is_some() || blocks.double_quant)
@@ -131,17 +132,17 @@ impl Adapted {
             return Ok(model);
         };
         let (model, _) = peft::load(model, folder, device)?;
-        if let Some(differs) = peft::other_base(&model, folder)? {
-            self.output.note(other_base(&differs));
+        if let Some([theirs, ours]) = peft::other_base(&model, folder)? {
+            self.output.note(other_base("the adapter", &theirs, &ours));
         }
         Ok(model)
     }
 }
 
 /// What there is to say of an adapter that was trained on another quantization than the base's.
-fn other_base([theirs, ours]: &[String; 2]) -> String {
+fn other_base(adapter: impl std::fmt::Display, theirs: &str, ours: &str) -> String {
     format!(
-        "warning: the adapter was trained on a base with quantization {theirs}, and the base in \
+        "warning: {adapter} was trained on a base with quantization {theirs}, and the base in \
          use has quantization {ours}: results differ from those of training"
     )
 }

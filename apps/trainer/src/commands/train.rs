@@ -236,8 +236,8 @@ impl Job for TrainJob {
         let answer = "saving and stopping (again: at once, unsaved)";
         let interrupter = signals::interrupter(answer);
         output.note(loaded(&run.model.model, run.load_time));
-        if let Some(differs) = &run.other_base {
-            output.note(other_base(differs));
+        if let Some([theirs, ours]) = &run.other_base {
+            output.note(other_base("the adapter", theirs, ours));
         }
         let trained = run.trained.num_params(&run.base.config)?;
         output.note(format_args!(

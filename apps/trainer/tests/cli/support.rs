@@ -39,6 +39,14 @@ impl Dir {
         dir
     }
 
+    /// The same with an adapter of rank 4 as `run/adapter`.
+    pub fn with_adapter() -> Self {
+        let dir = Self::with_tokens();
+        let line = "train -q --model model --data rows.jsonl --output run --rank 4 --max-steps 1";
+        dir.trainer(line).succeeds();
+        dir
+    }
+
     /// With a random model that has a tokenizer and a chat template as `model`, and four
     /// conversations as `rows.jsonl`.
     pub fn with_chat() -> Self {

@@ -2,14 +2,6 @@ use serde_json::{Value, json};
 
 use crate::support::Dir;
 
-/// A model with an adapter of rank 4 as `run/adapter`.
-fn adapted() -> Dir {
-    let dir = Dir::with_tokens();
-    let line = "train -q --model model --data rows.jsonl --output run --rank 4 --max-steps 1";
-    dir.trainer(line).succeeds();
-    dir
-}
-
 #[track_caller]
 fn refused(dir: &Dir, parts: &[&str]) {
     let with = "--model model --adapter run/adapter";
@@ -25,7 +17,7 @@ fn refused(dir: &Dir, parts: &[&str]) {
 
 #[test]
 fn the_adapter_of_another_model() {
-    let dir = adapted();
+    let dir = Dir::with_adapter();
     std::fs::remove_dir_all(dir.path("model")).unwrap();
     dir.add_model("wide_head", "model"); // other shapes
     refused(
@@ -47,7 +39,7 @@ fn the_adapter_of_another_model() {
 
 #[test]
 fn rank_or_targets_that_differ_from_the_tensors() {
-    let dir = adapted();
+    let dir = Dir::with_adapter();
     let file = "run/adapter/adapter_config.json";
     let good = dir.json(file);
     let write = |key: &str, value: Value| {
@@ -76,7 +68,7 @@ fn rank_or_targets_that_differ_from_the_tensors() {
 
 #[test]
 fn settings_that_are_not_supported() {
-    let dir = adapted();
+    let dir = Dir::with_adapter();
     let file = "run/adapter/adapter_config.json";
     let good = dir.json(file);
     for (key, value, part) in [
@@ -105,7 +97,7 @@ fn settings_that_are_not_supported() {
 
 #[test]
 fn tensors_that_are_damaged_or_not_there() {
-    let dir = adapted();
+    let dir = Dir::with_adapter();
     let file = "run/adapter/adapter_model.safetensors";
     let whole = std::fs::read(dir.path(file)).unwrap();
     for length in [0, 8, 1000, whole.len() - 1] {

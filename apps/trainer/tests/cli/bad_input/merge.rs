@@ -4,14 +4,6 @@ use serde_json::json;
 
 use crate::support::Dir;
 
-/// A model with an adapter of rank 4 as `run/adapter`.
-fn adapted() -> Dir {
-    let dir = Dir::with_tokens();
-    let line = "train -q --model model --data rows.jsonl --output run --rank 4 --max-steps 1";
-    dir.trainer(line).succeeds();
-    dir
-}
-
 /// `trainer merge --out merged` with these arguments fails and writes nothing.
 #[track_caller]
 fn refused(dir: &Dir, line: &str, code: i32, parts: &[&str]) {
@@ -25,7 +17,7 @@ fn refused(dir: &Dir, line: &str, code: i32, parts: &[&str]) {
 
 #[test]
 fn weights_that_are_none() {
-    let dir = adapted();
+    let dir = Dir::with_adapter();
     for weight in ["abc", "-1", "NaN", "inf", "", "1,5", "0.5x"] {
         let line = format!("--model model --adapter run/adapter={weight}");
         refused(&dir, &line, 2, &["is not a weight", "run/adapter=0.7"]);
@@ -36,7 +28,7 @@ fn weights_that_are_none() {
 
 #[test]
 fn adapters_that_are_none() {
-    let dir = adapted();
+    let dir = Dir::with_adapter();
     let line = "--model model --adapter";
     refused(&dir, &format!("{line} ./gone"), 1, &["./gone"]);
     refused(&dir, &format!("{line} ./gone=0.5"), 1, &["./gone"]);
@@ -68,7 +60,7 @@ fn adapters_that_are_none() {
 
 #[test]
 fn adapters_of_other_models() {
-    let dir = adapted();
+    let dir = Dir::with_adapter();
     dir.add_model("wide_head", "other");
     let line = "--model other --adapter run/adapter";
     refused(
@@ -111,7 +103,7 @@ fn adapters_that_do_not_go_together() {
 
 #[test]
 fn bases_that_cannot_be_merged_onto() {
-    let dir = adapted();
+    let dir = Dir::with_adapter();
     let line = "--model model --adapter run/adapter --onto";
     refused(
         &dir,
@@ -128,7 +120,7 @@ fn bases_that_cannot_be_merged_onto() {
 
 #[test]
 fn folders_that_cannot_be_made() {
-    let dir = adapted();
+    let dir = Dir::with_adapter();
     dir.write("used/notes.txt", "mine");
     let before = [dir.names("."), dir.names("model")];
     let fails = |out: &str, code, parts: &[&str]| {
@@ -157,7 +149,7 @@ fn folders_that_cannot_be_made() {
 
 #[test]
 fn models_that_are_damaged() {
-    let dir = adapted();
+    let dir = Dir::with_adapter();
     let line = "--model model --adapter run/adapter";
     let weights = std::fs::read(dir.path("model/model.safetensors")).unwrap();
     dir.write("model/model.safetensors", &weights[..weights.len() / 2]);
