@@ -14,7 +14,9 @@ use safetensors::tensor::TensorView;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use crate::{Absmax, DoubleQuantized, Error, Format, NESTED_BLOCK_SIZE, Quantized, Result, Scheme};
+use crate::{
+    Absmax, DoubleQuantized, Error, Format, NESTED_BLOCK_SIZE, Precision, Quantized, Result, Scheme,
+};
 
 /// Before the name of the format in the name of the part that describes the others.
 const QUANT_STATE: &str = "quant_state.bitsandbytes__";
@@ -136,7 +138,7 @@ impl<'a> Stored<'a> {
         }
     }
 
-    /// The type that the weight had before it was quantised, and decodes to in PyTorch.
+    /// The type that the weight had before it was quantised, and decodes to: see [`Precision`].
     pub fn dtype(&self) -> Dtype {
         dtype(&self.state.dtype).expect("checked when the parts were found")
     }
@@ -167,7 +169,12 @@ impl<'a> Stored<'a> {
             }),
         };
         let codes = self.codes.data().to_vec();
-        Quantized::new(self.shape, self.format, self.state.blocksize, codes, absmax)
+        let weight = Quantized::new(self.shape, self.format, self.state.blocksize, codes, absmax)?;
+        Ok(weight.with_precision(match self.dtype() {
+            Dtype::F16 => Precision::F16,
+            Dtype::BF16 => Precision::Bf16,
+            _ => Precision::F32,
+        }))
     }
 }
 

@@ -2,7 +2,7 @@
 
 use burn::backend::Autodiff;
 use burn::tensor::{Tensor, TensorData};
-use quant::{Format, PackedWeight, Quantized, Scheme, matmul, quantize};
+use quant::{Format, PackedWeight, Precision, Quantized, Scheme, matmul, quantize};
 
 #[cfg(not(feature = "wgpu"))]
 type B = burn::backend::Flex;
@@ -54,10 +54,16 @@ fn off(found: TensorData, expected: &[f64]) -> f64 {
     pairs.fold(0.0, |m: f64, (a, b)| m.max((f64::from(*a) - b).abs())) / largest
 }
 
-/// Product and gradient.
+/// Product and gradient, with values of every precision.
 fn check(n: usize, shape: [usize; 2], scheme: Scheme) {
-    let [out, r#in] = shape;
-    let weight = quantize(&noise(out * r#in, 1), shape, scheme).unwrap();
+    for precision in [Precision::F32, Precision::F16, Precision::Bf16] {
+        let weight = quantize(&noise(shape[0] * shape[1], 1), shape, scheme).unwrap();
+        check_weight(n, weight.with_precision(precision));
+    }
+}
+
+fn check_weight(n: usize, weight: Quantized) {
+    let ([out, r#in], scheme, precision) = (weight.shape(), weight.scheme(), weight.precision());
     let (x, dy) = (noise(n * r#in, 2), noise(n * out, 3));
     let [expected_y, expected_dx] = by_the_book(&x, &dy, &weight);
 
@@ -76,7 +82,8 @@ fn check(n: usize, shape: [usize; 2], scheme: Scheme) {
     ] {
         assert!(
             off < 3e-6,
-            "{name} for {n} × {shape:?}, {scheme}: off by {off}"
+            "{name} for {n} × {out} × {0}, {scheme}, {precision:?}: off by {off}",
+            r#in
         ); // f32 sums
     }
 }

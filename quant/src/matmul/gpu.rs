@@ -15,9 +15,10 @@ use cubecl::calculate_cube_count_elemwise;
 use cubecl::prelude::*;
 
 use super::{QuantBackend, Side};
+use crate::Precision;
 use crate::packed::{NestedAbsmax, PackedLayout, PackedWeight};
 
-/// Decodes eight codes a unit: `values` `[len]` are `code_book[code] * absmax`.
+/// Decodes eight codes a unit: `values` `[len]` are `code_book[code] * absmax`, rounded.
 #[cube(launch)]
 fn dequantize<F: Float>(
     codes: &Array<u32>,
@@ -25,6 +26,7 @@ fn dequantize<F: Float>(
     code_book: &Array<f32>,
     values: &mut Array<F>,
     #[comptime] block_size: usize,
+    #[comptime] precision: Precision,
     #[define(F)] _dtype: StorageType,
 ) {
     let word = ABSOLUTE_POS;
@@ -36,10 +38,34 @@ fn dequantize<F: Float>(
             if at < values.len() {
                 let shift = (i ^ 1u32) * 4u32; // the high nibble of a byte is the earlier code
                 let code = (bits >> shift) & 15u32;
-                values[at] = F::cast_from(code_book[code as usize] * absmax[at / block_size]);
+                let value = code_book[code as usize] * absmax[at / block_size];
+                values[at] = F::cast_from(round(value, precision));
             }
         }
     }
+}
+
+/// [`Precision::round`] for finite numbers, by their bits: not every device has the types.
+#[cube]
+fn round(x: f32, #[comptime] precision: Precision) -> f32 {
+    match comptime!(precision) {
+        Precision::F32 => x,
+        Precision::Bf16 => keep_bits(x, 16u32),
+        Precision::F16 => {
+            // Below f16's normal numbers its steps are those of f32 numbers from 0.5 to 1.
+            let subnormal = (x + 0.75) - 0.75;
+            select(f32::abs(x) < 6.103_515_6e-5, subnormal, keep_bits(x, 13u32))
+        }
+    }
+}
+
+/// `x` without its last `dropped` bits, rounded to nearest, the even one of two.
+#[cube]
+fn keep_bits(x: f32, #[comptime] dropped: u32) -> f32 {
+    let bits = u32::reinterpret(x);
+    let half = comptime!((1u32 << (dropped - 1)) - 1);
+    let rounded = bits + half + ((bits >> dropped) & 1u32);
+    f32::reinterpret((rounded >> dropped) << dropped)
 }
 
 impl<R: CubeRuntime, F: FloatElement, I: IntElement, BT: BoolElement> QuantBackend
@@ -50,7 +76,11 @@ impl<R: CubeRuntime, F: FloatElement, I: IntElement, BT: BoolElement> QuantBacke
         weight: &PackedWeight<Self>,
         side: Side,
     ) -> FloatTensor<Self> {
-        let PackedLayout { shape, scheme } = weight.layout;
+        let PackedLayout {
+            shape,
+            scheme,
+            precision,
+        } = weight.layout;
         let float = |tensor: Tensor<Self, 1>| into_contiguous(tensor.into_primitive().tensor());
         let codes = into_contiguous(weight.codes.clone().into_primitive());
         let absmax = float(weight.block_absmax());
@@ -74,6 +104,7 @@ impl<R: CubeRuntime, F: FloatElement, I: IntElement, BT: BoolElement> QuantBacke
             code_book.into_array_arg(),
             dense.clone().into_array_arg(),
             scheme.block_size,
+            precision,
             dtype.into(),
         );
         match side {
