@@ -8,7 +8,7 @@ use ::train::checkpoint::Checkpoints;
 use ::train::data::{Encoder, Prepared, prepare, split};
 use ::train::fit::{Event, Outcome, Run, Stopped, fit};
 use ::train::recipe::{ModelInit, Recipe, Recompute};
-use ::train::run_folder::{RECIPE_FILE, check_empty};
+use ::train::run_folder::{RECIPE_FILE, RunFolder, check_empty};
 use ::train::schedule::Schedule;
 use ::train::session::{self, Rows};
 use ::train::trained::Trained;
@@ -23,17 +23,22 @@ use super::{check_memory, gib, loaded, open_model, other_base, settings, trained
 use crate::cli::{RecipeArgs, TrainArgs};
 use crate::device::{Device, Job};
 use crate::encoder;
+use crate::failure::Advised;
 use crate::output::Output;
 use crate::renderer::Renderer;
 use crate::signals;
 
 /// Trains, or goes on training.
 pub fn run(args: TrainArgs, device: &str, no_tui: bool, output: &Output) -> Result<ExitCode> {
+    let over = settings_of(&args.recipe)?;
     if let Some(run) = &args.resume {
-        let recipe = Recipe::read(Some(&run.join(RECIPE_FILE)), &[])?;
+        if over.iter().any(|(key, _)| key == "output.dir") {
+            let help = "leave output.dir out, or copy the folder first and resume the copy";
+            return Err(Advised::usage("--resume goes on in its own folder", help).into());
+        }
+        let recipe = Recipe::read(Some(&run.join(RECIPE_FILE)), &over)?;
         return launch(recipe, Some(run), device, no_tui, output)?.announce(output);
     }
-    let over = settings_of(&args.recipe)?;
     let mut recipe = Recipe::read(args.recipe.recipe.as_deref(), &over)?;
     if args.print_recipe {
         trained(&mut recipe)?;
@@ -91,7 +96,7 @@ impl Finished {
             "run": folder,
             "steps": outcome.steps,
             "loss": outcome.loss,
-            "best": outcome.best,
+            "best": outcome.best.map(|best| json!({"step": best.step, "loss": best.loss})),
             "interrupted": interrupted,
             kind: (!interrupted).then_some(result), // an interrupted run has only checkpoints
         });
@@ -134,17 +139,17 @@ pub fn launch(
     output: &Output,
 ) -> Result<Finished> {
     let device = Device::find(device)?;
-    let trained = match resume {
-        Some(_) => session::resumed(&recipe),
-        None => trained(&mut recipe)?,
+    let begin = match resume {
+        Some(run) => go_on(run, &mut recipe, output)?,
+        None => Begin::New,
+    };
+    let trained = match begin {
+        Begin::Checkpoint(..) => session::resumed(&recipe),
+        Begin::Again(_) | Begin::New => session::trained(&mut recipe)?,
     };
     let folder = match resume {
         Some(run) => run.clone(),
         None => output_folder(&mut recipe)?,
-    };
-    let checkpoint = match resume {
-        Some(run) => Some(newest_checkpoint(run, &recipe, output)?),
-        None => None,
     };
     let files = match recipe.model.init {
         ModelInit::Random => Files::Config,
@@ -164,7 +169,7 @@ pub fn launch(
         base,
         rows,
         folder: folder.clone(),
-        checkpoint,
+        begin,
         no_tui,
         output: *output,
     };
@@ -197,6 +202,26 @@ pub fn check_training_memory(
     check_memory(weights.saturating_add(beside), device)
 }
 
+/// Where a run begins.
+enum Begin {
+    /// In an empty folder.
+    New,
+    /// From the beginning, in the folder of a run that saved nothing.
+    Again(RunFolder),
+    /// From a checkpoint in its folder.
+    Checkpoint(RunFolder, PathBuf),
+}
+
+/// A run that cannot go on now, but later.
+#[derive(Debug, thiserror::Error)]
+#[error("{source}")]
+pub struct Unfinished {
+    /// The run folder.
+    pub run: PathBuf,
+    /// Why it ended.
+    pub source: ::train::Error,
+}
+
 struct TrainJob {
     device: Device,
     recipe: Recipe,
@@ -204,7 +229,7 @@ struct TrainJob {
     base: ModelFolder,
     rows: Rows,
     folder: PathBuf,
-    checkpoint: Option<PathBuf>,
+    begin: Begin,
     no_tui: bool,
     output: Output,
 }
@@ -214,24 +239,15 @@ impl Job for TrainJob {
 
     fn run<B: TrainBackend>(self, device: B::Device) -> Result<Outcome> {
         let (log_every, output) = (self.recipe.train.log_every, self.output);
-        let mut run = match &self.checkpoint {
-            None => session::start::<B>(
-                self.recipe,
-                self.trained,
-                self.base,
-                self.rows,
-                &self.folder,
-                device,
-            )?,
-            Some(checkpoint) => session::resume::<B>(
-                self.recipe,
-                self.trained,
-                self.base,
-                self.rows,
-                &self.folder,
-                checkpoint,
-                device,
-            )?,
+        let (recipe, trained, base, rows) = (self.recipe, self.trained, self.base, self.rows);
+        let mut run = match self.begin {
+            Begin::New => session::start::<B>(recipe, trained, base, rows, &self.folder, device)?,
+            Begin::Again(folder) => {
+                session::start_again::<B>(recipe, trained, base, rows, folder, device)?
+            }
+            Begin::Checkpoint(folder, checkpoint) => {
+                session::resume::<B>(recipe, trained, base, rows, folder, &checkpoint, device)?
+            }
         };
         let answer = "saving and stopping (again: at once, unsaved)";
         let interrupter = signals::interrupter(answer);
@@ -248,7 +264,7 @@ impl Job for TrainJob {
         ));
         choose_recompute(&mut run, &self.device, &output)?;
         if run.progress.step >= run.windows.num_steps() && !run.progress.evaluation_due {
-            output.note("the run has taken all its steps");
+            output.note("the run has taken all its steps; --max-steps makes it longer");
         }
         let schedule = Schedule::new(&run.recipe.train, run.windows.num_steps(), 0);
         let peak = (0..run.windows.num_steps())
@@ -264,7 +280,14 @@ impl Job for TrainJob {
         let report = Arc::new(move |event: Event<'_>| listener.tell(event));
         let outcome = fit(run, renderer, interrupter, report);
         screen.close(); // also after a failure
-        Ok(outcome?)
+        outcome.map_err(|error| match error {
+            error @ ::train::Error::NotFinite { .. } => error.into(),
+            source => Unfinished {
+                run: self.folder,
+                source,
+            }
+            .into(),
+        })
     }
 }
 
@@ -322,7 +345,11 @@ fn output_folder(recipe: &mut Recipe) -> Result<PathBuf> {
     Ok(folder)
 }
 
-fn newest_checkpoint(run: &Path, recipe: &Recipe, output: &Output) -> Result<PathBuf> {
+/// Where a run goes on. One that was stopped before its first checkpoint begins again; one whose
+/// checkpoints are all damaged does not, since its results would be overwritten.
+fn go_on(run: &Path, recipe: &mut Recipe, output: &Output) -> Result<Begin> {
+    let folder = RunFolder::open(run)?;
+    recipe.output.dir = Some(run.into()); // it may have been moved
     let checkpoints = Checkpoints::new(run, recipe.train.keep_checkpoints);
     let newest = checkpoints.newest(|path, error| {
         output.note(format_args!(
@@ -330,7 +357,21 @@ fn newest_checkpoint(run: &Path, recipe: &Recipe, output: &Output) -> Result<Pat
             path.display()
         ));
     })?;
-    Ok(newest.ok_or_else(|| ::train::Error::NoCheckpoint { path: run.into() })?)
+    match newest {
+        Some(checkpoint) => {
+            session::check_recipe(recipe, &checkpoint)?;
+            output.note(format_args!("going on from {}", checkpoint.display()));
+            Ok(Begin::Checkpoint(folder, checkpoint))
+        }
+        None if checkpoints.is_empty()? && !folder.has_results() => {
+            output.note(format_args!(
+                "{} has no checkpoint yet: it begins again from the first step",
+                run.display()
+            ));
+            Ok(Begin::Again(folder))
+        }
+        None => Err(::train::Error::NoCheckpoint { path: run.into() }.into()),
+    }
 }
 
 /// The rows of a recipe, and what there is to say about them.
