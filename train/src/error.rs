@@ -323,6 +323,7 @@ fn json_reason(cause: &serde_json::Error) -> String {
 fn and_more(steps: usize) -> String {
     match steps {
         0 => String::new(),
+        1 => ", and the step after it went no better".to_owned(),
         steps => format!(", and the {steps} steps after it went no better"),
     }
 }

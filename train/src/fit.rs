@@ -5,6 +5,7 @@
 //! item. Evaluations, checkpoints and the interrupt come between steps.
 
 mod guard;
+mod save;
 mod strategy;
 
 use std::sync::{Arc, Mutex, PoisonError};

@@ -102,6 +102,7 @@ impl RunFolder {
         std::fs::create_dir_all(path).map_err(io("create", path))?;
         let lock = lock(path)?;
         check_empty(path)?; // by now nobody else can change that
+        tidy(path)?;
         write_file(&path.join(RECIPE_FILE), recipe.to_toml().as_bytes())?;
         Self::with_lock(path, lock)
     }
@@ -232,12 +233,17 @@ pub fn check_empty(path: &Path) -> Result<()> {
         Err(e) if e.kind() == ErrorKind::NotFound => return Ok(()),
         Err(e) => return Err(io("use", path)(e)),
     };
-    // a run that ended before it wrote anything leaves its lock
+    // a run that was killed before it wrote anything leaves its lock, and half a file
     let mut names = entries.filter_map(|entry| Some(entry.ok()?.file_name()));
-    match names.all(|name| name == LOCK_FILE) {
+    match names.all(|name| name == LOCK_FILE || is_half(&name.to_string_lossy())) {
         true => Ok(()),
         false => Err(Error::OutputNotEmpty { path: path.into() }),
     }
+}
+
+/// Whether a name is that of a file that was not written to its end, see [`write_file`].
+fn is_half(name: &str) -> bool {
+    name.starts_with(".part-")
 }
 
 /// Removes what a crash has left half-written in a folder, and puts back what was set aside for a
@@ -249,6 +255,10 @@ fn tidy(folder: &Path) -> Result<()> {
     };
     for path in entries.filter_map(|entry| Some(entry.ok()?.path())) {
         let name = path.file_name().unwrap_or_default().to_string_lossy();
+        if is_half(&name) {
+            std::fs::remove_file(&path).map_err(io("remove", &path))?;
+            continue;
+        }
         let Some((name, kind)) = name
             .strip_prefix('.')
             .and_then(|name| name.rsplit_once('.'))

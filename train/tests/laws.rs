@@ -978,6 +978,7 @@ fn what_was_set_aside_is_put_back() {
     }
     std::fs::create_dir(at(".adapter.old")).unwrap(); // its successor is there
     std::fs::write(at(".mine.old"), "mine").unwrap();
+    std::fs::write(at(".part-x1"), "half a").unwrap();
     drop(RunFolder::open(out.path()).unwrap());
     std::fs::remove_file(at(".mine.old")).unwrap();
     assert!(files(out.path()) == before);

@@ -1,6 +1,5 @@
 //! One step after the other, and what comes between them.
 
-use std::path::PathBuf;
 use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
 
@@ -19,12 +18,12 @@ use model::folder::ModelFolder;
 use super::guard::{MOST_IN_A_ROW, Names};
 use super::{Event, Report, Stopped};
 use crate::batch::{EvalBatches, MicroBatch, Window, Windows};
-use crate::checkpoint::{Best, Checkpoints, Progress, Snapshot};
+use crate::checkpoint::{Best, Checkpoints, Progress};
 use crate::error::{Error, Result};
 use crate::evaluate::{evaluate, sum};
 use crate::optimizer::AdamW;
 use crate::recipe::Recipe;
-use crate::run_folder::{Line, RunFolder, peak_memory_bytes, replace_folder};
+use crate::run_folder::{Line, RunFolder, peak_memory_bytes};
 use crate::schedule::Schedule;
 use crate::step::{CausalLm, EvalItem, StepItem, clip_gradients};
 use crate::trained::Trained;
@@ -52,15 +51,15 @@ pub(super) struct State<B: TrainBackend> {
     pub stopped: Option<Stopped>,
     pub error: Option<Error>,
     /// The last step whose loss and gradient were finite.
-    good: Option<Good<B>>,
+    pub good: Option<Good<B>>,
 }
 
 /// Weights that were seen to give a finite loss.
-struct Good<B: TrainBackend> {
+pub(super) struct Good<B: TrainBackend> {
     /// On what they gave it.
-    window: Window,
+    pub window: Window,
     /// The weights; not kept in full training, where they would take as much as the model again.
-    model: Option<CausalLm<B::InnerBackend>>,
+    pub model: Option<CausalLm<B::InnerBackend>>,
 }
 
 impl<B: TrainBackend> State<B> {
@@ -277,23 +276,14 @@ impl<B: TrainBackend> StepByStep<B> {
         if let Some(what) = self.names.bad_weight(&model) {
             return Err(self.give_up(what, step - in_a_row, 0, &model, state));
         }
-        // a run must not end well on weights that give no numbers
+        // a run must not end well on weights that give no numbers, or without a single good step
         let is_last = step == self.windows.num_steps();
-        let is_over = in_a_row >= MOST_IN_A_ROW || is_last && !self.is_good(&model, state);
+        let ends_well = || state.progress.updates() > 0 && self.is_good(&model, state);
+        let is_over = in_a_row >= MOST_IN_A_ROW || is_last && !ends_well();
         match state.progress.health.bad.take_if(|_| is_over) {
             Some(bad) => Err(self.give_up(bad.what, bad.step, bad.in_a_row - 1, &model, state)),
             None => Ok(()),
         }
-    }
-
-    /// Whether weights are finite and give a finite loss where those before the last update did.
-    fn is_good(&self, model: &CausalLm<B::InnerBackend>, state: &State<B>) -> bool {
-        let mut window = state
-            .good
-            .iter()
-            .flat_map(|good| &good.window.micro_batches);
-        let is_finite = |batch| model.token_nll(batch).iter().all(|nll| nll.is_finite());
-        self.names.bad_weight(model).is_none() && window.all(is_finite)
     }
 
     /// What is due after a step: an evaluation, a checkpoint, or the end.
@@ -367,95 +357,5 @@ impl<B: TrainBackend> StepByStep<B> {
         state.progress.best = Some(Best { step, loss });
         state.progress.evaluations_without_improvement = 0;
         self.save_whole(&model, state, "best")
-    }
-
-    /// Ends a run that has come to a number that is not finite: `what` in or after `step`, and in
-    /// the `more` steps after it. The last good adapter is saved, and a checkpoint unless it is the
-    /// weights that are at fault.
-    fn give_up(
-        &self,
-        what: String,
-        step: usize,
-        more: usize,
-        model: &CausalLm<B::InnerBackend>,
-        state: &mut State<B>,
-    ) -> Error {
-        let is_good = self.is_good(model, state);
-        let good = state.good.take();
-        let weights = match &good {
-            _ if is_good => Some(model),
-            Some(good) => good.model.as_ref(),
-            None => None,
-        };
-        let name = self.trained.folder_name();
-        // what cannot be saved now is the lesser failure
-        let saved = weights.filter(|model| self.save_whole(model, state, name).is_ok());
-        let suspect = match &good {
-            Some(good) if !is_good => good.window.step + 1, // counted from 1 after that update
-            _ => usize::MAX,
-        };
-        if is_good {
-            let _ = self.save_checkpoint(model, state);
-        }
-        Error::NotFinite {
-            what,
-            step,
-            more,
-            saved: saved.map(|_| state.folder.path().join(name)),
-            checkpoint: self.checkpoints.newest_before(suspect).unwrap_or_default(),
-        }
-    }
-
-    /// Weights that are no numbers are never saved.
-    fn check_weights(&self, model: &CausalLm<B::InnerBackend>, state: &mut State<B>) -> Result<()> {
-        match self.names.bad_weight(model) {
-            None => Ok(()),
-            Some(what) => Err(self.give_up(what, state.progress.step, 0, model, state)),
-        }
-    }
-
-    fn save_checkpoint(
-        &self,
-        model: &CausalLm<B::InnerBackend>,
-        state: &State<B>,
-    ) -> Result<PathBuf> {
-        state.folder.flush()?; // the lines before a checkpoint are not written again
-        let checkpoint = self.checkpoints.save(&Snapshot {
-            model: &model.model,
-            trained: &self.trained,
-            base: &self.base,
-            recipe: &self.recipe,
-            optimizer: &self.optimizer,
-            progress: &state.progress,
-        })?;
-        (self.report)(Event::Saved {
-            checkpoint: &checkpoint,
-        });
-        Ok(checkpoint)
-    }
-
-    /// Saves what is trained as `name` in the run folder, which is replaced as a whole, so that it
-    /// is never a mixture of two. Weights that are no numbers are not saved.
-    pub fn save_whole(
-        &self,
-        model: &CausalLm<B::InnerBackend>,
-        state: &State<B>,
-        name: &str,
-    ) -> Result<()> {
-        if let Some(what) = self.names.bad_weight(model) {
-            let step = state.progress.step;
-            let checkpoint = self.checkpoints.newest_before(step).unwrap_or_default();
-            return Err(Error::NotFinite {
-                what,
-                step,
-                more: 0,
-                saved: None,
-                checkpoint,
-            });
-        }
-        replace_folder(&state.folder.path().join(name), |part| {
-            let base_name = &self.recipe.model.path;
-            self.trained.save(&model.model, &self.base, base_name, part)
-        })
     }
 }

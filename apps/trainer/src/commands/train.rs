@@ -1,14 +1,15 @@
 //! `trainer train`
 
+mod begin;
+
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 
-use ::train::checkpoint::Checkpoints;
 use ::train::data::{Encoder, Prepared, prepare, split};
 use ::train::fit::{Event, Outcome, Run, Stopped, fit};
 use ::train::recipe::{ModelInit, Recipe, Recompute};
-use ::train::run_folder::{RECIPE_FILE, RunFolder, check_empty};
+use ::train::run_folder::{RECIPE_FILE, check_empty};
 use ::train::schedule::Schedule;
 use ::train::session::{self, Rows};
 use ::train::trained::Trained;
@@ -18,6 +19,9 @@ use model::folder::ModelFolder;
 use model::hub::Files;
 use serde_json::json;
 use toml::Value;
+
+pub use begin::Unfinished;
+use begin::{Begin, go_on};
 
 use super::{check_memory, gib, loaded, open_model, other_base, settings, trained};
 use crate::cli::{RecipeArgs, TrainArgs};
@@ -202,26 +206,6 @@ pub fn check_training_memory(
     check_memory(weights.saturating_add(beside), device)
 }
 
-/// Where a run begins.
-enum Begin {
-    /// In an empty folder.
-    New,
-    /// From the beginning, in the folder of a run that saved nothing.
-    Again(RunFolder),
-    /// From a checkpoint in its folder.
-    Checkpoint(RunFolder, PathBuf),
-}
-
-/// A run that cannot go on now, but later.
-#[derive(Debug, thiserror::Error)]
-#[error("{source}")]
-pub struct Unfinished {
-    /// The run folder.
-    pub run: PathBuf,
-    /// Why it ended.
-    pub source: ::train::Error,
-}
-
 struct TrainJob {
     device: Device,
     recipe: Recipe,
@@ -343,35 +327,6 @@ fn output_folder(recipe: &mut Recipe) -> Result<PathBuf> {
     check_empty(&folder)?;
     recipe.output.dir = Some(folder.clone());
     Ok(folder)
-}
-
-/// Where a run goes on. One that was stopped before its first checkpoint begins again; one whose
-/// checkpoints are all damaged does not, since its results would be overwritten.
-fn go_on(run: &Path, recipe: &mut Recipe, output: &Output) -> Result<Begin> {
-    let folder = RunFolder::open(run)?;
-    recipe.output.dir = Some(run.into()); // it may have been moved
-    let checkpoints = Checkpoints::new(run, recipe.train.keep_checkpoints);
-    let newest = checkpoints.newest(|path, error| {
-        output.note(format_args!(
-            "warning: {} is skipped: {error}",
-            path.display()
-        ));
-    })?;
-    match newest {
-        Some(checkpoint) => {
-            session::check_recipe(recipe, &checkpoint)?;
-            output.note(format_args!("going on from {}", checkpoint.display()));
-            Ok(Begin::Checkpoint(folder, checkpoint))
-        }
-        None if checkpoints.is_empty()? && !folder.has_results() => {
-            output.note(format_args!(
-                "{} has no checkpoint yet: it begins again from the first step",
-                run.display()
-            ));
-            Ok(Begin::Again(folder))
-        }
-        None => Err(::train::Error::NoCheckpoint { path: run.into() }.into()),
-    }
 }
 
 /// The rows of a recipe, and what there is to say about them.

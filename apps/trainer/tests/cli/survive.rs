@@ -204,8 +204,9 @@ fn two_processes_cannot_train_in_one_folder() {
     let step: u64 = newest.strip_prefix("step-").unwrap().parse().unwrap();
     dir.trainer(&format!("train -q --resume run --max-steps {}", step + 2))
         .succeeds();
-    // nor does a lock that nobody holds keep a run from beginning
+    // nor does what a kill leaves at the very start keep a run from beginning
     dir.write("early/.lock", "");
+    dir.write("early/.part-x1", "half a recipe");
     dir.trainer(&format!("{} -q --output early", until(1)))
         .succeeds();
 }
