@@ -12,14 +12,17 @@ use crate::run_folder::replace_folder;
 use crate::step::CausalLm;
 
 impl<B: TrainBackend> StepByStep<B> {
-    /// Whether weights are finite and give a finite loss where those before the last update did.
+    /// Whether weights have been trained, are finite, and give a finite loss where those before the
+    /// last update did.
     pub(super) fn is_good(&self, model: &CausalLm<B::InnerBackend>, state: &State<B>) -> bool {
         let mut window = state
             .good
             .iter()
             .flat_map(|good| &good.window.micro_batches);
         let is_finite = |batch| model.token_nll(batch).iter().all(|nll| nll.is_finite());
-        self.names.bad_weight(model).is_none() && window.all(is_finite)
+        state.progress.updates() > 0
+            && self.names.bad_weight(model).is_none()
+            && window.all(is_finite)
     }
 
     /// Ends a run that has come to a number that is not finite: `what` in or after `step`, and in

@@ -278,8 +278,7 @@ impl<B: TrainBackend> StepByStep<B> {
         }
         // a run must not end well on weights that give no numbers, or without a single good step
         let is_last = step == self.windows.num_steps();
-        let ends_well = || state.progress.updates() > 0 && self.is_good(&model, state);
-        let is_over = in_a_row >= MOST_IN_A_ROW || is_last && !ends_well();
+        let is_over = in_a_row >= MOST_IN_A_ROW || is_last && !self.is_good(&model, state);
         match state.progress.health.bad.take_if(|_| is_over) {
             Some(bad) => Err(self.give_up(bad.what, bad.step, bad.in_a_row - 1, &model, state)),
             None => Ok(()),

@@ -149,7 +149,7 @@ pub fn launch(
     };
     let trained = match begin {
         Begin::Checkpoint(..) => session::resumed(&recipe),
-        Begin::Again(_) | Begin::New => session::trained(&mut recipe)?,
+        Begin::Again(_) | Begin::New => trained(&mut recipe)?,
     };
     let folder = match resume {
         Some(run) => run.clone(),

@@ -429,6 +429,17 @@ fn five_skipped_steps_in_a_row_end_the_run_with_what_was_good() {
     // it was the data and is over soon
     dir.trainer("train -q --resume run").succeeds();
     assert_eq!(dir.lines("run/metrics.jsonl").len(), 12);
+
+    // where no step was good, nothing is
+    dir.write("bad.jsonl", bad);
+    dir.trainer(&line.replace("run", "none")).fails(
+        1,
+        &[
+            "the loss of step 1",
+            "no weights are saved, there is no checkpoint",
+        ],
+    );
+    assert!(!dir.has("none/adapter") && !dir.has("none/checkpoints"));
 }
 
 /// Here it is the weights: those from before the update are the last good ones.
