@@ -18,6 +18,9 @@ use crate::run_folder::{Line, io};
 /// Name of the folder in a run folder.
 pub const EVENTS_FOLDER: &str = "tensorboard";
 
+/// How the names of these files end.
+const ENDING: &str = ".trainer";
+
 /// An event file that is being written.
 #[derive(Debug)]
 pub struct EventFile {
@@ -26,19 +29,20 @@ pub struct EventFile {
 }
 
 impl EventFile {
-    /// Begins a new file beside those that are there. The events of steps from `first_step` on that
-    /// earlier files have are void: TensorBoard forgets them, and reads them in this file.
+    /// Begins a new file beside those that are there. Steps from `first_step` on will be taken again:
+    /// earlier files lose them, and a TensorBoard that has read them is told to forget them.
     ///
     /// # Errors
     /// [`crate::Error::Io`]
     pub fn create(run: &Path, first_step: usize) -> Result<Self> {
         let folder = run.join(EVENTS_FOLDER);
         std::fs::create_dir_all(&folder).map_err(io("create", &folder))?;
-        let entries = std::fs::read_dir(&folder).map_err(io("read", &folder))?;
+        let earlier = event_files(&folder)?;
+        earlier.iter().try_for_each(|file| cut(file, first_step))?;
         // they are read in the order of their names
-        let (number, time) = (entries.count(), now());
+        let (number, time) = (earlier.len(), now());
         let path = folder.join(format!(
-            "events.out.tfevents.{:010}.{number:04}.trainer",
+            "events.out.tfevents.{:010}.{number:04}{ENDING}",
             time as u64
         ));
         let file = OpenOptions::new().create_new(true).append(true).open(&path);
@@ -70,6 +74,54 @@ impl EventFile {
         let failed = io("write", &self.path);
         self.file.write_all(&record(&event.0)).map_err(failed)
     }
+}
+
+/// The files of earlier sessions, in order.
+fn event_files(folder: &Path) -> Result<Vec<PathBuf>> {
+    let entries = std::fs::read_dir(folder).map_err(io("read", folder))?;
+    let paths = entries.filter_map(|entry| Some(entry.ok()?.path()));
+    let mut files: Vec<_> = paths
+        .filter(|path| path.to_string_lossy().ends_with(ENDING))
+        .collect();
+    files.sort();
+    Ok(files)
+}
+
+/// Cuts a file off before its first event of step `first_step` or later, or before a torn one. Their
+/// steps never fall.
+fn cut(path: &Path, first_step: usize) -> Result<()> {
+    let bytes = std::fs::read(path).map_err(io("read", path))?;
+    let mut kept = 0;
+    while let Some((event, end)) = record_at(&bytes, kept) {
+        if step_of(event).is_none_or(|step| step >= first_step as u64) {
+            break;
+        }
+        kept = end;
+    }
+    if kept < bytes.len() {
+        let file = OpenOptions::new().write(true).open(path);
+        let cut = file.and_then(|file| file.set_len(kept as u64));
+        cut.map_err(io("write", path))?;
+    }
+    Ok(())
+}
+
+/// The bytes of the record that begins at `start`, and where it ends; `None` if it does not.
+fn record_at(bytes: &[u8], start: usize) -> Option<(&[u8], usize)> {
+    let length = bytes.get(start..start + 8)?;
+    let length = u64::from_le_bytes(length.try_into().ok()?) as usize;
+    let begin = start + 12;
+    let end = begin.checked_add(length)?;
+    let inside = bytes.get(begin..end)?;
+    (bytes.len() >= end + 4).then_some((inside, end + 4))
+}
+
+/// The step of an event as [`Message::at`] writes it.
+fn step_of(event: &[u8]) -> Option<u64> {
+    let varint = event.get(9..)?.strip_prefix(&[event::STEP << 3])?;
+    let end = varint.iter().position(|byte| *byte < 0x80)?;
+    let add = |step: u64, byte: &u8| step << 7 | u64::from(byte & 0x7f);
+    Some(varint[..=end].iter().rev().fold(0, add))
 }
 
 fn now() -> f64 {
@@ -225,28 +277,35 @@ mod tests {
     }
 
     #[test]
-    fn a_later_file_comes_after_the_others_and_voids_their_last_steps() {
+    fn a_later_file_comes_after_the_others_which_lose_what_it_will_have() {
         let run = tempfile::tempdir().unwrap();
-        let line = Line::Eval {
-            step: 3,
+        let line = |step| Line::Eval {
+            step,
             loss: 0.5,
             perplexity: 1.6,
             tokens: 9,
         };
-        for _ in 0..3 {
-            EventFile::create(run.path(), 4)
-                .unwrap()
-                .write(&line)
-                .unwrap();
+        let steps = |path: &PathBuf| {
+            let bytes = std::fs::read(path).unwrap();
+            let (mut steps, mut at) = (Vec::new(), 0);
+            while let Some((event, end)) = record_at(&bytes, at) {
+                steps.push(step_of(event).unwrap());
+                at = end;
+            }
+            assert_eq!(at, bytes.len());
+            steps
+        };
+        let mut first = EventFile::create(run.path(), 1).unwrap();
+        for step in [1, 127, 128, 300] {
+            first.write(&line(step)).unwrap();
         }
-        let folder = run.path().join(EVENTS_FOLDER);
-        let entries = std::fs::read_dir(&folder).unwrap();
-        let mut files: Vec<_> = entries.map(|entry| entry.unwrap().path()).collect();
-        files.sort();
-        let length = |path: &PathBuf| std::fs::metadata(path).unwrap().len();
-        let lengths: Vec<_> = files.iter().map(length).collect();
-        // event: time 9, step 2, log 4; around it 16
-        assert_eq!(lengths[1] - lengths[0], 9 + 2 + 4 + 16);
-        assert_eq!(lengths[1], lengths[2]);
+        first.file.write_all(&record(b"torn")[..7]).unwrap();
+        let mut second = EventFile::create(run.path(), 128).unwrap();
+        second.write(&line(128)).unwrap();
+        EventFile::create(run.path(), 129).unwrap();
+        let files = event_files(&run.path().join(EVENTS_FOLDER)).unwrap();
+        let all: Vec<_> = files.iter().map(steps).collect();
+        // the version of the file, the start of the session, the evaluations
+        assert_eq!(all, [vec![0, 1, 127], vec![0, 128, 128], vec![0, 129]]);
     }
 }

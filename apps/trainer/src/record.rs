@@ -62,6 +62,7 @@ impl Record {
             0 => before(run, tokenizer.as_ref()),
             _ => earlier.samples,
         };
+        run.prompts.truncate(facts.samples.len()); // an earlier session may not have asked
         facts.sessions = earlier.sessions;
         facts.sessions.push(Session {
             started: jiff::Zoned::now().strftime("%Y-%m-%d %H:%M:%S").to_string(),

@@ -17,14 +17,16 @@ const KINDS = {
 
 function fixed(v) {
   const size = Math.abs(v);
-  if (size !== 0 && (size < 1e-3 || size >= 1e6)) return v.toExponential(2);
+  if (size === 0) return "0";
+  if ( (size < 1e-3 || size >= 1e6)) return v.toExponential(2);
   return v.toFixed(size >= 100 ? 1 : size >= 10 ? 2 : size >= 1 ? 3 : 4);
 }
 
 function memory(v) {
+  if (v === 0) return "0";
   const power = Math.min(3, Math.max(0, Math.floor(Math.log2(Math.max(v, 1)) / 10)));
   const number = v / 1024 ** power;
-  return `${number.toFixed(number >= 100 ? 0 : 2)} ${["B", "KiB", "MiB", "GiB"][power]}`;
+  return `${number.toFixed(number >= 100 ? 0 : number >= 10 ? 1 : 2)} ${["B", "KiB", "MiB", "GiB"][power]}`;
 }
 
 /// An SVG element.
@@ -78,7 +80,7 @@ function ticks(low, high, count, unit = 10) {
   if (!(high > low)) return [low];
   const rough = (high - low) / count;
   let base = 1;
-  if (unit === 1024) base = 1024 ** Math.floor(Math.log2(rough) / 10);
+  if (unit === 1024) base = 1024 ** Math.floor(Math.log2(high) / 10);
   const power = base * 10 ** Math.floor(Math.log10(rough / base));
   const step = [1, 2, 5, 10].map((f) => f * power).find((s) => s >= rough);
   const found = [];
@@ -267,14 +269,17 @@ class Chart {
     }
   }
 
-  /// What the lines of one run are; of several, the legend above tells.
+  /// What the lines of the loss are, and the marks; the legend above tells runs apart.
   keys() {
-    const keys = this.figure.querySelector(".keys");
+    if (this.kind !== "loss") return;
     const lines = runs.length > 1 ? [] : this.lines;
-    keys.replaceChildren(...(lines.length < 2 ? [] : lines).map(({ what, style, color }) => {
+    const whys = new Set(runs.flatMap((run, index) => (shown[index] ? run.marks.map(([, why]) => why) : [])));
+    const marks = [...whys].map((why) => ({ what: why, style: `mark ${why}` }));
+    const all = [...(lines.length > 1 ? lines : []), ...marks];
+    this.figure.querySelector(".keys").replaceChildren(...all.map(({ what, style, color }) => {
       const key = document.createElement("span");
       const svg = make("svg", { viewBox: "0 0 18 8" });
-      make("path", { class: style, d: "M0 4H18", style: `--c:${color}` }, svg);
+      make("path", { class: style, d: color ? "M0 4H18" : "M9 0V8", style: `--c:${color}` }, svg);
       key.append(svg, what);
       return key;
     }));
@@ -294,15 +299,17 @@ class Chart {
     this.cross.replaceChildren();
     this.tip.hidden = true;
     if (hover === null || hover < this.from || hover > this.to) return;
-    const main = this.lines.find((line) => line.what !== "evaluation") || this.lines[0];
-    const step = main ? main.curve.x[nearest(main.curve, hover)] : Math.round(hover);
+    const main = this.lines.filter((line) => line.what !== "evaluation");
+    const steps = (main.length ? main : this.lines).map(({ curve }) => curve.x[nearest(curve, hover)]);
+    const step = steps.reduce((a, b) => (Math.abs(b - hover) < Math.abs(a - hover) ? b : a), Infinity);
+    if (step < this.from || step > this.to) return;
     const x = this.x(step);
     make("line", { class: "cross", x1: x, x2: x, y1: this.top, y2: this.bottom }, this.cross);
     const rows = [];
     for (const { label, what, curve, color } of this.lines) {
       const i = nearest(curve, step), at = curve.x[i], value = curve.y[i];
       const far = Math.abs(at - step) > (this.to - this.from) * 0.03;
-      if ((far && runs.length * curve.x.length > 1) || (this.log && value <= 0)) continue;
+      if (far || (this.log && value <= 0)) continue;
       if (at >= this.from && at <= this.to)
         make("circle", { class: "here", cx: this.x(at), cy: this.y(value), r: 4, style: `--c:${color}` }, this.cross);
       const where = what === "evaluation" && at !== step ? `${label} (step ${at.toLocaleString("en")})` : label;

@@ -119,7 +119,7 @@ fn header(page: &mut String, run: &RunRecord) {
 fn compared(page: &mut String, runs: &[RunRecord]) {
     let _ = write!(
         page,
-        "<header>\n<h1>{} runs</h1>\n<p>What differs between them is marked below.</p>\n</header>\n",
+        "<header>\n<h1>{} runs</h1>\n<p>What they were given differently is marked below.</p>\n</header>\n",
         runs.len()
     );
 }
@@ -193,7 +193,7 @@ fn fact_table(page: &mut String, groups: &[Group], runs: &[RunRecord]) {
             group.title
         );
         for (label, values) in &group.rows {
-            table_row(page, label, values, "");
+            table_row(page, label, values, "", group.is_choice);
         }
     }
     page.push_str("</table></div>\n");
@@ -212,9 +212,15 @@ fn table_head(page: &mut String, runs: &[RunRecord]) {
     page.push_str("</tr></thead>\n");
 }
 
-/// A row of a table, marked if its values differ.
-fn table_row(page: &mut String, label: &str, values: &[Option<String>], class: &str) {
-    let differs = values.windows(2).any(|pair| pair[0] != pair[1]);
+/// A row of a table, marked if its values differ and that says something.
+fn table_row(
+    page: &mut String,
+    label: &str,
+    values: &[Option<String>],
+    class: &str,
+    is_choice: bool,
+) {
+    let differs = is_choice && values.windows(2).any(|pair| pair[0] != pair[1]);
     let differs = if differs { " differs" } else { "" };
     let _ = write!(
         page,
@@ -389,7 +395,7 @@ fn recipe(page: &mut String, runs: &[RunRecord]) {
         is_own,
     } in &settings
     {
-        table_row(page, key, values, if *is_own { "own" } else { "" });
+        table_row(page, key, values, if *is_own { "own" } else { "" }, true);
     }
     page.push_str("</table></div>\n</section>\n");
 }

@@ -10,6 +10,8 @@ use super::words::{bytes, count, duration, loss, median};
 pub struct Group {
     /// The title.
     pub title: &'static str,
+    /// Whether the values are choices and not what came of them.
+    pub is_choice: bool,
     /// A label, and the value of each run, `None` where it is not known.
     pub rows: Vec<(&'static str, Vec<Option<String>>)>,
 }
@@ -99,7 +101,12 @@ pub fn groups(runs: &[RunRecord]) -> Vec<Group> {
             is_known.then_some((*label, values))
         };
         let rows: Vec<_> = rows.iter().filter_map(row).collect();
-        (!rows.is_empty()).then_some(Group { title, rows })
+        let is_choice = !title.starts_with("How");
+        (!rows.is_empty()).then_some(Group {
+            title,
+            is_choice,
+            rows,
+        })
     };
     GROUPS.iter().filter_map(group).collect()
 }
