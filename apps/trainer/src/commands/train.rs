@@ -20,7 +20,7 @@ use model::hub::Files;
 use serde_json::json;
 use toml::Value;
 
-use super::{check_memory, gib, loaded, open_model, other_base, settings};
+use super::{check_memory, gib, loaded, open_model, other_base, settings, trained};
 use crate::cli::{RecipeArgs, TrainArgs};
 use crate::device::{Device, Job};
 use crate::encoder;
@@ -38,7 +38,7 @@ pub fn run(args: TrainArgs, device: &str, no_tui: bool, output: &Output) -> Resu
     let over = settings_of(&args.recipe)?;
     let mut recipe = Recipe::read(args.recipe.recipe.as_deref(), &over)?;
     if args.print_recipe {
-        session::trained(&mut recipe)?;
+        trained(&mut recipe)?;
         output.result(&serde_json::to_value(&recipe)?, recipe.to_toml().trim_end())?;
         return Ok(ExitCode::SUCCESS);
     }
@@ -139,7 +139,7 @@ pub fn launch(
     let device = Device::find(device)?;
     let trained = match resume {
         Some(_) => session::resumed(&recipe),
-        None => session::trained(&mut recipe)?,
+        None => trained(&mut recipe)?,
     };
     let folder = match resume {
         Some(run) => run.clone(),
