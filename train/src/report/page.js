@@ -2,6 +2,7 @@
 // Draws the curves. Everything else of the page is there without it.
 
 const runs = JSON.parse(document.getElementById("data").textContent).runs;
+const SVG = document.querySelector(".chart > svg").namespaceURI;
 const shown = runs.map(() => true);
 const view = { from: null, to: null }; // the steps in sight; null is all of them
 let hover = null; // the step under the pointer
@@ -31,7 +32,7 @@ function memory(v) {
 
 /// An SVG element.
 function make(name, attributes, parent) {
-  const element = document.createElementNS("http://www.w3.org/2000/svg", name);
+  const element = document.createElementNS(SVG, name);
   for (const [key, value] of Object.entries(attributes)) element.setAttribute(key, value);
   if (parent) parent.append(element);
   return element;
@@ -82,7 +83,7 @@ function ticks(low, high, count, unit = 10) {
   let base = 1;
   if (unit === 1024) base = 1024 ** Math.floor(Math.log2(high) / 10);
   const power = base * 10 ** Math.floor(Math.log10(rough / base));
-  const step = [1, 2, 5, 10].map((f) => f * power).find((s) => s >= rough);
+  const step = [1, 2, 5, 10].map((f) => f * power).find((s) => s >= rough * (1 - 1e-9));
   const found = [];
   for (let i = Math.ceil(low / step - 1e-9); i * step <= high * (1 + 1e-9) && found.length < 50; i++) found.push(i * step);
   return found;
@@ -238,7 +239,7 @@ class Chart {
   axes() {
     const { svg, left, right, bottom } = this;
     const { format, unit } = KINDS[this.kind];
-    const tall = Math.max(2, Math.floor((bottom - this.top) / 42));
+    const tall = Math.max(2, Math.floor((bottom - this.top) / 36));
     const rules = this.log ? logTicks(this.low, this.high) : ticks(this.low, this.high, tall, unit);
     for (const value of rules) {
       const y = this.y(value);

@@ -1,5 +1,7 @@
 //! The page: one file that needs no other, and no network.
 
+mod memory;
+
 use std::fmt::Write;
 
 use serde_json::json;
@@ -7,6 +9,7 @@ use serde_json::json;
 use super::curves::Curves;
 use super::facts::{SampleFacts, TextFacts};
 use super::record::RunRecord;
+use super::svg;
 use super::table::{self, Group, Setting};
 use super::words::{bytes, count, duration, escape, loss, script_json};
 
@@ -41,7 +44,7 @@ pub fn render(runs: &[RunRecord], picture: &str) -> String {
     }
     charts(&mut page, runs, picture);
     facts(&mut page, runs);
-    memory(&mut page, runs);
+    memory::section(&mut page, runs);
     samples(&mut page, runs);
     warnings(&mut page, runs);
     recipe(&mut page, runs);
@@ -142,6 +145,7 @@ fn charts(page: &mut String, runs: &[RunRecord], picture: &str) {
         }
         page.push_str("</div>\n");
     }
+    let picture = picture.replace(svg::NAMESPACE, ""); // HTML knows what an svg is
     let _ = writeln!(
         page,
         "<noscript>{picture}</noscript>\n<div class=\"charts\">"
@@ -232,71 +236,6 @@ fn table_row(
         let _ = write!(page, "<td>{}</td>", escape(value.as_deref().unwrap_or("–")));
     }
     page.push_str("</tr>\n");
-}
-
-fn memory(page: &mut String, runs: &[RunRecord]) {
-    page.push_str("<section id=\"memory\">\n<h2>Memory</h2>\n<div class=\"card memory\">\n");
-    let most = |run: &RunRecord| {
-        let measured = table::measured_bytes(run).unwrap_or(0);
-        measured.max(run.facts.predicted_peak_bytes)
-    };
-    let scale = runs.iter().map(most).max().unwrap_or(0).max(1) as f64;
-    for (index, run) in runs.iter().enumerate() {
-        page.push_str("<div>\n");
-        if runs.len() > 1 {
-            let _ = writeln!(page, "<h3>{}</h3>", escape(&run.name));
-        }
-        let predicted = Some(run.facts.predicted_peak_bytes).filter(|bytes| *bytes > 0);
-        let color = format!("var(--run-{})", index % 8);
-        meter(
-            page,
-            "predicted",
-            predicted,
-            scale,
-            &format!("{color};opacity:.45"),
-        );
-        let measured = table::measured_bytes(run);
-        meter(page, "measured", measured, scale, &color);
-        if let (Some(predicted), Some(measured)) = (predicted, measured) {
-            let off = 100.0 * (predicted as f64 / measured as f64 - 1.0);
-            let _ = writeln!(
-                page,
-                "<p class=\"soft\">The prediction is {:.1} % {} what was measured.{}</p>",
-                off.abs(),
-                if off < 0.0 { "below" } else { "above" },
-                match run.facts.recompute {
-                    true => " Decoder layers were computed again in the backward pass.",
-                    false => "",
-                }
-            );
-        }
-        let part = |(name, size): (&String, &u64)| {
-            format!(
-                "<li>{} <b>{}</b></li>",
-                escape(&name.replace('_', " ")),
-                bytes(*size)
-            )
-        };
-        let parts: String = run.facts.predicted_memory.iter().map(part).collect();
-        if !parts.is_empty() {
-            let _ = writeln!(
-                page,
-                "<ul class=\"parts\"><li>predicted by part:</li>{parts}</ul>"
-            );
-        }
-        page.push_str("</div>\n");
-    }
-    page.push_str("</div>\n</section>\n");
-}
-
-fn meter(page: &mut String, what: &str, size: Option<u64>, scale: f64, color: &str) {
-    let share = 100.0 * size.unwrap_or(0) as f64 / scale;
-    let text = size.map_or("not known".into(), bytes);
-    let _ = writeln!(
-        page,
-        "<div class=\"meter\"><span>{what}</span><div class=\"track\">\
-         <span style=\"width:{share:.1}%;--c:{color}\"></span></div><b>{text}</b></div>"
-    );
 }
 
 fn samples(page: &mut String, runs: &[RunRecord]) {

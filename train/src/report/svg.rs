@@ -6,6 +6,9 @@ use super::curves::{Curve, Curves};
 use super::record::RunRecord;
 use super::words::escape;
 
+/// What a file of its own has to say and a part of a page does not.
+pub const NAMESPACE: &str = " xmlns=\"http://www.w3.org/2000/svg\"";
+
 const WIDTH: f64 = 840.0;
 const HEIGHT: f64 = 420.0;
 /// Left, top, right, bottom.
@@ -25,7 +28,7 @@ pub fn loss(runs: &[RunRecord]) -> String {
     let last = lines.filter_map(|line| line.x.last().copied()).max();
     let frame = Frame::new(last.unwrap_or(1), low.unwrap_or(0.0), high.unwrap_or(1.0));
     let mut svg = format!(
-        "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 {WIDTH} {HEIGHT}\" \
+        "<svg{NAMESPACE} viewBox=\"0 0 {WIDTH} {HEIGHT}\" \
          font-family=\"system-ui, sans-serif\" font-size=\"12\" role=\"img\" \
          aria-label=\"Loss\">\n<style>.ink{{fill:#1d2126}}.soft{{fill:#626a73}}\
          .rule{{stroke:#e3e5e8}}.page{{fill:#fff}}\
@@ -196,7 +199,8 @@ fn ticks(low: f64, high: f64, count: usize) -> Vec<f64> {
     let rough = spread / count as f64;
     let power = 10f64.powf(rough.log10().floor());
     let wide = [1.0, 2.0, 5.0, 10.0].map(|factor| factor * power);
-    let step = wide.into_iter().find(|step| *step >= rough);
+    let fits = |step: &f64| *step >= rough * (1.0 - 1e-9);
+    let step = wide.into_iter().find(fits);
     let step = step.unwrap_or(10.0 * power);
     let first = (low / step).ceil() as i64;
     let all = first..=(high / step).floor() as i64;
@@ -216,10 +220,11 @@ mod tests {
 
     #[test]
     fn ticks_are_round_and_inside() {
-        assert_eq!(
-            ticks(0.9, 2.1, 6),
-            [1.0, 1.2, 1.4, 1.6, 1.8, 2.0].map(|t: f64| (t / 0.2).round() * 0.2)
-        );
+        let found = ticks(0.9, 2.1, 6);
+        assert_eq!(found.len(), 6, "{found:?}");
+        for (found, expected) in found.iter().zip([1.0, 1.2, 1.4, 1.6, 1.8, 2.0]) {
+            assert!((found - expected).abs() < 1e-9, "{found}");
+        }
         assert_eq!(ticks(1.0, 100.0, 8), [20.0, 40.0, 60.0, 80.0, 100.0]);
         assert_eq!(ticks(1.0, 1.0, 8), [1.0]);
         assert_eq!([0.2, 5.0, 0.01].map(decimals), [1, 0, 2]);

@@ -89,7 +89,7 @@ const GROUPS: [(&str, &[(&str, Read)]); 5] = [
             }),
         ],
     ),
-    ("Versions", &[("Versions", versions)]),
+    ("Versions", &[("Programs, formats", versions)]),
 ];
 
 /// What there is to say of some runs; what none of them knows is left out.

@@ -46,10 +46,11 @@ pub fn bytes(number: u64) -> String {
     }
 }
 
-/// `1 h 02 min`, `3 min 20 s` or `1.2 s`.
+/// `1 h 02 min`, `3 min 20 s`, `1.2 s` or `45 ms`.
 pub fn duration(seconds: f64) -> String {
     let whole = seconds.round() as u64;
     match whole {
+        _ if seconds < 0.9995 => format!("{:.0} ms", 1000.0 * seconds),
         0..10 => format!("{seconds:.1} s"),
         10..60 => format!("{whole} s"),
         60..3600 => format!("{} min {:02} s", whole / 60, whole % 60),
@@ -88,8 +89,11 @@ mod tests {
             [2048, 5 << 20, 3 << 29].map(bytes),
             ["2 KiB", "5.0 MiB", "1.50 GiB"]
         );
-        let times = [0.25, 59.4, 200.0, 3725.0].map(duration);
-        assert_eq!(times, ["0.2 s", "59 s", "3 min 20 s", "1 h 02 min"]);
+        let times = [0.25, 1.24, 59.4, 200.0, 3725.0].map(duration);
+        assert_eq!(
+            times,
+            ["250 ms", "1.2 s", "59 s", "3 min 20 s", "1 h 02 min"]
+        );
         assert_eq!(median([3.0, 1.0, f64::NAN].into_iter()), Some(2.0));
         assert_eq!(median(std::iter::empty()), None);
     }

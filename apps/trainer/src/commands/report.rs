@@ -3,7 +3,6 @@
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use ::train::report::facts::End;
 use ::train::report::{REPORT_FILE, RunRecord, tell_apart, write};
 use anyhow::Result;
 use serde_json::{Value, json};
@@ -37,7 +36,7 @@ fn facts(run: &RunRecord) -> Value {
     let end = run.facts.session().map(|session| session.end);
     json!({
         "run": run.path,
-        "state": end.unwrap_or(End::Running),
+        "state": end,
         "steps": run.last_step(),
         "loss": run.steps.last().and_then(|entry| entry.loss),
         "best": run.best().map(|best| json!({ "step": best.step, "loss": best.loss })),

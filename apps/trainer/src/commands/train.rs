@@ -155,6 +155,7 @@ pub fn launch(
     };
     let mut base = open_model(&recipe.model.path, files, output)?;
     encoder::choose_template(&mut base, None, recipe.data.chat_template.as_deref())?;
+    encoder::forget_same_template(&mut base, &mut recipe)?;
     // what does not fit is said before anything is loaded
     let trainable = session::num_params(&recipe, &trained, &base.config)?;
     check_training_memory(&recipe, &trained, &base, trainable, &device)?;

@@ -28,12 +28,7 @@ fn check(page: &str) {
     }
     assert_eq!(count("<script"), 2, "the data and what draws it");
     for outside in [
-        "src=",
-        "href=\"http",
-        "@import",
-        "url(http",
-        "<link",
-        "fetch(",
+        "src=", "http:", "https:", "@import", "url(http", "<link", "fetch(",
     ] {
         assert_eq!(count(outside), 0, "{outside}");
     }
@@ -349,4 +344,19 @@ fn a_hundred_thousand_steps_fit_on_a_page() {
     let loss = run["loss"]["y"].as_array().unwrap();
     assert!(loss.contains(&json!(9.5)), "the spike stays");
     assert_eq!(run["marks"], json!([[70_001, "spike"]]));
+}
+
+#[test]
+fn a_model_in_4_bits_is_asked_too() {
+    let dir = Dir::new();
+    dir.add_demo_model("model");
+    let rows = json!({"prompt": "pig latin: zebra", "completion": "ebrazay"}).to_string();
+    dir.write("rows.jsonl", rows);
+    let line = "train -q --model model --quant nf4 --data rows.jsonl --max-steps 2 --output run";
+    dir.trainer(line).succeeds();
+    let sample = &dir.json("run/run.json")["samples"][0];
+    assert_eq!(sample["expected"], json!("ebrazay"));
+    // what a model says of a task that it does not know
+    assert_eq!(sample["before"]["text"], json!("unknown task"));
+    assert!(dir.read("run/report.html").contains("nf4, blocks of 64"));
 }
