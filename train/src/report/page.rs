@@ -109,6 +109,7 @@ fn header(page: &mut String, run: &RunRecord) {
     }
     let of = match run.facts.steps {
         0 => "steps".into(),
+        1 => "of 1 step".into(),
         all => format!("of {} steps", count(all as u64)),
     };
     tile(Some(count(run.last_step() as u64)), of);
