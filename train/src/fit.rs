@@ -24,6 +24,7 @@ use crate::error::Result;
 use crate::metrics::{Gauge, NoMetricFiles};
 use crate::optimizer::AdamW;
 use crate::recipe::Recipe;
+use crate::report::samples::{self, Answer, Prompt};
 use crate::run_folder::RunFolder;
 use crate::schedule::Schedule;
 use crate::step::{CausalLm, EvalItem, StepItem};
@@ -55,6 +56,8 @@ pub struct Run<B: TrainBackend> {
     pub load_time: Duration,
     /// How the base of `adapter.init_from` was quantised, and how this one is, if they differ.
     pub other_base: Option<[String; 2]>,
+    /// What the trained model is to continue in the end, for people to read.
+    pub prompts: Vec<Prompt>,
     /// Where it computes.
     pub device: B::Device,
 }
@@ -70,6 +73,8 @@ pub struct Outcome {
     pub best: Option<Best>,
     /// Why the run ended before its last step.
     pub stopped: Option<Stopped>,
+    /// The continuations of [`Run::prompts`]; none of a run that was interrupted.
+    pub answers: Vec<Answer>,
 }
 
 /// Why a run ended before its last step.
@@ -163,15 +168,19 @@ pub fn fit<B: TrainBackend, R: MetricsRenderer + 'static>(
     if let Some(error) = state.error.take() {
         return Err(error);
     }
+    let mut answers = Vec::new();
     if state.stopped != Some(Stopped::Interrupted) {
         let name = strategy.trained.folder_name();
         strategy.save_whole(&result.model, &state, name)?;
+        let stop = &strategy.base.generation.eos_token_ids;
+        answers = samples::answer(&result.model.model, &run.prompts, stop, &strategy.device);
     }
     Ok(Outcome {
         steps: state.progress.step,
         loss: state.loss,
         best: state.progress.best,
         stopped: state.stopped,
+        answers,
     })
 }
 

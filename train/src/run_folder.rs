@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 use crate::checkpoint::Progress;
 use crate::error::{Error, Result};
 use crate::recipe::Recipe;
+use crate::tensorboard::EventFile;
 
 /// File name of the resolved recipe.
 pub const RECIPE_FILE: &str = "recipe.toml";
@@ -89,6 +90,8 @@ pub struct RunFolder {
     path: PathBuf,
     metrics: File,
     _lock: File,
+    /// What TensorBoard reads, if it is wanted.
+    events: Option<EventFile>,
 }
 
 impl RunFolder {
@@ -124,6 +127,7 @@ impl RunFolder {
             metrics: open_metrics(path)?,
             path: path.into(),
             _lock: lock,
+            events: None,
         })
     }
 
@@ -180,6 +184,14 @@ impl RunFolder {
         text.lines().map(line).collect()
     }
 
+    /// Writes TensorBoard's events, too, if the recipe asks for it; `first_step` is to be taken next.
+    pub fn with_events(mut self, recipe: &Recipe, first_step: usize) -> Result<Self> {
+        if recipe.output.tensorboard {
+            self.events = Some(EventFile::create(&self.path, first_step)?);
+        }
+        Ok(self)
+    }
+
     /// The folder.
     pub fn path(&self) -> &Path {
         &self.path
@@ -195,7 +207,8 @@ impl RunFolder {
         if written.is_err() {
             let _ = self.metrics.set_len(before); // the disk may be full in the middle of a line
         }
-        written.map_err(failed())
+        written.map_err(failed())?;
+        self.events.iter_mut().try_for_each(|to| to.write(line))
     }
 
     /// Makes the metrics so far last through a power cut.

@@ -184,7 +184,7 @@ fn begin<B: TrainBackend>(
         }
         None => trained.attach(&mut model, recipe.train.seed, &device)?,
     }
-    let folder = folder(&recipe)?;
+    let folder = folder(&recipe)?.with_events(&recipe, 1)?;
     let optimizer = AdamW::new(&recipe.train);
     let progress = Progress {
         rows: rows.fingerprint(),
@@ -256,6 +256,7 @@ pub fn resume<B: TrainBackend>(
     restore_optimizer(&optimizer, &names, checkpoint, &device)?;
     folder.write_recipe(&recipe)?;
     folder.go_back(&progress)?;
+    let folder = folder.with_events(&recipe, progress.step + 1)?;
     Ok(assemble(
         recipe, trained, base, rows, device, model, optimizer, folder, progress, load_time,
     ))
@@ -295,6 +296,7 @@ fn assemble<B: TrainBackend>(
         progress,
         load_time,
         other_base: None,
+        prompts: Vec::new(),
         device,
     }
 }

@@ -169,6 +169,11 @@ fn train_advice(error: &train::Error) -> &'static str {
         E::OutputNotEmpty { .. } => "choose another --output, or go on with that run by --resume",
         E::NoCheckpoint { .. } => "start a new run with its recipe.toml and another --output",
         E::InUse { .. } => "wait until it has ended, or stop it; or choose another --output",
+        E::NotARun { .. } => {
+            "give the folder that `trainer train` wrote: it has recipe.toml and metrics.jsonl"
+        }
+        E::NoMetrics { .. } => "start the run again, or give another one",
+        E::BadMetrics { .. } => "restore metrics.jsonl, or give another run",
         E::RowsChanged { .. } => {
             "put the rows back, or start a new run with adapter.init_from on the new ones"
         }

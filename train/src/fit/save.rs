@@ -6,6 +6,7 @@ use adapters::TrainBackend;
 
 use super::Event;
 use super::strategy::{State, StepByStep};
+use crate::card;
 use crate::checkpoint::Snapshot;
 use crate::error::{Error, Result};
 use crate::run_folder::replace_folder;
@@ -113,9 +114,15 @@ impl<B: TrainBackend> StepByStep<B> {
                 checkpoint,
             });
         }
-        replace_folder(&state.folder.path().join(name), |part| {
+        let run = state.folder.path();
+        replace_folder(&run.join(name), |part| {
             let base_name = &self.recipe.model.path;
-            self.trained.save(&model.model, &self.base, base_name, part)
+            let saved = self
+                .trained
+                .save(&model.model, &self.base, base_name, part)?;
+            self.base.copy_tokenizer(&saved)?;
+            card::write(&saved, run, &self.recipe, &self.trained)?;
+            Ok(saved)
         })
     }
 }

@@ -7,7 +7,7 @@ use super::Recipe;
 /// Keys that a run may go on with another value of: how long it is, what is kept and shown of it,
 /// and where things lie; the rows themselves are compared by what is in them. A longer run follows
 /// the learning-rate schedule of its new length from there on.
-pub const MAY_CHANGE: [&str; 11] = [
+pub const MAY_CHANGE: [&str; 12] = [
     "data.train",
     "data.eval",
     "train.epochs",
@@ -19,6 +19,7 @@ pub const MAY_CHANGE: [&str; 11] = [
     "train.early_stopping_patience",
     "train.keep_checkpoints",
     "output.dir",
+    "output.tensorboard",
 ];
 
 impl Recipe {

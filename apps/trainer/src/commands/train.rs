@@ -5,6 +5,7 @@ mod begin;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
+use std::time::Instant;
 
 use ::train::data::{Encoder, Prepared, prepare, split};
 use ::train::fit::{Event, Outcome, Run, Stopped, fit};
@@ -29,6 +30,7 @@ use crate::device::{Device, Job};
 use crate::encoder;
 use crate::failure::Advised;
 use crate::output::Output;
+use crate::record::{Known, Record};
 use crate::renderer::Renderer;
 use crate::signals;
 
@@ -142,6 +144,7 @@ pub fn launch(
     no_tui: bool,
     output: &Output,
 ) -> Result<Finished> {
+    let start = Instant::now();
     let device = Device::find(device)?;
     let begin = match resume {
         Some(run) => go_on(run, &mut recipe, output)?,
@@ -161,17 +164,24 @@ pub fn launch(
     };
     let mut base = open_model(&recipe.model.path, files, output)?;
     encoder::choose_template(&mut base, None, recipe.data.chat_template.as_deref())?;
+    encoder::forget_same_template(&mut base, &mut recipe)?;
     // what does not fit is said before anything is loaded
     let trainable = session::num_params(&recipe, &trained, &base.config)?;
     check_training_memory(&recipe, &trained, &base, trainable, &device)?;
-    let rows = read_rows(&recipe, &base, output)?.rows;
+    let read = read_rows(&recipe, &base, output)?;
     recipe.make_paths_absolute(); // messages so far name paths as they were typed
     let job = TrainJob {
-        device: device.clone(),
+        known: Known {
+            start,
+            rows: read.rows.clone(),
+            dropped_rows: read.dropped_rows,
+            warnings: read.problems,
+            device: device.clone(),
+        },
         recipe,
         trained,
         base,
-        rows,
+        rows: read.rows,
         folder: folder.clone(),
         begin,
         no_tui,
@@ -207,7 +217,7 @@ pub fn check_training_memory(
 }
 
 struct TrainJob {
-    device: Device,
+    known: Known,
     recipe: Recipe,
     trained: Trained,
     base: ModelFolder,
@@ -222,7 +232,7 @@ impl Job for TrainJob {
     type Output = Outcome;
 
     fn run<B: TrainBackend>(self, device: B::Device) -> Result<Outcome> {
-        let (log_every, output) = (self.recipe.train.log_every, self.output);
+        let (log_every, output, mut known) = (self.recipe.train.log_every, self.output, self.known);
         let (recipe, trained, base, rows) = (self.recipe, self.trained, self.base, self.rows);
         let mut run = match self.begin {
             Begin::New => session::start::<B>(recipe, trained, base, rows, &self.folder, device)?,
@@ -237,7 +247,11 @@ impl Job for TrainJob {
         let interrupter = signals::interrupter(answer);
         output.note(loaded(&run.model.model, run.load_time));
         if let Some([theirs, ours]) = &run.other_base {
-            output.note(other_base("the adapter", theirs, ours));
+            let text = other_base("the adapter", theirs, ours);
+            output.note(&text);
+            known
+                .warnings
+                .extend(text.strip_prefix("warning: ").map(str::to_owned));
         }
         let trained = run.trained.num_params(&run.base.config)?;
         output.note(format_args!(
@@ -246,7 +260,7 @@ impl Job for TrainJob {
             run.windows.num_steps(),
             self.folder.display(),
         ));
-        choose_recompute(&mut run, &self.device, &output)?;
+        choose_recompute(&mut run, &known.device, &output)?;
         if run.progress.step >= run.windows.num_steps() && !run.progress.evaluation_due {
             output.note("the run has taken all its steps; --max-steps makes it longer");
         }
@@ -255,8 +269,18 @@ impl Job for TrainJob {
             .map(|step| schedule.at(step))
             .fold(0.0, f64::max);
         if peak < run.recipe.train.learning_rate / 2.0 {
-            output.note("warning: the run is all warm-up; set train.warmup_steps to fewer steps");
+            let text = "the run is all warm-up; set train.warmup_steps to fewer steps";
+            output.note(format_args!("warning: {text}"));
+            known.warnings.push(text.into());
         }
+        let unfinished = |source| Unfinished {
+            run: self.folder.clone(),
+            source,
+        };
+        let record = Record::begin(&mut run, known).map_err(|error| match error.downcast() {
+            Ok(source) => unfinished(source).into(),
+            Err(error) => error,
+        })?;
         let title = self.folder.display().to_string();
         let renderer = Renderer::new(title, self.no_tui, interrupter.clone(), log_every, output);
         renderer.begin(&run.folder.lines()?, run.windows.num_steps());
@@ -264,13 +288,10 @@ impl Job for TrainJob {
         let report = Arc::new(move |event: Event<'_>| listener.tell(event));
         let outcome = fit(run, renderer, interrupter, report);
         screen.close(); // also after a failure
+        record.end(&outcome, &output);
         outcome.map_err(|error| match error {
             error @ ::train::Error::NotFinite { .. } => error.into(),
-            source => Unfinished {
-                run: self.folder,
-                source,
-            }
-            .into(),
+            source => unfinished(source).into(),
         })
     }
 }

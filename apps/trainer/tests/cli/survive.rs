@@ -243,7 +243,7 @@ fn a_full_disk_loses_nothing() {
     let run = finish(&mut with_limit(
         &dir,
         &format!("{line} --output small"),
-        4000,
+        10_000,
     ));
     run.fails(1, &[&["cannot write small/"], &resume[..]].concat());
     let hidden = |name: &String| name.starts_with('.') && name != ".lock";
