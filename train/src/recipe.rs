@@ -160,7 +160,7 @@ mod tests {
             format = "auto"
             max_length = 1024
             truncate = "drop"
-            packing = false # until it is supported
+            packing = true
             train_on = "assistant"
             shuffle = true
             eval_fraction = 0.0
@@ -268,7 +268,6 @@ mod tests {
     #[test]
     fn requests_that_cannot_be_honoured_are_errors() {
         let cases = [
-            ("data.packing=true", "data.packing = true is not supported"),
             (
                 "quantization.format=int4",
                 "quantization.format = \"int4\" is unknown: expected \"none\", \"nf4\" or \"fp4\"",

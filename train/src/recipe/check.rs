@@ -169,8 +169,6 @@ fn data(recipe: &Recipe, problems: &mut Problems) {
     let data = &recipe.data;
     let text = "must be at least 2";
     problems.unless(data.max_length >= 2, "data.max_length", text);
-    let text = "= true is not supported";
-    problems.unless(!data.packing, "data.packing", text);
     let share = (0.0..1.0).contains(&data.eval_fraction);
     problems.unless(share, "data.eval_fraction", "must be from 0 to below 1");
 }

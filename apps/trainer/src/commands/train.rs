@@ -260,6 +260,14 @@ impl Job for TrainJob {
             run.windows.num_steps(),
             self.folder.display(),
         ));
+        if let Some(fill_ratio) = run.windows.fill_ratio() {
+            output.note(format_args!(
+                "an epoch is packed into {} sequences of up to {} tokens, {:.1} % full",
+                run.windows.num_sequences(),
+                run.recipe.data.max_length,
+                100.0 * fill_ratio,
+            ));
+        }
         choose_recompute(&mut run, &known.device, &output)?;
         if run.progress.step >= run.windows.num_steps() && !run.progress.evaluation_due {
             output.note("the run has taken all its steps; --max-steps makes it longer");

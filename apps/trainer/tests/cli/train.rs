@@ -24,6 +24,7 @@ fn token_rows_become_a_run_folder() {
     dir.write("eval.jsonl", token_rows(3));
     let line = "train --json --model model --data rows.jsonl --eval-data eval.jsonl --output run \
                 --rank 4 --epochs 3 --set train.micro_batch_size=2 --set train.save_every=5 \
+                --set data.packing=false \
                 --set train.eval_every=4 --set train.learning_rate=1e-2";
     let run = dir.trainer(line).succeeds();
     let json = run.json();
@@ -284,7 +285,7 @@ fn the_printed_recipe_is_complete_and_means_the_same() {
         "rank = 3",
         "alpha = 32.0",
         "warmup_ratio = 0.03",
-        "packing = false",
+        "packing = true",
         "seed = 42",
     ] {
         assert!(first.stdout.contains(key), "{key}: {first}");

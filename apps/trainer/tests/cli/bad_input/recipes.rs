@@ -84,7 +84,6 @@ fn values_that_cannot_be() {
             "quantization.format=int8",
             "quantization.format = \"int8\" is unknown: expected \"none\", \"nf4\" or \"fp4\"",
         ),
-        ("data.packing=true", "data.packing = true is not supported"),
         (
             "data.packing=maybe",
             "data.packing: invalid type: string \"maybe\"",
