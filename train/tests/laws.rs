@@ -25,12 +25,13 @@ use serde_json::Value;
 use tempfile::{TempDir, tempdir};
 use train::Error;
 use train::batch::{EvalBatches, MicroBatch, Window, Windows};
+use train::card::CARD_FILE;
 use train::checkpoint::Checkpoints;
 use train::data::{IGNORED, Sample, epoch_order};
 use train::evaluate::{Evaluation, evaluate};
 use train::fit::{Event, Outcome, Run, Stopped, fit};
 use train::recipe::Recipe;
-use train::run_folder::{METRICS_FILE, RECIPE_FILE};
+use train::run_folder::{METRICS_FILE, RECIPE_FILE, RunFolder};
 use train::session::{self, Rows};
 use train::step::{CausalLm, clip_gradients};
 
@@ -99,7 +100,9 @@ fn resume(run: &Path, rows: &Rows) -> Run<B> {
     let base = ModelFolder::open(Path::new(&recipe.model.path)).unwrap();
     let newest = Checkpoints::new(run, 0).newest(|_, _| {}).unwrap().unwrap();
     let device = Default::default();
-    session::resume(recipe, trained, base, rows.clone(), run, &newest, device).unwrap()
+    session::check_recipe(&recipe, &newest).unwrap();
+    let folder = RunFolder::open(run).unwrap();
+    session::resume(recipe, trained, base, rows.clone(), folder, &newest, device).unwrap()
 }
 
 /// All lines of the metrics without what depends on the clock and the machine.
@@ -484,7 +487,11 @@ fn layers_that_are_computed_again_change_nothing() {
             "{model} {method} {text}"
         );
         let result = if method == "full" { "model" } else { "adapter" };
-        let trained = |run: &TempDir| files(&run.path().join(result));
+        let trained = |run: &TempDir| {
+            let mut all = files(&run.path().join(result));
+            all.retain(|(name, _)| name != Path::new(CARD_FILE)); // it has the recipe
+            all
+        };
         assert!(
             trained(&again_run) == trained(&plain_run),
             "{model} {method} {text}"
@@ -978,19 +985,17 @@ fn what_a_crash_left_half_written_does_no_harm() {
     assert!(newest.ends_with("step-000002"));
 }
 
+/// The last update gives weights that are no numbers, or that give none: what was good before it is
+/// saved, and what it left is not.
 #[test]
-fn a_loss_that_is_no_number_ends_the_run() {
+fn weights_that_are_no_numbers_are_never_saved() {
     for (text, told, good) in [
-        ("", "the loss of step 3", None),
-        ("train.save_every=1", "a weight after step 2", Some(1)),
-        (
-            "train.eval_every=1",
-            "the evaluation loss after step 2",
-            None,
-        ),
+        ("train.save_every=9", "the weight model.layers.0.", None),
+        ("train.save_every=1", "the weight model.layers.0.", Some(1)),
+        ("train.eval_every=1", "the evaluation loss after", None),
         (
             "train.eval_every=1 train.save_every=1",
-            "the evaluation loss after step 2",
+            "the evaluation loss after",
             Some(1),
         ),
     ] {
@@ -1006,37 +1011,82 @@ fn a_loss_that_is_no_number_ends_the_run() {
             }
             None => "there is no checkpoint from before".to_owned(),
         };
-        let expected = format!("{told} is not a finite number ({good})");
-        assert_eq!(error.to_string(), expected);
-        assert!(!out.path().join("adapter").exists());
+        let adapter = out.path().join("adapter");
+        let saved = format!("the last good weights are saved in {}", adapter.display());
+        let end = format!(" step 2 is not a finite number; {saved}, {good}");
+        let error = error.to_string();
+        assert!(error.starts_with(told) && error.ends_with(&end), "{error}");
+        // a warm-up of one step leaves the weights as they began, which is what is good here
+        let (first, _) = run_gqa("train.max_steps=1 train.warmup_steps=1");
+        let bytes = |run: &Path| adapter_bytes(&run.join("adapter"));
+        assert_eq!(bytes(out.path()), bytes(first.path()));
         let text = std::fs::read_to_string(out.path().join(METRICS_FILE)).unwrap();
         assert!(!text.contains("null"), "{text}");
     }
 }
 
-/// The last update overflows, after a loss and a gradient that are numbers.
+/// The same where no copy of the weights is kept.
 #[test]
-fn weights_that_are_no_numbers_are_never_saved() {
+fn a_model_that_is_no_numbers_is_never_saved() {
     let text = "train.learning_rate=1e30 train.weight_decay=1e30 train.warmup_steps=0 \
-                train.lr_schedule=constant train.save_every=1 train.max_steps=1";
+                train.lr_schedule=constant train.save_every=1 train.max_steps=1 adapter.method=full";
     let none = Rows {
         eval: Arc::new(Vec::new()),
         ..rows()
     };
-    for method in ["lora", "full"] {
-        let out = tempdir().unwrap();
-        let settings = settings(&format!("{text} adapter.method={method}"));
-        let run = start(recipe(&tiny_model("gqa"), &settings), &none, out.path());
-        let error = finish(run, |_, _| {}).unwrap_err().to_string();
-        assert!(
-            error.starts_with("a weight after step 1 is not a finite"),
-            "{error}"
-        );
-        assert_eq!(metrics(out.path(), "train").len(), 1);
-        for folder in ["adapter", "model", "best", "checkpoints"] {
-            assert!(!out.path().join(folder).exists(), "{folder}");
-        }
+    let out = tempdir().unwrap();
+    let run = start(
+        recipe(&tiny_model("gqa"), &settings(text)),
+        &none,
+        out.path(),
+    );
+    let error = finish(run, |_, _| {}).unwrap_err().to_string();
+    let expected = "the weight model.embed_tokens.weight after step 1 is not a finite number; no \
+                    weights are saved, there is no checkpoint from before";
+    assert_eq!(error, expected);
+    assert_eq!(metrics(out.path(), "train").len(), 1);
+    for folder in ["model", "best", "checkpoints"] {
+        assert!(!out.path().join(folder).exists(), "{folder}");
     }
+}
+
+#[test]
+fn one_run_at_a_time_trains_in_a_folder() {
+    let out = tempdir().unwrap();
+    let run = start_gqa("train.max_steps=2 train.save_every=1", out.path());
+    let second = || RunFolder::open(out.path()).map(|_| ());
+    assert!(matches!(second(), Err(Error::InUse { .. })));
+    finish(run, |_, _| {}).unwrap();
+    second().unwrap();
+    second().unwrap(); // it was let go of
+}
+
+/// A crash between the two renames that put a folder in the place of another.
+#[test]
+fn what_was_set_aside_is_put_back() {
+    let text = "train.max_steps=2 train.save_every=1 train.eval_every=1";
+    let (out, _) = run_gqa(text);
+    let at = |name: &str| out.path().join(name);
+    let before = files(out.path());
+    for (there, aside) in [
+        ("best", ".best.old"),
+        ("checkpoints/step-000002", "checkpoints/.step-000002.old"),
+    ] {
+        std::fs::rename(at(there), at(aside)).unwrap();
+        std::fs::create_dir_all(at(aside).with_extension("part")).unwrap();
+    }
+    std::fs::create_dir(at(".adapter.old")).unwrap(); // its successor is there
+    std::fs::write(at(".mine.old"), "mine").unwrap();
+    std::fs::write(at(".part-x1"), "half a").unwrap();
+    drop(RunFolder::open(out.path()).unwrap());
+    std::fs::remove_file(at(".mine.old")).unwrap();
+    assert!(files(out.path()) == before);
+    let names = std::fs::read_dir(out.path()).unwrap();
+    let hidden = names.filter(|name| {
+        let name = name.as_ref().unwrap().file_name();
+        name.to_string_lossy().starts_with('.')
+    });
+    assert_eq!(hidden.count(), 1, "the lock");
 }
 
 #[test]
@@ -1089,6 +1139,7 @@ fn runs_report_what_they_do() {
         let count = match event {
             Event::Saved { .. } => &counts.0,
             Event::Evaluated { .. } => &counts.1,
+            other => panic!("{other:?}"),
         };
         count.fetch_add(1, Ordering::Relaxed);
     });

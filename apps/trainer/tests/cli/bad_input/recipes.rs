@@ -67,6 +67,8 @@ fn values_that_cannot_be() {
         ),
         ("adapter.alpha=nan", "adapter.alpha must be"),
         ("adapter.alpha=1e200", "adapter.alpha must be"),
+        ("adapter.alpha=0", "adapter.alpha must be"),
+        ("adapter.alpha_pattern={q_proj=0}", "adapter.alpha_pattern"),
         ("train.eps=1e-200", "train.eps must be"),
         ("train.learning_rate=1e200", "train.learning_rate must be"),
         ("adapter.dropout=1", "adapter.dropout"),
