@@ -12,6 +12,7 @@ mod memory;
 mod output;
 mod renderer;
 mod signals;
+mod terminal;
 
 use std::process::ExitCode;
 
@@ -32,7 +33,9 @@ fn main() -> ExitCode {
         Err(error) => return Failure::from_usage(&error).report(&Output::from_env()),
     };
     let output = Output::new(&cli);
-    match run(cli, &output) {
+    let result = run(cli, &output);
+    terminal::give_back(); // whatever happened
+    match result {
         Ok(code) => code,
         Err(error) => Failure::from(error).report(&output),
     }

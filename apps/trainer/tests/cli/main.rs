@@ -12,7 +12,11 @@ mod generate;
 mod hub;
 mod merge;
 mod plan;
+#[cfg(unix)]
+mod pty;
 mod quantize;
+#[cfg(unix)]
+mod terminal;
 mod train;
 mod bad_input {
     mod adapters;
