@@ -340,7 +340,7 @@ fn a_part_that_is_missing_or_wrong_is_named() {
             vec!["q_proj.weight.absmax is [64] of type I8, expected 64 values of type U8"],
         ),
         (nested, vec!["q_proj.weight.nested_quant_map is missing"]),
-        (not_finite, vec!["absmax[2] is NaN"]),
+        (not_finite, vec!["weight.absmax[2] is NaN"]),
         (
             other_book,
             vec!["q_proj.weight.quant_map", "is not the code book of nf4"],
@@ -387,7 +387,7 @@ fn another_quantization_is_named_and_refused() {
     let (_, fp4, _) = CASES[3];
     let refusal = refusal(&fixture("nf4"), Some(fp4));
     assert!(
-        refusal.contains("is nf4 in blocks of 64, but fp4"),
+        refusal.contains("is stored as nf4 in blocks of 64, and fp4 is asked for"),
         "{refusal}"
     );
 }

@@ -25,6 +25,7 @@ const FORMATS: [Format; 2] = [Format::Nf4, Format::Fp4];
 /// The parts of a weight in a checkpoint, checked against each other and not yet read.
 #[derive(Debug)]
 pub struct Stored<'a> {
+    name: String,
     shape: [usize; 2],
     format: Format,
     state: QuantState,
@@ -101,6 +102,7 @@ impl<'a> Stored<'a> {
             Some(_) => Some([part(".nested_absmax")?, part(".nested_quant_map")?]),
         };
         let stored = Self {
+            name: name.into(),
             shape,
             format,
             codes: part("")?,
@@ -155,7 +157,7 @@ impl<'a> Stored<'a> {
     /// Reads the parts.
     ///
     /// # Errors
-    /// If a value that scales weights is infinite or NaN.
+    /// If a value that scales weights is infinite or NaN; the error names its tensor.
     pub fn read(&self) -> Result<Quantized> {
         let absmax = match &self.nested {
             None => Absmax::Plain(floats(&self.absmax)),
@@ -169,7 +171,15 @@ impl<'a> Stored<'a> {
             }),
         };
         let codes = self.codes.data().to_vec();
-        let weight = Quantized::new(self.shape, self.format, self.state.blocksize, codes, absmax)?;
+        let weight = Quantized::new(self.shape, self.format, self.state.blocksize, codes, absmax);
+        let weight = weight.map_err(|error| match error {
+            Error::NonFinitePart { part, index, value } => Error::NonFinitePart {
+                part: format!("{}.{part}", self.name),
+                index,
+                value,
+            },
+            other => other,
+        })?;
         Ok(weight.with_precision(match self.dtype() {
             Dtype::F16 => Precision::F16,
             Dtype::BF16 => Precision::Bf16,

@@ -371,7 +371,7 @@ fn check_finite(part: &'static str, values: &[f32]) -> Result<()> {
     match values.iter().position(|value| !value.is_finite()) {
         None => Ok(()),
         Some(index) => Err(Error::NonFinitePart {
-            part,
+            part: part.into(),
             index,
             value: values[index],
         }),

@@ -155,7 +155,7 @@ pub fn start<B: TrainBackend>(
         }
         None => trained.attach(&mut model, recipe.train.seed, &device)?,
     }
-    let folder = RunFolder::create(output, &recipe)?;
+    let folder = RunFolder::create(output, &recipe)?.with_events(&recipe, 1)?;
     let optimizer = AdamW::new(&recipe.train);
     let progress = Progress {
         rows: rows.fingerprint(),
@@ -209,7 +209,7 @@ pub fn resume<B: TrainBackend>(
     let optimizer = AdamW::new(&recipe.train);
     let names = trained.parameters(&base.config)?;
     restore_optimizer(&optimizer, &names, checkpoint, &device)?;
-    let folder = RunFolder::resume(run, &progress)?;
+    let folder = RunFolder::resume(run, &progress)?.with_events(&recipe, progress.step + 1)?;
     Ok(assemble(
         recipe, trained, base, rows, device, model, optimizer, folder, progress, load_time,
     ))
@@ -249,6 +249,7 @@ fn assemble<B: TrainBackend>(
         progress,
         load_time,
         other_base: None,
+        prompts: Vec::new(),
         device,
     }
 }

@@ -10,6 +10,7 @@ mod failure;
 mod lines;
 mod memory;
 mod output;
+mod record;
 mod renderer;
 mod signals;
 mod terminal;
@@ -53,6 +54,7 @@ fn run(cli: Cli, output: &Output) -> anyhow::Result<ExitCode> {
         Some(Command::Merge(args)) => commands::merge::run(args, &device, output),
         Some(Command::Quantize(args)) => commands::quantize::run(args, &device, output),
         Some(Command::Plan(args)) => commands::plan::run(args, &device, output),
+        Some(Command::Report(args)) => commands::report::run(args, output),
         Some(Command::Devices) => commands::devices::run(&device, output),
     }
 }

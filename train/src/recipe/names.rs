@@ -139,6 +139,13 @@ pub(super) fn unknown_key(section: &str, key: &str) -> String {
     }
 }
 
+/// The key, with its section and perhaps its value, that a name without a section stands for, here
+/// or in another program.
+pub fn key_named(name: &str) -> Option<String> {
+    let key = elsewhere(name).or_else(|| in_any_section(name))?;
+    key.contains('.').then_some(key)
+}
+
 /// What another program's name is here.
 fn elsewhere(name: &str) -> Option<String> {
     let (_, ours) = ELSEWHERE.iter().find(|(theirs, _)| *theirs == name)?;
@@ -173,7 +180,7 @@ mod tests {
         assert_eq!(train.first().unwrap(), "epochs");
         assert_eq!(train.last().unwrap(), "keep_checkpoints");
         assert!(keys("model").contains(&"path".to_owned())); // not written while it is empty
-        assert_eq!(keys("output"), ["dir"]);
+        assert_eq!(keys("output"), ["dir", "samples", "tensorboard"]);
         assert!(keys("wandb").is_empty());
     }
 
@@ -217,7 +224,7 @@ mod tests {
         }
         assert_eq!(
             unknown_key("output", "colour"),
-            "unknown field `colour`: expected dir"
+            "unknown field `colour`: expected dir, samples, tensorboard"
         );
         for (section, meant) in [
             ("trian", "train"),

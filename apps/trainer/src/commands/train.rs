@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
+use std::time::Instant;
 
 use ::train::checkpoint::Checkpoints;
 use ::train::data::{Encoder, Prepared, prepare, split};
@@ -19,11 +20,12 @@ use model::hub::Files;
 use serde_json::json;
 use toml::Value;
 
-use super::{check_memory, gib, loaded, open_model, other_base, settings};
+use super::{check_memory, gib, loaded, open_model, other_base, settings, trained};
 use crate::cli::{RecipeArgs, TrainArgs};
 use crate::device::{Device, Job};
 use crate::encoder;
 use crate::output::Output;
+use crate::record::{Known, Record};
 use crate::renderer::Renderer;
 use crate::signals;
 
@@ -36,7 +38,7 @@ pub fn run(args: TrainArgs, device: &str, no_tui: bool, output: &Output) -> Resu
     let over = settings_of(&args.recipe)?;
     let mut recipe = Recipe::read(args.recipe.recipe.as_deref(), &over)?;
     if args.print_recipe {
-        session::trained(&mut recipe)?;
+        trained(&mut recipe)?;
         output.result(&serde_json::to_value(&recipe)?, recipe.to_toml().trim_end())?;
         return Ok(ExitCode::SUCCESS);
     }
@@ -133,10 +135,11 @@ pub fn launch(
     no_tui: bool,
     output: &Output,
 ) -> Result<Finished> {
+    let start = Instant::now();
     let device = Device::find(device)?;
     let trained = match resume {
         Some(_) => session::resumed(&recipe),
-        None => session::trained(&mut recipe)?,
+        None => trained(&mut recipe)?,
     };
     let folder = match resume {
         Some(run) => run.clone(),
@@ -152,17 +155,24 @@ pub fn launch(
     };
     let mut base = open_model(&recipe.model.path, files, output)?;
     encoder::choose_template(&mut base, None, recipe.data.chat_template.as_deref())?;
+    encoder::forget_same_template(&mut base, &mut recipe)?;
     // what does not fit is said before anything is loaded
     let trainable = session::num_params(&recipe, &trained, &base.config)?;
     check_training_memory(&recipe, &trained, &base, trainable, &device)?;
-    let rows = read_rows(&recipe, &base, output)?.rows;
+    let read = read_rows(&recipe, &base, output)?;
     recipe.make_paths_absolute(); // messages so far name paths as they were typed
     let job = TrainJob {
-        device: device.clone(),
+        known: Known {
+            start,
+            rows: read.rows.clone(),
+            dropped_rows: read.dropped_rows,
+            warnings: read.problems,
+            device: device.clone(),
+        },
         recipe,
         trained,
         base,
-        rows,
+        rows: read.rows,
         folder: folder.clone(),
         checkpoint,
         no_tui,
@@ -198,7 +208,7 @@ pub fn check_training_memory(
 }
 
 struct TrainJob {
-    device: Device,
+    known: Known,
     recipe: Recipe,
     trained: Trained,
     base: ModelFolder,
@@ -213,7 +223,7 @@ impl Job for TrainJob {
     type Output = Outcome;
 
     fn run<B: TrainBackend>(self, device: B::Device) -> Result<Outcome> {
-        let (log_every, output) = (self.recipe.train.log_every, self.output);
+        let (log_every, output, mut known) = (self.recipe.train.log_every, self.output, self.known);
         let mut run = match &self.checkpoint {
             None => session::start::<B>(
                 self.recipe,
@@ -237,7 +247,11 @@ impl Job for TrainJob {
         let interrupter = signals::interrupter(answer);
         output.note(loaded(&run.model.model, run.load_time));
         if let Some([theirs, ours]) = &run.other_base {
-            output.note(other_base("the adapter", theirs, ours));
+            let text = other_base("the adapter", theirs, ours);
+            output.note(&text);
+            known
+                .warnings
+                .extend(text.strip_prefix("warning: ").map(str::to_owned));
         }
         let trained = run.trained.num_params(&run.base.config)?;
         output.note(format_args!(
@@ -246,7 +260,7 @@ impl Job for TrainJob {
             run.windows.num_steps(),
             self.folder.display(),
         ));
-        choose_recompute(&mut run, &self.device, &output)?;
+        choose_recompute(&mut run, &known.device, &output)?;
         if run.progress.step >= run.windows.num_steps() && !run.progress.evaluation_due {
             output.note("the run has taken all its steps");
         }
@@ -255,8 +269,11 @@ impl Job for TrainJob {
             .map(|step| schedule.at(step))
             .fold(0.0, f64::max);
         if peak < run.recipe.train.learning_rate / 2.0 {
-            output.note("warning: the run is all warm-up; set train.warmup_steps to fewer steps");
+            let text = "the run is all warm-up; set train.warmup_steps to fewer steps";
+            output.note(format_args!("warning: {text}"));
+            known.warnings.push(text.into());
         }
+        let record = Record::begin(&mut run, known)?;
         let past = run.folder.lines()?; // before the terminal is taken
         let folder = self.folder.clone();
         let renderer = Renderer::new(folder, self.no_tui, interrupter.clone(), log_every, output);
@@ -265,6 +282,7 @@ impl Job for TrainJob {
         let report = Arc::new(move |event: Event<'_>| listener.tell(event));
         let outcome = fit(run, renderer, interrupter, report);
         screen.close(); // also after a failure
+        record.end(&outcome, &output);
         Ok(outcome?)
     }
 }

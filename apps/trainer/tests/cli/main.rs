@@ -15,6 +15,7 @@ mod plan;
 #[cfg(unix)]
 mod pty;
 mod quantize;
+mod report;
 #[cfg(unix)]
 mod terminal;
 mod train;
