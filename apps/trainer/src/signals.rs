@@ -21,6 +21,8 @@ static ANSWER: Mutex<&str> = Mutex::new("");
 static ASKED: AtomicBool = AtomicBool::new(false);
 /// Whether only Ctrl-C may ask, and other signals end the program.
 static OTHERS_END: AtomicBool = AtomicBool::new(false);
+/// Whether the terminal was closed.
+static HUNG_UP: AtomicBool = AtomicBool::new(false);
 
 /// The handle that Ctrl-C sets; `answer` is what it then says.
 pub fn interrupter(answer: &'static str) -> Interrupter {
@@ -68,6 +70,11 @@ pub fn take_back(interrupter: &Interrupter) {
     ASKED.store(false, Ordering::Relaxed);
 }
 
+/// Whether nobody is there any more to read what is written.
+pub fn hung_up() -> bool {
+    HUNG_UP.load(Ordering::Relaxed)
+}
+
 /// Ends the program at once.
 pub fn end() -> ! {
     terminal::give_back();
@@ -96,7 +103,8 @@ fn listen_to_others(interrupter: Interrupter) {
     let _ = std::thread::Builder::new()
         .name("signals".into())
         .spawn(move || {
-            for _ in signals.forever() {
+            for signal in signals.forever() {
+                HUNG_UP.fetch_or(signal == libc::SIGHUP, Ordering::Relaxed);
                 match OTHERS_END.load(Ordering::Relaxed) {
                     true => end(),
                     false => ask(&interrupter),

@@ -66,7 +66,10 @@ impl Dir {
     /// The same with a model whose answers never end by themselves.
     pub fn with_endless_chat() -> Self {
         let dir = Self::with_chat();
-        dir.write("model/generation_config.json", r#"{"eos_token_id": 639}"#);
+        dir.write(
+            "model/generation_config.json",
+            r#"{"eos_token_id": 100000}"#,
+        ); // beyond the vocabulary
         dir.edit_json("model/config.json", |json| {
             json["max_position_embeddings"] = json!(1_000_000_000);
         });

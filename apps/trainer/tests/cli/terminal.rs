@@ -113,8 +113,10 @@ fn lines_are_edited_and_kept() {
     pty.waits_for("\x1b[?2004h");
     pty.types("/nonsemse\x1b[D\x1b[D\x7fn\r");
     pty.waits_for("there is no /nonsense");
+    pty.waits_for("\x1b[?2004h");
     pty.types("\x1b[A\r"); // the line before
     pty.waits_for("there is no /nonsense");
+    pty.waits_for("\x1b[?2004h");
     pty.types("\x04");
     assert_eq!(pty.ends().0, Some(0));
 }
