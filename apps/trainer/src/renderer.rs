@@ -78,6 +78,24 @@ impl Renderer {
                 let name = checkpoint.strip_prefix(&self.folder).unwrap_or(checkpoint);
                 (format!("saved {}", name.display()), Weight::Detail)
             }
+            Event::Spike { step, loss, mean } => {
+                lock(&self.state).spike = step;
+                if !self.is_drawn() {
+                    return; // the line of the step says it
+                }
+                let text = format!("step {step}  spike: loss {loss:.4} after a mean of {mean:.4}");
+                (text, Weight::Note)
+            }
+            Event::Skipped {
+                step,
+                reason,
+                in_a_row,
+            } => {
+                lock(&self.state).skip(step);
+                let text =
+                    format!("warning: step {step} is skipped ({in_a_row} in a row): {reason}");
+                (text, Weight::Warning)
+            }
         };
         self.say(text, weight);
     }
@@ -113,15 +131,17 @@ impl Renderer {
     /// A step as a plain line.
     fn line(&self, state: &State) {
         let (step, total) = (state.step, state.total);
-        if !step.is_multiple_of(self.log_every) && step != total {
+        let is_spike = state.spike == step;
+        if !step.is_multiple_of(self.log_every) && step != total && !is_spike {
             return;
         }
         let value = |name: &str| state.latest(name).unwrap_or(f64::NAN);
         let left = state.left().map(duration);
         self.output.note(format_args!(
-            "step {step}/{total}  epoch {:.2}  loss {:.4}  lr {:.3e}  grad norm {:.3}  {:.0} tokens/s{}",
+            "step {step}/{total}  epoch {:.2}  loss {:.4}{}  lr {:.3e}  grad norm {:.3}  {:.0} tokens/s{}",
             state.epoch.unwrap_or(f64::NAN),
             value(LOSS),
+            if is_spike { " (spike)" } else { "" },
             value(LEARNING_RATE),
             value(GRADIENT_NORM),
             value(TOKENS),

@@ -3,6 +3,7 @@
 use std::process::ExitCode;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, OnceLock, PoisonError};
+use std::time::{Duration, Instant};
 
 use anyhow::Result;
 use burn::train::Interrupter;
@@ -52,6 +53,21 @@ pub fn interrupted(output: &Output) -> Result<ExitCode> {
     Ok(ExitCode::from(INTERRUPTED))
 }
 
+/// A signal. Those that come within a moment of each other are the same wish: a terminal that is closed
+/// sends SIGHUP itself, and the shell in it does so, too.
+fn hear(interrupter: &Interrupter) {
+    const MOMENT: Duration = Duration::from_millis(300);
+    static LAST: Mutex<Option<Instant>> = Mutex::new(None);
+    let now = Instant::now();
+    let last = LAST
+        .lock()
+        .unwrap_or_else(PoisonError::into_inner)
+        .replace(now);
+    if last.is_none_or(|last| now - last >= MOMENT) {
+        ask(interrupter);
+    }
+}
+
 /// What Ctrl-C does, by key or by signal: the first asks, the second ends the program.
 pub fn ask(interrupter: &Interrupter) {
     if ASKED.swap(true, Ordering::Relaxed) {
@@ -85,7 +101,7 @@ fn listen() -> Interrupter {
     let interrupter = Interrupter::new();
     let handle = interrupter.clone();
     // If there is no handler, Ctrl-C ends the program at once, as it does without this call.
-    let _ = ctrlc::set_handler(move || ask(&handle));
+    let _ = ctrlc::set_handler(move || hear(&handle));
     #[cfg(unix)]
     listen_to_others(interrupter.clone());
     interrupter
@@ -107,7 +123,7 @@ fn listen_to_others(interrupter: Interrupter) {
                 HUNG_UP.fetch_or(signal == libc::SIGHUP, Ordering::Relaxed);
                 match OTHERS_END.load(Ordering::Relaxed) {
                     true => end(),
-                    false => ask(&interrupter),
+                    false => hear(&interrupter),
                 }
             }
         });
@@ -120,4 +136,14 @@ fn is_ignored(signal: i32) -> bool {
     let filled = unsafe { libc::sigaction(signal, std::ptr::null(), action.as_mut_ptr()) };
     // SAFETY: filled in above.
     filled == 0 && unsafe { action.assume_init() }.sa_sigaction == libc::SIG_IGN
+}
+
+/// Makes a limit on the size of files (`ulimit -f`) an error of the write that runs into it, as a
+/// full disk is, where it would kill the program.
+pub fn take_file_size_limits_as_errors() {
+    #[cfg(unix)]
+    // SAFETY: it installs no handler.
+    unsafe {
+        libc::signal(libc::SIGXFSZ, libc::SIG_IGN);
+    }
 }

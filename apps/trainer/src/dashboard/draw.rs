@@ -310,6 +310,7 @@ mod tests {
             tokens_per_second: 321.0,
             peak_memory_bytes: 300 << 20,
             seconds: 0.1,
+            spike: false,
         }
     }
 

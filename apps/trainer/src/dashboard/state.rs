@@ -89,6 +89,8 @@ pub struct State {
     pub step: usize,
     /// Steps in all.
     pub total: usize,
+    /// The last step whose loss was a spike; 0 if there is none.
+    pub spike: usize,
     /// Rows seen ÷ rows in the data.
     pub epoch: Option<f64>,
     /// What goes on beside steps.
@@ -130,6 +132,7 @@ impl State {
                     peak_memory_bytes,
                     ..
                 } => {
+                    self.step = step.saturating_sub(1);
                     for (name, value) in [
                         (LOSS, loss),
                         (LEARNING_RATE, lr),
@@ -142,6 +145,7 @@ impl State {
                     }
                     self.step = step;
                 }
+                Metrics::Skipped { step, .. } => self.step = step,
                 Metrics::Eval { step, loss, .. } => self.eval_loss(step, loss),
             }
         }
@@ -171,6 +175,11 @@ impl State {
         self.at_step = self.pace.map_or(Duration::ZERO, |pace| pace.elapsed());
         self.status.clear();
         self.changed = true;
+    }
+
+    /// A step is left out.
+    pub fn skip(&mut self, step: usize) {
+        self.progress(step, self.total);
     }
 
     /// Says what goes on until the next step.
