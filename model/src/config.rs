@@ -25,7 +25,8 @@ pub struct LlamaConfig {
     pub num_key_value_heads: usize,
     /// Width of a head, `h_d`; not always `hidden_size / num_attention_heads`.
     pub head_dim: usize,
-    /// Longest sequence the model was made for; matters to `dynamic` rotary scaling only.
+    /// Longest sequence the model was made for, see [`LlamaConfig::max_context`]; of what is
+    /// computed, it matters to `dynamic` rotary scaling only.
     pub max_position_embeddings: usize,
     /// Added to the mean square in every norm.
     pub rms_norm_eps: f64,
@@ -183,6 +184,28 @@ impl LlamaConfig {
                 "head_dim ({}) is odd: rotary positions need pairs",
                 self.head_dim
             ));
+        }
+    }
+
+    /// Longest text in tokens that the model was made for.
+    ///
+    /// `max_position_embeddings` is that of the training before `linear` and `dynamic` scaling, and
+    /// with `yarn` where nothing else tells the original length.
+    ///
+    /// Source: `_get_and_verify_max_len` in `vllm/config/model.py`.
+    pub fn max_context(&self) -> usize {
+        let plain = self.max_position_embeddings;
+        let times = |length: usize, factor: f64| (length as f64 * factor) as usize;
+        match self.rope_scaling {
+            RopeScaling::Default | RopeScaling::Llama3 { .. } => plain,
+            RopeScaling::Linear { factor } | RopeScaling::Dynamic { factor } => {
+                times(plain, factor).max(plain)
+            }
+            RopeScaling::Yarn {
+                factor,
+                original_max_position_embeddings: original,
+                ..
+            } => times(original, factor).max(plain),
         }
     }
 

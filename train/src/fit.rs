@@ -201,6 +201,9 @@ fn with_gauges<B: TrainBackend>(
         .metric_train_numeric(Gauge::rising("Tokens/s", |step: &StepItem| {
             (step.tokens as f64 / step.seconds, step.tokens)
         }))
+        .metric_train_numeric(Gauge::new("Epoch", |step: &StepItem| {
+            (step.epoch, step.trained_tokens)
+        }))
         .metric_valid_numeric(Gauge::new("Loss", |batch: &EvalItem| {
             (
                 batch.nll / batch.trained_tokens as f64,

@@ -104,15 +104,22 @@ pub struct TrainArgs {
     pub print_recipe: bool,
 }
 
-/// The model that a command computes with.
+/// The model that a command computes with, and an adapter on it.
 #[derive(Debug, Args)]
 pub struct ModelArgs {
-    /// A model folder or a Hub id
-    #[arg(long)]
-    pub model: String,
+    #[command(flatten)]
+    pub base: BaseArgs,
     /// A PEFT adapter folder or Hub id
     #[arg(long)]
     pub adapter: Option<String>,
+}
+
+/// A model without adapters.
+#[derive(Debug, Args)]
+pub struct BaseArgs {
+    /// A model folder or a Hub id
+    #[arg(long)]
+    pub model: String,
     /// Keep the linear layers in 4 bits: nf4 or fp4 (a model that is stored so needs no --quant)
     #[arg(long, value_name = "FORMAT", value_parser = ["nf4", "fp4"])]
     pub quant: Option<String>,
@@ -219,7 +226,10 @@ pub struct GenerateArgs {
 #[derive(Debug, Args)]
 pub struct ChatArgs {
     #[command(flatten)]
-    pub model: ModelArgs,
+    pub base: BaseArgs,
+    /// A PEFT adapter folder or Hub id (repeatable: the first is used until /adapter names another)
+    #[arg(long)]
+    pub adapter: Vec<String>,
     /// What the model is told before the conversation
     #[arg(long, value_name = "TEXT")]
     pub system: Option<String>,
@@ -260,7 +270,7 @@ pub struct SamplingArgs {
     /// Above 1: tokens that occurred become less likely
     #[arg(long, default_value_t = 1.0, allow_negative_numbers = true)]
     pub repetition_penalty: f64,
-    /// Decides the random numbers: the same seed, the same text
-    #[arg(long, default_value_t = 42, allow_negative_numbers = true)]
-    pub seed: u64,
+    /// Decides the random numbers of a temperature above 0: the same seed, the same text [default: 42]
+    #[arg(long, allow_negative_numbers = true)]
+    pub seed: Option<u64>,
 }

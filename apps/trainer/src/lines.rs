@@ -6,6 +6,7 @@ use anyhow::{Context, Result};
 use rustyline::error::{ReadlineError, Signal};
 
 use crate::failure::Advised;
+use crate::terminal;
 
 const PROMPT: &str = "> ";
 
@@ -47,7 +48,7 @@ impl Lines {
     /// Waits for the next line.
     pub fn next(&mut self) -> Result<Line> {
         match self {
-            Self::Terminal(editor) => match editor.readline(PROMPT) {
+            Self::Terminal(editor) => match terminal::while_editing(|| editor.readline(PROMPT)) {
                 Ok(text) => {
                     let _ = editor.add_history_entry(&text); // kept in memory alone
                     Ok(Line::Text(text))

@@ -13,6 +13,7 @@ mod output;
 mod record;
 mod renderer;
 mod signals;
+mod terminal;
 
 use std::process::ExitCode;
 
@@ -34,7 +35,9 @@ fn main() -> ExitCode {
         Err(error) => return Failure::from_usage(&error).report(&Output::from_env()),
     };
     let output = Output::new(&cli);
-    match run(cli, &output) {
+    let result = run(cli, &output);
+    terminal::give_back(); // whatever happened
+    match result {
         Ok(code) => code,
         Err(error) => Failure::from(error).report(&output),
     }

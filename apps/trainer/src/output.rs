@@ -9,6 +9,7 @@ use model::hub::DownloadEvent;
 use serde_json::Value;
 
 use crate::cli::Cli;
+use crate::signals;
 
 /// How much is said, and in which form.
 #[derive(Debug, Clone, Copy)]
@@ -46,7 +47,7 @@ impl Output {
             false => writeln!(stdout, "{text}"),
         };
         match written.and_then(|()| stdout.flush()) {
-            Err(e) if e.kind() != ErrorKind::BrokenPipe => {
+            Err(e) if e.kind() != ErrorKind::BrokenPipe && !signals::hung_up() => {
                 Err(e).context("cannot write the result to stdout")
             }
             _ => Ok(()),

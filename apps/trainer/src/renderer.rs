@@ -2,9 +2,8 @@
 
 use std::collections::HashMap;
 use std::io::IsTerminal;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::{Duration, Instant};
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex};
 
 use burn::train::metric::{MetricDefinition, MetricId, NumericEntry};
 use burn::train::renderer::{
@@ -13,149 +12,141 @@ use burn::train::renderer::{
 };
 use burn::train::{Interrupter, LearnerSummary};
 use train::fit::Event;
-use train::run_folder::Line;
+use train::run_folder::{Line, peak_memory_bytes};
 
-use crate::dashboard::Dashboard;
+use crate::dashboard::state::{
+    GRADIENT_NORM, LEARNING_RATE, LOSS, MEMORY, State, TOKENS, Weight, duration,
+};
+use crate::dashboard::{Dashboard, lock};
 use crate::output::Output;
+use crate::terminal;
 
 /// What a run shows, as burn-train's renderer and as the listener of its events; clones share it.
 #[derive(Clone)]
 pub struct Renderer {
-    view: View,
+    state: Arc<Mutex<State>>,
+    dashboard: Option<Dashboard>,
     names: HashMap<MetricId, String>,
-}
-
-#[derive(Clone)]
-enum View {
-    Dashboard(Dashboard),
-    Lines(Lines),
-}
-
-/// Plain lines on stderr.
-#[derive(Clone)]
-struct Lines {
-    output: Output,
+    folder: PathBuf,
     log_every: usize,
-    /// Values of the step at hand, by name.
-    values: HashMap<String, f64>,
-    /// When the first step was done, and which.
-    first: Option<(Instant, usize)>,
-    /// The last step whose loss was a spike, 0 if there is none.
-    spike: Arc<AtomicUsize>,
+    output: Output,
 }
 
 impl Renderer {
-    /// The dashboard if stderr is a terminal and it is wanted.
+    /// For a run in `folder`, of which those in `past` of `total` steps have been taken; with the
+    /// dashboard if stderr is a terminal and it is wanted.
     pub fn new(
-        title: String,
+        folder: PathBuf,
         no_tui: bool,
         interrupter: Interrupter,
         log_every: usize,
         output: Output,
     ) -> Self {
+        let state = Arc::new(Mutex::new(State {
+            title: folder.display().to_string(),
+            ..State::default()
+        }));
         let dumb = std::env::var_os("TERM").is_some_and(|term| term == "dumb");
         let terminal = std::io::stderr().is_terminal() && !dumb;
         let wanted = terminal && !no_tui && !output.is_quiet();
-        let dashboard = wanted.then(|| Dashboard::open(title, interrupter));
-        let view = match dashboard {
-            Some(Ok(dashboard)) => View::Dashboard(dashboard),
-            _ => View::Lines(Lines {
-                output,
-                log_every,
-                values: HashMap::new(),
-                first: None,
-                spike: Arc::new(AtomicUsize::new(0)),
-            }),
-        };
+        let dashboard = wanted.then(|| Dashboard::open(state.clone(), interrupter));
         Self {
-            view,
+            state,
+            dashboard: dashboard.and_then(Result::ok),
             names: HashMap::new(),
+            folder,
+            log_every,
+            output,
         }
     }
 
     /// Shows a run of `total` steps, of which those in `past` have been taken.
     pub fn begin(&self, past: &[Line], total: usize) {
-        if let View::Dashboard(dashboard) = &self.view {
-            dashboard.begin(past, total);
-        }
+        lock(&self.state).begin(past, total);
     }
 
     /// Shows what a run tells.
     pub fn tell(&self, event: Event<'_>) {
-        let text = match &event {
+        let (text, weight) = match event {
             Event::Evaluated { step, loss } => {
-                format!(
-                    "step {step}  eval loss {loss:.4}  perplexity {:.3}",
-                    loss.exp()
-                )
+                lock(&self.state).eval_loss(step, loss);
+                let perplexity = loss.exp();
+                let text = format!("step {step}  eval loss {loss:.4}  perplexity {perplexity:.3}");
+                (text, Weight::Note)
             }
-            Event::Saved { checkpoint } => format!("saved {}", checkpoint.display()),
+            Event::Saved { checkpoint } => {
+                let name = checkpoint.strip_prefix(&self.folder).unwrap_or(checkpoint);
+                (format!("saved {}", name.display()), Weight::Detail)
+            }
             Event::Spike { step, loss, mean } => {
-                format!("step {step}  spike: loss {loss:.4} after a mean of {mean:.4}")
+                lock(&self.state).spike = step;
+                if !self.is_drawn() {
+                    return; // the line of the step says it
+                }
+                let text = format!("step {step}  spike: loss {loss:.4} after a mean of {mean:.4}");
+                (text, Weight::Note)
             }
             Event::Skipped {
                 step,
                 reason,
                 in_a_row,
-            } => format!("warning: step {step} is skipped ({in_a_row} in a row): {reason}"),
+            } => {
+                lock(&self.state).skip(step);
+                let text =
+                    format!("warning: step {step} is skipped ({in_a_row} in a row): {reason}");
+                (text, Weight::Warning)
+            }
         };
-        match (&self.view, event) {
-            (View::Dashboard(dashboard), event) => {
-                if let Event::Evaluated { step, loss } = event {
-                    dashboard.eval_loss(step, loss);
-                }
-                dashboard.message(text);
-            }
-            (View::Lines(lines), Event::Saved { .. }) => lines.output.detail(text),
-            (View::Lines(lines), Event::Spike { step, .. }) => {
-                lines.spike.store(step, Ordering::Relaxed);
-            }
-            (View::Lines(lines), Event::Evaluated { .. } | Event::Skipped { .. }) => {
-                lines.output.note(text);
-            }
+        self.say(text, weight);
+    }
+
+    fn say(&self, text: String, weight: Weight) {
+        match (self.is_drawn(), weight) {
+            (true, _) => lock(&self.state).say(text, weight),
+            (false, Weight::Detail) => self.output.detail(text),
+            (false, Weight::Note | Weight::Warning) => self.output.note(text),
         }
     }
 
-    /// Gives the screen back; a run that failed has not done so.
+    /// Whether there is a dashboard, and the terminal still shows it.
+    fn is_drawn(&self) -> bool {
+        self.dashboard.is_some() && terminal::is_taken()
+    }
+
+    /// Gives the screen back, and says the warnings again that were on it. A run that failed has not
+    /// done so.
     pub fn close(&self) {
-        if let View::Dashboard(dashboard) = &self.view {
+        let mut state = lock(&self.state);
+        state.ended = true;
+        let messages = std::mem::take(&mut state.messages);
+        drop(state); // the dashboard looks whether it has ended
+        if let Some(dashboard) = &self.dashboard {
             dashboard.close();
         }
-    }
-}
-
-impl Lines {
-    fn step(&mut self, step: usize, total: usize) {
-        let (since, first) = *self.first.get_or_insert((Instant::now(), step));
-        let taken = step.saturating_sub(first);
-        let left = (taken > 0).then(|| {
-            since
-                .elapsed()
-                .mul_f64((total - step) as f64 / taken as f64)
-        });
-        let is_spike = self.spike.load(Ordering::Relaxed) == step;
-        if step.is_multiple_of(self.log_every) || step == total || is_spike {
-            let value = |name: &str| self.values.get(name).copied().unwrap_or(f64::NAN);
-            self.output.note(format_args!(
-                "step {step}/{total}  loss {:.4}{}  lr {:.3e}  grad norm {:.3}  {:.0} tokens/s{}",
-                value("Loss"),
-                if is_spike { " (spike)" } else { "" },
-                value("Learning rate"),
-                value("Gradient norm"),
-                value("Tokens/s"),
-                left.map_or(String::new(), |left| format!("  ETA {}", duration(left))),
-            ));
+        for message in messages.iter().filter(|message| message.is_warning) {
+            self.output.note(&message.text);
         }
-        self.values.clear();
     }
-}
 
-/// `1h02m`, `3m20s` or `12s`.
-pub fn duration(time: Duration) -> String {
-    match time.as_secs() {
-        s if s >= 3600 => format!("{}h{:02}m", s / 3600, s % 3600 / 60),
-        s if s >= 60 => format!("{}m{:02}s", s / 60, s % 60),
-        s => format!("{s}s"),
+    /// A step as a plain line.
+    fn line(&self, state: &State) {
+        let (step, total) = (state.step, state.total);
+        let is_spike = state.spike == step;
+        if !step.is_multiple_of(self.log_every) && step != total && !is_spike {
+            return;
+        }
+        let value = |name: &str| state.latest(name).unwrap_or(f64::NAN);
+        let left = state.left().map(duration);
+        self.output.note(format_args!(
+            "step {step}/{total}  epoch {:.2}  loss {:.4}{}  lr {:.3e}  grad norm {:.3}  {:.0} tokens/s{}",
+            state.epoch.unwrap_or(f64::NAN),
+            value(LOSS),
+            if is_spike { " (spike)" } else { "" },
+            value(LEARNING_RATE),
+            value(GRADIENT_NORM),
+            value(TOKENS),
+            left.map_or(String::new(), |left| format!("  ETA {left}")),
+        ));
     }
 }
 
@@ -170,14 +161,8 @@ impl MetricsRendererTraining for Renderer {
                 aggregated_value, ..
             } => aggregated_value,
         };
-        let Some(name) = self.names.get(&entry.metric_id) else {
-            return;
-        };
-        match &mut self.view {
-            View::Dashboard(dashboard) => dashboard.train_value(name, value),
-            View::Lines(lines) => {
-                lines.values.insert(name.clone(), value);
-            }
+        if let Some(name) = self.names.get(&entry.metric_id) {
+            lock(&self.state).train_value(name, value);
         }
     }
 
@@ -187,17 +172,18 @@ impl MetricsRendererTraining for Renderer {
         let Some(progress) = item.progress else {
             return;
         };
-        let (step, total) = (progress.items_processed, progress.items_total);
-        match &mut self.view {
-            View::Dashboard(dashboard) => dashboard.progress(step, total),
-            View::Lines(lines) => lines.step(step, total),
+        let mut state = lock(&self.state);
+        state.train_value(MEMORY, peak_memory_bytes() as f64);
+        state.progress(progress.items_processed, progress.items_total);
+        if !self.is_drawn() {
+            self.line(&state);
         }
     }
 
     fn render_valid(&mut self, item: TrainingProgress, _: Vec<ProgressType>) {
-        if let (View::Dashboard(dashboard), Some(progress)) = (&self.view, item.progress) {
+        if let Some(progress) = item.progress {
             let (done, all) = (progress.items_processed, progress.items_total);
-            dashboard.status(format!("evaluating {done}/{all}"));
+            lock(&self.state).status(format!("evaluating {done}/{all}"));
         }
     }
 

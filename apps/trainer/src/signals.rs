@@ -10,7 +10,7 @@ use burn::train::Interrupter;
 use serde_json::json;
 
 use crate::output::Output;
-use crate::{dashboard, output};
+use crate::{output, terminal};
 
 /// Exit code of an interrupted program.
 pub const INTERRUPTED: u8 = 130;
@@ -18,8 +18,12 @@ pub const INTERRUPTED: u8 = 130;
 static INTERRUPTER: OnceLock<Interrupter> = OnceLock::new();
 /// What Ctrl-C says.
 static ANSWER: Mutex<&str> = Mutex::new("");
-/// Whether the next Ctrl-C ends the program.
+/// Whether the next signal ends the program.
 static ASKED: AtomicBool = AtomicBool::new(false);
+/// Whether only Ctrl-C may ask, and other signals end the program.
+static OTHERS_END: AtomicBool = AtomicBool::new(false);
+/// Whether the terminal was closed.
+static HUNG_UP: AtomicBool = AtomicBool::new(false);
 
 /// The handle that Ctrl-C sets; `answer` is what it then says.
 pub fn interrupter(answer: &'static str) -> Interrupter {
@@ -27,17 +31,17 @@ pub fn interrupter(answer: &'static str) -> Interrupter {
     INTERRUPTER.get_or_init(listen).clone()
 }
 
-/// From now on Ctrl-C ends the program, except in [`interruptible`].
+/// From now on every signal ends the program, but Ctrl-C in [`interruptible`].
 pub fn end_at_once() {
     interrupter("");
     ASKED.store(true, Ordering::Relaxed);
+    OTHERS_END.store(true, Ordering::Relaxed);
 }
 
 /// Does something that the first Ctrl-C stops and that the program outlives.
 pub fn interruptible<T>(work: impl FnOnce(&Interrupter) -> T) -> T {
     let interrupter = interrupter("");
-    interrupter.reset();
-    ASKED.store(false, Ordering::Relaxed);
+    take_back(&interrupter);
     let result = work(&interrupter);
     ASKED.store(true, Ordering::Relaxed);
     result
@@ -49,59 +53,89 @@ pub fn interrupted(output: &Output) -> Result<ExitCode> {
     Ok(ExitCode::from(INTERRUPTED))
 }
 
-/// Signals that come within this time of the first are the same wish: a terminal that is closed sends
-/// SIGHUP itself, and the shell in it does so, too.
-const SAME: Duration = Duration::from_millis(300);
+/// A signal. Those that come within a moment of each other are the same wish: a terminal that is closed
+/// sends SIGHUP itself, and the shell in it does so, too.
+fn hear(interrupter: &Interrupter) {
+    const MOMENT: Duration = Duration::from_millis(300);
+    static LAST: Mutex<Option<Instant>> = Mutex::new(None);
+    let now = Instant::now();
+    let last = LAST
+        .lock()
+        .unwrap_or_else(PoisonError::into_inner)
+        .replace(now);
+    if last.is_none_or(|last| now - last >= MOMENT) {
+        ask(interrupter);
+    }
+}
+
+/// What Ctrl-C does, by key or by signal: the first asks, the second ends the program.
+pub fn ask(interrupter: &Interrupter) {
+    if ASKED.swap(true, Ordering::Relaxed) {
+        end();
+    }
+    let answer = *ANSWER.lock().unwrap_or_else(PoisonError::into_inner);
+    if !answer.is_empty() && !terminal::is_taken() {
+        output::log(answer);
+    }
+    interrupter.stop(Some("interrupted"));
+}
+
+/// Nobody has asked for a stop.
+pub fn take_back(interrupter: &Interrupter) {
+    interrupter.reset();
+    ASKED.store(false, Ordering::Relaxed);
+}
+
+/// Whether nobody is there any more to read what is written.
+pub fn hung_up() -> bool {
+    HUNG_UP.load(Ordering::Relaxed)
+}
+
+/// Ends the program at once.
+pub fn end() -> ! {
+    terminal::give_back();
+    std::process::exit(i32::from(INTERRUPTED));
+}
 
 fn listen() -> Interrupter {
     let interrupter = Interrupter::new();
     let handle = interrupter.clone();
-    let mut last: Option<Instant> = None;
-    let nohup = hangup_is_ignored();
     // If there is no handler, Ctrl-C ends the program at once, as it does without this call.
-    let _ = ctrlc::set_handler(move || {
-        let is_same = last.is_some_and(|last| last.elapsed() < SAME);
-        last = Some(Instant::now());
-        if is_same {
-            return;
-        }
-        if ASKED.swap(true, Ordering::Relaxed) {
-            dashboard::give_screen_back();
-            std::process::exit(i32::from(INTERRUPTED));
-        }
-        let answer = *ANSWER.lock().unwrap_or_else(PoisonError::into_inner);
-        if !answer.is_empty() && !dashboard::has_screen() {
-            output::log(answer);
-        }
-        handle.stop(Some("interrupted"));
-    });
-    if nohup {
-        ignore_hangup();
-    }
+    let _ = ctrlc::set_handler(move || hear(&handle));
+    #[cfg(unix)]
+    listen_to_others(interrupter.clone());
     interrupter
 }
 
-/// Whether the program was started by `nohup`, to outlive its terminal.
-fn hangup_is_ignored() -> bool {
-    #[cfg(unix)]
-    {
-        let mut action = std::mem::MaybeUninit::<libc::sigaction>::zeroed();
-        // SAFETY: without a new action, `sigaction` only fills in the structure that it is given.
-        let filled =
-            unsafe { libc::sigaction(libc::SIGHUP, std::ptr::null(), action.as_mut_ptr()) };
-        // SAFETY: filled in above.
-        filled == 0 && unsafe { action.assume_init() }.sa_sigaction == libc::SIG_IGN
-    }
-    #[cfg(not(unix))]
-    false
+/// The signals of `kill`, and of a terminal that is closed unless `nohup` says to go on.
+#[cfg(unix)]
+fn listen_to_others(interrupter: Interrupter) {
+    let wanted = [libc::SIGTERM, libc::SIGHUP];
+    let wanted = wanted.into_iter().filter(|signal| !is_ignored(*signal));
+    // As above, without a listener these signals end the program.
+    let Ok(mut signals) = signal_hook::iterator::Signals::new(wanted) else {
+        return;
+    };
+    let _ = std::thread::Builder::new()
+        .name("signals".into())
+        .spawn(move || {
+            for signal in signals.forever() {
+                HUNG_UP.fetch_or(signal == libc::SIGHUP, Ordering::Relaxed);
+                match OTHERS_END.load(Ordering::Relaxed) {
+                    true => end(),
+                    false => hear(&interrupter),
+                }
+            }
+        });
 }
 
-fn ignore_hangup() {
-    #[cfg(unix)]
-    // SAFETY: it installs no handler.
-    unsafe {
-        libc::signal(libc::SIGHUP, libc::SIG_IGN);
-    }
+#[cfg(unix)]
+fn is_ignored(signal: i32) -> bool {
+    let mut action = std::mem::MaybeUninit::<libc::sigaction>::zeroed();
+    // SAFETY: without a new action, `sigaction` only fills in the present one.
+    let filled = unsafe { libc::sigaction(signal, std::ptr::null(), action.as_mut_ptr()) };
+    // SAFETY: filled in above.
+    filled == 0 && unsafe { action.assume_init() }.sa_sigaction == libc::SIG_IGN
 }
 
 /// Makes a limit on the size of files (`ulimit -f`) an error of the write that runs into it, as a

@@ -29,7 +29,12 @@ use crate::signals;
 pub fn run(args: EvalArgs, device: &str, output: &Output) -> Result<ExitCode> {
     let device = Device::find(device)?;
     let recipe = read_recipe(&args)?;
-    let mut adapted = Adapted::open(&args.model, &device, output)?;
+    let mut adapted = Adapted::open(
+        &args.model.base,
+        args.model.adapter.as_deref(),
+        &device,
+        output,
+    )?;
     adapted.choose_template(recipe.data.chat_template.as_deref())?;
     let encoder = encoder::open(&adapted.base, &recipe.data)?;
     check_folder(args.per_token.as_deref())?;
@@ -75,7 +80,7 @@ const SETTINGS: [&str; 6] = [
 fn read_recipe(args: &EvalArgs) -> Result<Recipe> {
     let mut over = vec![(
         "model.path".to_owned(),
-        Value::String(args.model.model.clone()),
+        Value::String(args.model.base.model.clone()),
     )];
     let path = |path: &PathBuf| Value::String(path.display().to_string());
     over.push((

@@ -16,12 +16,18 @@ use crate::cli::{GenerateArgs, SamplingArgs};
 use crate::device::{Device, Job};
 use crate::failure::Advised;
 use crate::output::Output;
+use crate::signals;
 
 /// Completes a prompt.
 pub fn run(args: GenerateArgs, device: &str, output: &Output) -> Result<ExitCode> {
-    let sampling = read_sampling(&args.sampling)?;
+    let sampling = read_sampling(&args.sampling, output)?;
     let device = Device::find(device)?;
-    let mut adapted = Adapted::open(&args.model, &device, output)?;
+    let mut adapted = Adapted::open(
+        &args.model.base,
+        args.model.adapter.as_deref(),
+        &device,
+        output,
+    )?;
     if args.chat {
         adapted.choose_template(args.chat_template.as_deref())?;
     }
@@ -30,6 +36,9 @@ pub fn run(args: GenerateArgs, device: &str, output: &Output) -> Result<ExitCode
     if prompt.is_empty() {
         return Err(model::Error::EmptyPrompt.into()); // before the weights are loaded
     }
+    signals::end_at_once();
+    let context = adapted.base.config.max_context();
+    let read = prompt.len();
     let mut answer = Answer::new(tokenizer.as_ref(), *output);
     let generation = device.run(GenerateJob {
         adapted,
@@ -39,7 +48,18 @@ pub fn run(args: GenerateArgs, device: &str, output: &Output) -> Result<ExitCode
         answer: &mut answer,
     })?;
     let text = answer.finish()?;
+    let tokens = read + generation.token_ids.len();
+    if tokens > context {
+        output.note(format_args!(
+            "warning: prompt and text have {tokens} tokens, and the model was made for {context}: \
+             what is beyond may be nonsense"
+        ));
+    }
     if !output.json {
+        if generation.finish_reason == FinishReason::Length {
+            let limit = args.max_new_tokens;
+            output.note(format_args!("(cut off after --max-new-tokens {limit})"));
+        }
         output.detail(format_args!(
             "{} tokens, {:.1} tokens/s",
             generation.token_ids.len(),
@@ -61,13 +81,14 @@ pub fn run(args: GenerateArgs, device: &str, output: &Output) -> Result<ExitCode
 }
 
 /// The rule of choice that a command line asks for.
-pub fn read_sampling(args: &SamplingArgs) -> Result<Sampling> {
+pub fn read_sampling(args: &SamplingArgs, output: &Output) -> Result<Sampling> {
+    const DEFAULT_SEED: u64 = 42;
     let sampling = Sampling {
         temperature: args.temperature,
         top_p: args.top_p,
         top_k: args.top_k,
         repetition_penalty: args.repetition_penalty,
-        seed: args.seed,
+        seed: args.seed.unwrap_or(DEFAULT_SEED),
     };
     if let Err(error) = sampling.validate() {
         return Err(Advised::usage(
@@ -87,7 +108,13 @@ pub fn read_sampling(args: &SamplingArgs) -> Result<Sampling> {
             format!("add --temperature 0.7, for example, or leave {flag} out"),
         )
         .into()),
-        None => Ok(sampling),
+        None => {
+            if args.seed.is_some() && args.temperature == 0.0 {
+                output
+                    .note("--seed decides nothing: without --temperature there is nothing random");
+            }
+            Ok(sampling)
+        }
     }
 }
 

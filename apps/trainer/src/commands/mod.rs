@@ -25,7 +25,7 @@ use model::hub::{self, Files};
 use quant::{Format, Scheme};
 use toml::Value;
 
-use crate::cli::ModelArgs;
+use crate::cli::BaseArgs;
 use crate::device::Device;
 use crate::encoder::choose_template;
 use crate::failure::Advised;
@@ -144,7 +144,12 @@ pub struct Adapted {
 
 impl Adapted {
     /// Finds what the command line names, if the device can hold it.
-    pub fn open(args: &ModelArgs, device: &Device, output: &Output) -> Result<Self> {
+    pub fn open(
+        args: &BaseArgs,
+        adapter: Option<&str>,
+        device: &Device,
+        output: &Output,
+    ) -> Result<Self> {
         let (format, blocks) = (args.quant.as_deref(), &args.blocks);
         let block_size = blocks.block_size.unwrap_or(Scheme::DEFAULT_BLOCK_SIZE);
         let scheme = read_scheme(format, block_size, blocks.double_quant)?;
@@ -156,7 +161,6 @@ impl Adapted {
             let help = "leave --block-size and --double-quant out, or give the original model";
             return Err(Advised::usage(message, help).into());
         }
-        let adapter = args.adapter.as_deref();
         let adapter = adapter.map(|name| open_adapter(name, output)).transpose()?;
         check_memory(base_bytes(&base, scheme)?, device)?;
         Ok(Self {
@@ -174,10 +178,24 @@ impl Adapted {
 
     /// Loads the model and puts the adapter on it.
     pub fn load<B: Backend>(&self, device: &B::Device) -> Result<AdaptedLlama<B>> {
+        self.adapt(self.load_base(device)?, device)
+    }
+
+    /// Loads the model alone.
+    pub fn load_base<B: Backend>(&self, device: &B::Device) -> Result<AdaptedLlama<B>> {
         let start = Instant::now();
         let checkpoint = self.base.checkpoint()?;
         let model = adapters::load(&self.base.config, &checkpoint, self.scheme, device)?;
         self.output.detail(loaded(&model, start.elapsed()));
+        Ok(model)
+    }
+
+    /// Puts the adapter, if there is one, on the model.
+    pub fn adapt<B: Backend>(
+        &self,
+        model: AdaptedLlama<B>,
+        device: &B::Device,
+    ) -> Result<AdaptedLlama<B>> {
         let Some(folder) = &self.adapter else {
             return Ok(model);
         };

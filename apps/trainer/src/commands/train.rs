@@ -289,9 +289,10 @@ impl Job for TrainJob {
             Ok(source) => unfinished(source).into(),
             Err(error) => error,
         })?;
-        let title = self.folder.display().to_string();
-        let renderer = Renderer::new(title, self.no_tui, interrupter.clone(), log_every, output);
-        renderer.begin(&run.folder.lines()?, run.windows.num_steps());
+        let past = run.folder.lines()?; // before the terminal is taken
+        let folder = self.folder.clone();
+        let renderer = Renderer::new(folder, self.no_tui, interrupter.clone(), log_every, output);
+        renderer.begin(&past, run.windows.num_steps());
         let (listener, screen) = (renderer.clone(), renderer.clone());
         let report = Arc::new(move |event: Event<'_>| listener.tell(event));
         let outcome = fit(run, renderer, interrupter, report);

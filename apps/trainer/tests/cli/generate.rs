@@ -2,7 +2,7 @@ use serde_json::{Value, json};
 
 #[cfg(unix)]
 use crate::support::words;
-use crate::support::{CHAT_VOCAB, Dir};
+use crate::support::{CHAT_VOCAB, Dir, Run};
 
 fn ids(json: &Value) -> Vec<u64> {
     let ids = json["token_ids"].as_array().unwrap();
@@ -114,9 +114,81 @@ fn the_seed_decides_what_is_sampled() {
 }
 
 #[test]
-fn a_prompt_beyond_the_models_context_is_answered() {
+fn a_text_beyond_the_models_context_is_made_with_a_warning() {
     let dir = Dir::with_tokens(); // max_position_embeddings is 128
+    let warning = |run: Run| run.succeeds().stderr.contains("the model was made for 128");
     let ids: Vec<String> = (0..200).map(|i| (3 + i % 90).to_string()).collect();
     let line = "generate --model model --max-new-tokens 2 --prompt-ids";
-    dir.trainer_with(line, &ids.join(",")).succeeds();
+    assert!(warning(dir.trainer_with(line, &ids.join(","))));
+    assert!(!warning(dir.trainer_with(line, &ids[..126].join(","))));
+    assert!(warning(dir.trainer_with(line, &ids[..127].join(","))));
+    let json = dir.trainer_with(&line.replace("generate", "generate --json"), &ids.join(","));
+    assert_eq!(json.json()["token_ids"].as_array().unwrap().len(), 2);
+    assert!(warning(json));
+}
+
+#[test]
+fn what_cuts_a_text_off_is_said() {
+    let dir = Dir::with_tokens();
+    let line = "generate --model model --prompt-ids 5,6,7 --max-new-tokens 4";
+    let run = dir.trainer(line).succeeds();
+    assert!(
+        run.stderr.contains("(cut off after --max-new-tokens 4)"),
+        "{run}"
+    );
+    let first = run
+        .stdout
+        .split(',')
+        .next()
+        .unwrap()
+        .parse::<u64>()
+        .unwrap();
+    assert_eq!(dir.trainer(&format!("{line} -q")).succeeds().stderr, "");
+    assert!(
+        !dir.trainer(&format!("{line} --json"))
+            .stderr
+            .contains("cut off")
+    );
+    dir.edit_json("model/generation_config.json", |json| {
+        json["eos_token_id"] = json!(first)
+    });
+    assert!(!dir.trainer(line).succeeds().stderr.contains("cut off"));
+}
+
+#[test]
+fn a_seed_that_decides_nothing_is_said() {
+    let dir = Dir::with_tokens();
+    let line = "generate --model model --prompt-ids 5,6,7 --max-new-tokens 4";
+    let said = |flags: &str| {
+        let run = dir.trainer(&format!("{line} {flags}")).succeeds();
+        run.stderr.contains("--seed decides nothing")
+    };
+    assert!(said("--seed 7"));
+    assert!(!said("--seed 7 --temperature 1") && !said(""));
+    dir.trainer(&format!("{line} --top-p 0.5"))
+        .fails(2, &["--top-p needs --temperature above 0"]);
+}
+
+#[cfg(unix)]
+#[test]
+fn an_interrupted_text_ends_with_130() {
+    use std::io::Read;
+
+    let dir = Dir::with_tokens();
+    dir.edit_json("model/generation_config.json", |json| {
+        json["eos_token_id"] = json!(null)
+    });
+    dir.edit_json("model/config.json", |json| {
+        json["eos_token_id"] = json!(null)
+    });
+    for signal in [libc::SIGINT, libc::SIGTERM] {
+        let line = "generate --model model --prompt-ids 5 --max-new-tokens 100000000";
+        let mut child = dir.piped(&words(line)).spawn().unwrap();
+        let stdout = child.stdout.as_mut().unwrap();
+        stdout.read_exact(&mut [0]).unwrap(); // the text has begun
+        let pid = i32::try_from(child.id()).unwrap();
+        // SAFETY: `kill` only sends a signal, to a child that has not been waited for.
+        assert_eq!(unsafe { libc::kill(pid, signal) }, 0);
+        assert_eq!(child.wait().unwrap().code(), Some(130));
+    }
 }

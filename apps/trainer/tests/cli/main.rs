@@ -14,8 +14,12 @@ mod generate;
 mod hub;
 mod merge;
 mod plan;
+#[cfg(unix)]
+mod pty;
 mod quantize;
 mod report;
+#[cfg(unix)]
+mod terminal;
 mod train;
 mod bad_input {
     mod adapters;

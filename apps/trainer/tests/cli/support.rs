@@ -63,6 +63,22 @@ impl Dir {
         dir
     }
 
+    /// The same with a model whose answer to `Hi` does not end by itself.
+    pub fn with_endless_chat() -> Self {
+        let dir = Self::with_chat();
+        dir.edit_json("model/config.json", |json| {
+            json["max_position_embeddings"] = json!(1_000_000_000);
+        });
+        let line = "generate --json --model model --chat --max-new-tokens 400 --prompt Hi";
+        let is_endless = |eos: &usize| {
+            let json = json!({ "eos_token_id": eos });
+            dir.write("model/generation_config.json", json.to_string());
+            dir.trainer(line).succeeds().json()["finish_reason"] == "length"
+        };
+        assert!((0..CHAT_VOCAB).any(|eos| is_endless(&eos)));
+        dir
+    }
+
     pub fn path(&self, name: &str) -> PathBuf {
         self.0.path().join(name)
     }
