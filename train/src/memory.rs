@@ -109,7 +109,8 @@ impl<'a> Kept<'a> {
     /// Numbers a token that one layer keeps.
     ///
     /// What an operation keeps is the state of its backward in `model::ops`; a frozen weight keeps
-    /// nothing, a trained one its input.
+    /// nothing, and the input of a trained one, the output of a norm, of attention or of the gate,
+    /// is kept by that already or computed again.
     fn layer(&self, index: usize) -> u64 {
         let config = self.config;
         let (d, i) = (config.hidden_size, config.intermediate_size);
@@ -133,15 +134,14 @@ impl<'a> Kept<'a> {
         (norms + attention + swiglu + linear) as u64
     }
 
-    /// Numbers a token that linear layers keep which share an input of `width` numbers: the input
-    /// once, and what is between `lora_a` and `lora_b`; with dropout, a mask and a masked input each.
+    /// Numbers a token that linear layers keep which share an input of `width` numbers: what is
+    /// between `lora_a` and `lora_b`; with dropout, a mask and a masked input each.
     fn linear(&self, index: usize, width: usize, parts: &[&str]) -> usize {
         let rank = |part: &&str| self.ranks.get(&format!("model.layers.{index}.{part}"));
         let ranks: Vec<&usize> = parts.iter().filter_map(rank).collect();
-        let inputs = match (self.dropout, parts) {
-            (true, _) => 2 * width * ranks.len(),
-            (false, ["self_attn.o_proj"]) => 0, // the output of attention, which is kept already
-            (false, _) => width * usize::from(!ranks.is_empty()),
+        let inputs = match self.dropout {
+            true => 2 * width * ranks.len(),
+            false => 0,
         };
         inputs + ranks.into_iter().sum::<usize>()
     }

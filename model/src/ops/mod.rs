@@ -4,6 +4,7 @@
 //! Shapes: `n` tokens (`b · s`), `d` hidden, `n_h` heads, `n_kv` KV heads, `h_d` head dim,
 //! `i` intermediate, `v` vocabulary.
 
+mod again;
 mod attention;
 mod cpu;
 mod cross_entropy;
