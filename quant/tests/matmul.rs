@@ -54,12 +54,10 @@ fn off(found: TensorData, expected: &[f64]) -> f64 {
     pairs.fold(0.0, |m: f64, (a, b)| m.max((f64::from(*a) - b).abs())) / largest
 }
 
-/// Product and gradient, with values of every precision.
-fn check(n: usize, shape: [usize; 2], scheme: Scheme) {
-    for precision in [Precision::F32, Precision::F16, Precision::Bf16] {
-        let weight = quantize(&noise(shape[0] * shape[1], 1), shape, scheme).unwrap();
-        check_weight(n, weight.with_precision(precision));
-    }
+/// Product and gradient.
+fn check(n: usize, shape: [usize; 2], scheme: Scheme, precision: Precision) {
+    let weight = quantize(&noise(shape[0] * shape[1], 1), shape, scheme).unwrap();
+    check_weight(n, weight.with_precision(precision));
 }
 
 fn check_weight(n: usize, weight: Quantized) {
@@ -90,6 +88,7 @@ fn check_weight(n: usize, weight: Quantized) {
 
 #[test]
 fn products_and_gradients_are_right_on_this_device() {
+    let check = |n, shape, scheme| check(n, shape, scheme, Precision::F32);
     check(5, [96, 64], Scheme::new(Format::Nf4, 64, false));
     check(33, [128, 192], Scheme::new(Format::Nf4, 64, true));
     check(4, [40, 700], Scheme::new(Format::Fp4, 32, true)); // two nested blocks
@@ -97,7 +96,17 @@ fn products_and_gradients_are_right_on_this_device() {
 }
 
 #[test]
+fn values_of_16_bits_are_right_on_this_device() {
+    for precision in [Precision::F16, Precision::Bf16] {
+        check(3, [33, 51], Scheme::new(Format::Nf4, 64, true), precision);
+        check(1, [33, 51], Scheme::new(Format::Nf4, 64, true), precision);
+    }
+}
+
+#[test]
 fn one_token_is_right_on_this_device() {
-    check(1, [130, 100], Scheme::new(Format::Nf4, 64, true));
-    check(1, [1, 7], Scheme::new(Format::Nf4, 4096, false)); // a block larger than the weight
+    let check = |shape, scheme| check(1, shape, scheme, Precision::F32);
+    check([130, 100], Scheme::new(Format::Nf4, 64, true));
+    check([40, 1100], Scheme::new(Format::Fp4, 64, false)); // several words a unit, rows within words
+    check([1, 7], Scheme::new(Format::Nf4, 4096, false)); // a block larger than the weight
 }
