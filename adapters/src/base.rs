@@ -7,13 +7,13 @@ use model::config::LlamaConfig;
 use model::folder::ModelFolder;
 use model::linear::{Linear, Projection};
 use model::load::{LinearSource, build, fresh, is_redundant};
-use model::ops::ModelBackend;
+use model::ops::{ModelBackend, matmul};
 use quant::bitsandbytes::{self, Stored};
 use quant::{PackedWeight, QuantBackend, QuantLinear, Quantized, Scheme, quantize};
 
 use crate::attach::AdaptedLlama;
 use crate::error::{Error, Result};
-use crate::lora::AdaptedLinear;
+use crate::lora::{AdaptedLinear, LoraBackend};
 
 /// The tensor of the embeddings, which may be that of `lm_head`, too.
 pub(crate) const EMBEDDINGS: &str = "model.embed_tokens.weight";
@@ -21,9 +21,9 @@ pub(crate) const EMBEDDINGS: &str = "model.embed_tokens.weight";
 pub(crate) const HEAD: &str = "lm_head.weight";
 
 /// A backend that has every operation of an adapted model.
-pub trait AdaptedBackend: ModelBackend + QuantBackend {}
+pub trait AdaptedBackend: ModelBackend + LoraBackend {}
 
-impl<B: ModelBackend + QuantBackend> AdaptedBackend for B {}
+impl<B: ModelBackend + LoraBackend> AdaptedBackend for B {}
 
 /// A backend that can train: it differentiates, and its inner backend has the operations, too.
 pub trait TrainBackend: AdaptedBackend + AutodiffBackend<InnerBackend: AdaptedBackend> {}
@@ -48,6 +48,23 @@ impl<B: QuantBackend> Projection<B> for BaseLinear<B> {
         match self {
             Self::Dense(linear) => linear.forward(x),
             Self::Quantized(linear) => linear.forward(x),
+        }
+    }
+}
+
+impl<B: Backend> BaseLinear<B> {
+    /// Whether any of it is trained itself.
+    pub fn is_trained(&self) -> bool {
+        self.num_params() > 0
+    }
+}
+
+impl<B: QuantBackend> BaseLinear<B> {
+    /// The gradient `[n, in]` of the input from that of the output, `dy` `[n, out]`: `dy W`.
+    pub fn input_gradient(&self, dy: Tensor<B, 2>) -> Tensor<B, 2> {
+        match self {
+            Self::Dense(linear) => matmul(dy, linear.weight.val()),
+            Self::Quantized(linear) => linear.input_gradient(dy),
         }
     }
 }

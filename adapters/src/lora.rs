@@ -2,14 +2,16 @@
 //!
 //! Source: <https://arxiv.org/abs/2106.09685>, `peft/tuners/lora/layer.py`.
 
+mod linear;
+
 use burn::module::{Module, Param};
 use burn::tensor::{Tensor, TensorData, backend::Backend};
 use model::linear::Projection;
 use model::ops::matmul;
-use quant::QuantBackend;
 use rayon::prelude::*;
 
 use crate::base::BaseLinear;
+pub use linear::{LoraBackend, lora_linear, reference};
 
 /// A linear layer, with or without LoRA.
 #[derive(Module, Debug)]
@@ -44,28 +46,33 @@ pub struct Dropout {
     pub seed: u64,
 }
 
-impl<B: QuantBackend> Projection<B> for AdaptedLinear<B> {
+impl<B: LoraBackend> Projection<B> for AdaptedLinear<B> {
     fn forward(&self, x: Tensor<B, 2>) -> Tensor<B, 2> {
         match &self.lora {
             None => self.base.forward(x),
-            Some(lora) => self.base.forward(x.clone()) + lora.forward(x),
+            Some(lora) => lora_linear(x, &self.base, lora),
         }
     }
 }
 
 impl<B: Backend> Lora<B> {
-    /// `x` `[n, in]` to the update `[n, out]`.
+    /// `x` `[n, in]` to the update `[n, out]`, in plain tensor operations.
     pub fn forward(&self, x: Tensor<B, 2>) -> Tensor<B, 2> {
-        let x = match self.dropout {
-            Some(dropout) => {
-                let mask = dropout.mask(x.dims(), &x.device());
-                x * mask
-            }
-            None => x,
-        };
+        let x = dropped(x, self.dropout);
         let narrow = matmul(x, self.lora_a.val().transpose()); // [n, r]
         let narrow = narrow.mul_scalar(self.scaling);
         matmul(narrow, self.lora_b.val().transpose()) // [n, out]
+    }
+}
+
+/// `x` `[n, d]` with the elements set to 0 that are dropped, and the others grown for it.
+fn dropped<B: Backend>(x: Tensor<B, 2>, dropout: Option<Dropout>) -> Tensor<B, 2> {
+    match dropout {
+        Some(dropout) => {
+            let mask = dropout.mask(x.dims(), &x.device());
+            x * mask
+        }
+        None => x,
     }
 }
 

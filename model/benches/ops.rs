@@ -9,8 +9,8 @@ use burn::backend::flex::FlexTensor;
 use burn::tensor::{Distribution, Int, Tensor};
 use divan::Bencher;
 use model::ops::{
-    AttentionBackend, AttentionState, CrossEntropyBackend, RmsNormBackend, RotaryBackend,
-    SwigluBackend, reference,
+    AttentionBackend, AttentionState, CrossEntropyBackend, MatmulBackend, RmsNormBackend,
+    RotaryBackend, SwigluBackend, reference,
 };
 use model::segments::Segments;
 
@@ -21,6 +21,7 @@ const HEADS: usize = 9;
 const KV_HEADS: usize = 3;
 const HEAD_DIM: usize = 64;
 const VOCABULARY: usize = 49152;
+const RANK: usize = 16;
 
 fn main() {
     divan::main();
@@ -240,5 +241,46 @@ mod attention {
     fn backward_plain(bencher: Bencher, sizes: [usize; 3]) {
         let (saved, d_out) = saved(sizes);
         bencher.bench(|| reference::attention_backward::<Flex>(saved.clone(), d_out.clone()));
+    }
+}
+
+/// A low-rank update of the widest output, and the products of these layers alone: 2 · n · in · out
+/// operations each, by which their share of a step and their rate follow.
+mod matmul {
+    use super::*;
+
+    fn inputs() -> [FlexTensor; 3] {
+        [
+            random([TOKENS, INTERMEDIATE]),
+            random([TOKENS, RANK]),
+            random([RANK, INTERMEDIATE]),
+        ]
+    }
+
+    #[divan::bench]
+    fn add_fused(bencher: Bencher) {
+        let [sum, a, b] = inputs();
+        bencher
+            .with_inputs(|| copy(&sum))
+            .bench_values(|sum| Flex::add_matmul(sum, a.clone(), b.clone()));
+    }
+
+    #[divan::bench]
+    fn add_plain(bencher: Bencher) {
+        let [sum, a, b] = inputs();
+        bencher
+            .with_inputs(|| copy(&sum))
+            .bench_values(|sum| reference::add_matmul::<Flex>(sum, a.clone(), b.clone()));
+    }
+
+    #[divan::bench(args = [[HIDDEN, HIDDEN], [HIDDEN, INTERMEDIATE], [INTERMEDIATE, HIDDEN]])]
+    fn layer(bencher: Bencher, [r#in, out]: [usize; 2]) {
+        let random = |shape: [usize; 2]| {
+            Tensor::<Flex, 2>::random(shape, Distribution::Default, &Default::default())
+        };
+        let (x, weight) = (random([TOKENS, r#in]), random([out, r#in]));
+        bencher
+            .counter(divan::counter::ItemsCount::new(2 * TOKENS * r#in * out))
+            .bench(|| model::ops::matmul(x.clone(), weight.clone().transpose()));
     }
 }

@@ -1,9 +1,9 @@
 //! A linear layer with a 4-bit weight.
 
 use burn::module::Module;
-use burn::tensor::{Tensor, backend::Backend};
+use burn::tensor::{Tensor, TensorPrimitive, backend::Backend};
 
-use crate::{PackedWeight, QuantBackend, matmul};
+use crate::{PackedWeight, QuantBackend, Side, matmul};
 
 /// `y = x Wᵀ + b`, where `W` is in 4 bits and stays so.
 #[derive(Module, Debug)]
@@ -22,5 +22,12 @@ impl<B: QuantBackend> QuantLinear<B> {
             Some(bias) => y + bias.clone().unsqueeze(),
             None => y,
         }
+    }
+
+    /// The gradient `[n, in]` of the input from that of the output, `dy` `[n, out]`: `dy W`.
+    pub fn input_gradient(&self, dy: Tensor<B, 2>) -> Tensor<B, 2> {
+        let dy = dy.into_primitive().tensor();
+        let dx = B::quant_matmul(dy, &self.weight, Side::Plain);
+        Tensor::from_primitive(TensorPrimitive::Float(dx))
     }
 }

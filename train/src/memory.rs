@@ -41,7 +41,10 @@ impl StepMemory {
         let (d, n) = (config.hidden_size as u64, tokens as u64);
         let logits = (n * config.vocab_size as u64).min(LOGITS_AT_A_TIME as u64);
         let largest = layers.iter().max().map_or(0, |largest| n * largest);
-        let backward = 2 * n * config.intermediate_size as u64; // gradients inside of a layer
+        // Gradients inside of a layer; with dropout, a mask and what it leaves of an input, too.
+        let dropout = matches!(trained, Trained::Lora(lora) if lora.dropout > 0.0);
+        let wide = if dropout { 4 } else { 2 };
+        let backward = wide * n * config.intermediate_size as u64;
         let ends = 3 * n * d; // hidden states before and after the norm, and their gradient
         let (activations, transient) = match recompute {
             false => (n * layers.iter().sum::<u64>(), logits.max(backward)),
@@ -70,7 +73,6 @@ struct Kept<'a> {
     config: &'a LlamaConfig,
     /// Ranks of the trained modules, by name; 0 for one that is trained as a whole.
     ranks: BTreeMap<String, usize>,
-    dropout: bool,
 }
 
 impl<'a> Kept<'a> {
@@ -84,12 +86,7 @@ impl<'a> Kept<'a> {
                 _ => ranks.insert(module.to_owned(), 0),
             };
         }
-        let dropout = matches!(trained, Trained::Lora(lora) if lora.dropout > 0.0);
-        Ok(Self {
-            config,
-            ranks,
-            dropout,
-        })
+        Ok(Self { config, ranks })
     }
 
     /// Numbers a token, for each layer from the first trained one on: those below it keep nothing.
@@ -109,7 +106,8 @@ impl<'a> Kept<'a> {
     /// Numbers a token that one layer keeps.
     ///
     /// What an operation keeps is the state of its backward in `model::ops`; a frozen weight keeps
-    /// nothing, a trained one its input.
+    /// nothing, and the input of a trained one, the output of a norm, of attention or of the gate,
+    /// is kept by that already or computed again.
     fn layer(&self, index: usize) -> u64 {
         let config = self.config;
         let (d, i) = (config.hidden_size, config.intermediate_size);
@@ -118,31 +116,12 @@ impl<'a> Kept<'a> {
         let norms = 2 * d; // their inputs
         let attention = 2 * (q + kv) + config.num_attention_heads; // q, k, v, output, log-sum-exp
         let swiglu = 2 * i; // gate and up
-        let linear: usize = [
-            self.linear(
-                index,
-                d,
-                &["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
-            ),
-            self.linear(index, q, &["self_attn.o_proj"]),
-            self.linear(index, d, &["mlp.gate_proj", "mlp.up_proj"]),
-            self.linear(index, i, &["mlp.down_proj"]),
-        ]
-        .iter()
-        .sum();
-        (norms + attention + swiglu + linear) as u64
-    }
-
-    /// Numbers a token that linear layers keep which share an input of `width` numbers: the input
-    /// once, and what is between `lora_a` and `lora_b`; with dropout, a mask and a masked input each.
-    fn linear(&self, index: usize, width: usize, parts: &[&str]) -> usize {
-        let rank = |part: &&str| self.ranks.get(&format!("model.layers.{index}.{part}"));
-        let ranks: Vec<&usize> = parts.iter().filter_map(rank).collect();
-        let inputs = match (self.dropout, parts) {
-            (true, _) => 2 * width * ranks.len(),
-            (false, ["self_attn.o_proj"]) => 0, // the output of attention, which is kept already
-            (false, _) => width * usize::from(!ranks.is_empty()),
-        };
-        inputs + ranks.into_iter().sum::<usize>()
+        let start = format!("model.layers.{index}.");
+        let adapters = self
+            .ranks
+            .iter()
+            .filter(|(name, _)| name.starts_with(&start));
+        let narrow: usize = adapters.map(|(_, rank)| rank).sum(); // between `lora_a` and `lora_b`
+        (norms + attention + swiglu + narrow) as u64
     }
 }

@@ -38,28 +38,27 @@ unsafe impl GlobalAlloc for Counting {
 #[global_allocator]
 static ALLOCATOR: Counting = Counting;
 
-const ROWS: usize = 4;
-const LENGTH: usize = 128;
+/// Rows, and tokens of each.
+const SHAPE: [usize; 2] = [4, 128];
+/// The tokens are from a vocabulary of this size.
+const VOCABULARY: usize = 300;
 
-fn config() -> LlamaConfig {
+fn config(vocabulary: usize) -> LlamaConfig {
     let json = serde_json::json!({
-        "model_type": "llama", "vocab_size": 300, "hidden_size": 96, "intermediate_size": 256,
+        "model_type": "llama", "vocab_size": vocabulary, "hidden_size": 96, "intermediate_size": 256,
         "num_hidden_layers": 12, "num_attention_heads": 6, "num_key_value_heads": 2,
         "tie_word_embeddings": true,
     });
     LlamaConfig::from_json(&json).unwrap()
 }
 
-fn window() -> Window {
+fn window([rows, length]: [usize; 2]) -> Window {
+    let ids = |row: usize| (0..length).map(move |i| (row * 31 + i * 7) % VOCABULARY);
     let sample = |row: usize| Sample {
-        input_ids: (0..LENGTH)
-            .map(|i| ((row * 31 + i * 7) % 300) as u32)
-            .collect(),
-        labels: (0..LENGTH)
-            .map(|i| ((row * 31 + i * 7) % 300) as i32)
-            .collect(),
+        input_ids: ids(row).map(|id| id as u32).collect(),
+        labels: ids(row).map(|id| id as i32).collect(),
     };
-    let rows: Vec<Sample> = (0..ROWS).map(sample).collect();
+    let rows: Vec<Sample> = (0..rows).map(sample).collect();
     Window {
         micro_batches: vec![MicroBatch::new(&rows)],
         step: 0,
@@ -68,12 +67,17 @@ fn window() -> Window {
 }
 
 /// Most bytes that a step adds to what is held before it, and the estimate of them.
-fn measure(settings: &[&str], recompute: bool) -> (u64, u64) {
+fn measure(
+    settings: &[&str],
+    recompute: bool,
+    config: &LlamaConfig,
+    shape: [usize; 2],
+) -> (u64, u64) {
     let given = ["model.path=m", "data.train=d"].iter().chain(settings);
     let given: Vec<_> = given.map(|text| parse_setting(text).unwrap()).collect();
     let recipe = Recipe::read(None, &given).unwrap();
     let (trained, device) = (session::resumed(&recipe), Default::default());
-    let mut model = adapters::init(&config(), 1, &device);
+    let mut model = adapters::init(config, 1, &device);
     trained.attach(&mut model, 1, &device).unwrap();
     let lm = CausalLm::<Autodiff<Flex>> {
         model,
@@ -81,17 +85,26 @@ fn measure(settings: &[&str], recompute: bool) -> (u64, u64) {
         seed: 1,
         recompute,
     };
-    let window = window();
+    let window = window(shape);
     let before = HELD.load(Relaxed);
     MOST.store(before, Relaxed);
     let output = TrainStep::step(&lm, window);
     let most = MOST.load(Relaxed) - before;
     drop(output);
-    let estimate = StepMemory::estimate(&trained, &config(), ROWS * LENGTH, recompute).unwrap();
+    let [rows, length] = shape;
+    let estimate = StepMemory::estimate(&trained, config, rows * length, recompute).unwrap();
     (most as u64, estimate.total() - estimate.optimizer)
 }
 
+/// One test, because the allocator counts what all of them hold.
 #[test]
+fn memory_of_a_step() {
+    the_estimate_is_near_and_recompute_saves_memory();
+    it_grows_with_the_tokens_and_no_faster();
+    it_does_not_grow_with_a_large_vocabulary();
+    dropout_keeps_nothing();
+}
+
 fn the_estimate_is_near_and_recompute_saves_memory() {
     for settings in [
         &["adapter.rank=8"][..],
@@ -101,7 +114,7 @@ fn the_estimate_is_near_and_recompute_saves_memory() {
         &["adapter.method=full"],
     ] {
         let [plain, again] = [false, true].map(|recompute| {
-            let (measured, estimate) = measure(settings, recompute);
+            let (measured, estimate) = measure(settings, recompute, &config(VOCABULARY), SHAPE);
             let off = estimate as f64 / measured as f64;
             assert!(
                 (0.8..1.25).contains(&off),
@@ -111,4 +124,33 @@ fn the_estimate_is_near_and_recompute_saves_memory() {
         });
         assert!(3 * again < plain, "{settings:?}: {again} of {plain}");
     }
+}
+
+/// The most that a step of LoRA holds.
+fn most(dropout: &str, recompute: bool, vocabulary: usize, shape: [usize; 2]) -> f64 {
+    let settings = ["adapter.rank=8", dropout];
+    measure(&settings, recompute, &config(vocabulary), shape).0 as f64
+}
+
+fn it_grows_with_the_tokens_and_no_faster() {
+    for recompute in [false, true] {
+        let [short, long] =
+            [512, 1024].map(|length| most("adapter.dropout=0", recompute, VOCABULARY, [1, length]));
+        let growth = long / short;
+        assert!((1.6..2.02).contains(&growth), "{recompute}: {growth}");
+    }
+}
+
+/// Where the logits of all tokens would not fit into what they may take together.
+fn it_does_not_grow_with_a_large_vocabulary() {
+    let [small, large] =
+        [32_000, 128_000].map(|vocabulary| most("adapter.dropout=0", true, vocabulary, SHAPE));
+    let growth = large / small;
+    assert!((0.98..1.02).contains(&growth), "{growth}");
+}
+
+fn dropout_keeps_nothing() {
+    let [without, with] = ["adapter.dropout=0", "adapter.dropout=0.1"]
+        .map(|dropout| most(dropout, false, VOCABULARY, SHAPE));
+    assert!(with < 1.1 * without, "{with} of {without}");
 }

@@ -4,13 +4,20 @@
 use burn_cubecl::{CubeBackend, CubeRuntime, FloatElement, IntElement, element::BoolElement};
 use burn_fusion::{Fusion, FusionBackend};
 
-use super::{AttentionBackend, CrossEntropyBackend, RmsNormBackend, RotaryBackend, SwigluBackend};
+use super::{
+    AttentionBackend, CrossEntropyBackend, MatmulBackend, RmsNormBackend, RotaryBackend,
+    SwigluBackend,
+};
 
 impl<R: CubeRuntime, F: FloatElement, I: IntElement, BT: BoolElement> AttentionBackend
     for CubeBackend<R, F, I, BT>
 {
 }
 impl<R: CubeRuntime, F: FloatElement, I: IntElement, BT: BoolElement> CrossEntropyBackend
+    for CubeBackend<R, F, I, BT>
+{
+}
+impl<R: CubeRuntime, F: FloatElement, I: IntElement, BT: BoolElement> MatmulBackend
     for CubeBackend<R, F, I, BT>
 {
 }
@@ -29,6 +36,7 @@ impl<R: CubeRuntime, F: FloatElement, I: IntElement, BT: BoolElement> SwigluBack
 
 impl<B: FusionBackend> AttentionBackend for Fusion<B> {}
 impl<B: FusionBackend> CrossEntropyBackend for Fusion<B> {}
+impl<B: FusionBackend> MatmulBackend for Fusion<B> {}
 impl<B: FusionBackend> RmsNormBackend for Fusion<B> {}
 impl<B: FusionBackend> RotaryBackend for Fusion<B> {}
 impl<B: FusionBackend> SwigluBackend for Fusion<B> {}

@@ -1,6 +1,11 @@
 //! The matrix product.
 
+use burn::backend::autodiff::checkpoint::strategy::CheckpointStrategy;
+use burn::backend::{Autodiff, Flex, flex::FlexTensor};
+use burn::tensor::ops::FloatTensor;
 use burn::tensor::{Tensor, backend::Backend};
+
+use super::{cpu, primitive, tensor};
 
 /// `a` `[.., m, k]` times `b` `[.., k, n]`: `[.., m, n]`.
 ///
@@ -21,5 +26,155 @@ fn apart<B: Backend, const D: usize>(x: Tensor<B, D>) -> Tensor<B, D> {
     match shape[D - 2..].contains(&1) {
         true => x.reshape([shape.num_elements()]).reshape(shape),
         false => x,
+    }
+}
+
+/// `sum` `[m, n]` plus `a` `[m, k]` times `b` `[k, n]`: `[m, n]`.
+pub fn add_matmul<B: MatmulBackend>(
+    sum: Tensor<B, 2>,
+    a: Tensor<B, 2>,
+    b: Tensor<B, 2>,
+) -> Tensor<B, 2> {
+    tensor(B::add_matmul(primitive(sum), primitive(a), primitive(b)))
+}
+
+/// The operation on a backend's own tensors.
+pub trait MatmulBackend: Backend {
+    /// See [`add_matmul`].
+    fn add_matmul(
+        sum: FloatTensor<Self>,
+        a: FloatTensor<Self>,
+        b: FloatTensor<Self>,
+    ) -> FloatTensor<Self> {
+        reference::<Self>(sum, a, b)
+    }
+}
+
+/// [`MatmulBackend::add_matmul`] in plain tensor operations.
+pub fn reference<B: Backend>(
+    sum: FloatTensor<B>,
+    a: FloatTensor<B>,
+    b: FloatTensor<B>,
+) -> FloatTensor<B> {
+    let (sum, a, b): (Tensor<B, 2>, Tensor<B, 2>, Tensor<B, 2>) =
+        (tensor(sum), tensor(a), tensor(b));
+    primitive(sum + matmul(a, b))
+}
+
+/// Products smaller than this are computed by one thread, as Burn's are.
+const ALONE: usize = 192 * 192 * 192;
+
+impl MatmulBackend for Flex {
+    /// In place where nobody else holds `sum`.
+    fn add_matmul(sum: FlexTensor, a: FlexTensor, b: FlexTensor) -> FlexTensor {
+        if !cpu::all_f32([&sum, &a, &b]) {
+            return reference::<Flex>(sum, a, b);
+        }
+        let ([m, n], [_, k]) = (cpu::dims(&sum), cpu::dims(&a));
+        assert_eq!([cpu::dims(&a), cpu::dims(&b)], [[m, k], [k, n]]);
+        if m * n * k == 0 {
+            return sum;
+        }
+        let (a, b) = (strided(a), strided(b));
+        let [(a, a_strides), (b, b_strides)] = [&a, &b].map(elements);
+        let threads = match m * n * k < ALONE {
+            true => gemm::Parallelism::None,
+            false => gemm::Parallelism::Rayon(0), // all there are
+        };
+        let [sum] = cpu::update([sum], [m * n], |_, [sum]| {
+            // SAFETY: `elements` has checked that every element of `a` and `b` is inside its slice;
+            // `sum` is contiguous and, being borrowed mutably, neither of them.
+            unsafe {
+                gemm::gemm(
+                    m,
+                    n,
+                    k,
+                    sum.as_mut_ptr(),
+                    1,
+                    n as isize,
+                    true, // adds to `sum`
+                    a.as_ptr(),
+                    a_strides[1],
+                    a_strides[0],
+                    b.as_ptr(),
+                    b_strides[1],
+                    b_strides[0],
+                    1.0,
+                    1.0,
+                    false,
+                    false,
+                    false,
+                    threads,
+                );
+            }
+        });
+        sum
+    }
+}
+
+impl<B: MatmulBackend, C: CheckpointStrategy> MatmulBackend for Autodiff<B, C> {}
+
+/// Copies only a matrix that [`elements`] cannot stand for.
+fn strided(x: FlexTensor) -> FlexTensor {
+    match x.layout().strides().iter().all(|stride| *stride >= 0) {
+        true => x,
+        false => x.to_contiguous(),
+    }
+}
+
+/// The elements of a matrix from its first one on, and its strides.
+fn elements(x: &FlexTensor) -> (&[f32], [isize; 2]) {
+    let (layout, [rows, columns]) = (x.layout(), cpu::dims(x));
+    let [row, column] = [0, 1].map(|d| layout.strides()[d]);
+    let elements = &x.storage()[layout.start_offset()..];
+    assert!((rows - 1) * row as usize + (columns - 1) * (column as usize) < elements.len());
+    (elements, [row, column])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::test::{assert_near, assert_repeats, noise};
+
+    #[test]
+    fn fused_equals_reference() {
+        for (m, k, n) in [(1, 16, 576), (300, 16, 700), (16, 300, 700), (5, 1, 3)] {
+            let case = format!("{m}, {k}, {n}");
+            let sum = noise([m, n], 1.0, 1);
+            for (a, b) in [
+                (noise([m, k], 1.0, 2), noise([k, n], 1.0, 3)),
+                (
+                    noise([k, m], 1.0, 2).transpose(0, 1),
+                    noise([n, k], 1.0, 3).transpose(0, 1),
+                ),
+            ] {
+                let expected = reference::<Flex>(sum.clone(), a.clone(), b.clone());
+                let found = Flex::add_matmul(sum.clone(), a, b);
+                assert_near(&found, &expected, 1e-6, &case);
+            }
+        }
+    }
+
+    #[test]
+    fn a_sum_that_nobody_else_holds_is_added_to_in_place() {
+        let (a, b) = (noise([6, 4], 1.0, 2), noise([4, 9], 1.0, 3));
+        let sum = noise([6, 9], 1.0, 1);
+        let address = |x: &FlexTensor| x.bytes().as_ptr();
+        let (before, shared) = (address(&sum), sum.clone());
+        let copied = Flex::add_matmul(sum, a.clone(), b.clone());
+        assert_ne!(address(&copied), before);
+        let in_place = Flex::add_matmul(shared, a, b);
+        assert_eq!(address(&in_place), before);
+        assert_near(&in_place, &copied, 0.0, "the same product");
+    }
+
+    #[test]
+    fn sums_repeat_bit_by_bit() {
+        let (sum, a, b) = (
+            noise([300, 700], 1.0, 1),
+            noise([300, 64], 1.0, 2),
+            noise([64, 700], 1.0, 3),
+        );
+        assert_repeats(|| vec![Flex::add_matmul(sum.clone(), a.clone(), b.clone())]);
     }
 }

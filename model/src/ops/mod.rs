@@ -4,6 +4,7 @@
 //! Shapes: `n` tokens, `d` hidden, `n_h` heads, `n_kv` KV heads, `h_d` head dim,
 //! `i` intermediate, `v` vocabulary.
 
+mod again;
 mod attention;
 mod cpu;
 mod cross_entropy;
@@ -20,7 +21,7 @@ mod gpu;
 
 pub use attention::{AttentionBackend, AttentionState, attention};
 pub use cross_entropy::{CrossEntropyBackend, cross_entropy};
-pub use matmul::matmul;
+pub use matmul::{MatmulBackend, add_matmul, matmul};
 pub use rms_norm::{RmsNormBackend, rms_norm};
 pub use rotary::{RotaryBackend, rotary};
 pub use swiglu::{SwigluBackend, swiglu};
@@ -32,6 +33,7 @@ pub mod reference {
     pub use super::cross_entropy::reference as cross_entropy;
     pub use super::cross_entropy::reference_backward as cross_entropy_backward;
     pub use super::cross_entropy::reference_with_gradient as cross_entropy_with_gradient;
+    pub use super::matmul::reference as add_matmul;
     pub use super::rms_norm::reference as rms_norm;
     pub use super::rms_norm::reference_backward as rms_norm_backward;
     pub use super::rotary::reference as rotary;
@@ -45,12 +47,22 @@ use burn::tensor::{Tensor, TensorPrimitive};
 
 /// A backend that has every operation of the decoder.
 pub trait ModelBackend:
-    AttentionBackend + CrossEntropyBackend + RmsNormBackend + RotaryBackend + SwigluBackend
+    AttentionBackend
+    + CrossEntropyBackend
+    + MatmulBackend
+    + RmsNormBackend
+    + RotaryBackend
+    + SwigluBackend
 {
 }
 
 impl<B> ModelBackend for B where
-    B: AttentionBackend + CrossEntropyBackend + RmsNormBackend + RotaryBackend + SwigluBackend
+    B: AttentionBackend
+        + CrossEntropyBackend
+        + MatmulBackend
+        + RmsNormBackend
+        + RotaryBackend
+        + SwigluBackend
 {
 }
 

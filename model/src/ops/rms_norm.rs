@@ -10,7 +10,7 @@ use burn::tensor::ops::FloatTensor;
 use burn::tensor::{Tensor, backend::Backend};
 
 use super::cpu::{self, vectorized};
-use super::{primitive, tensor};
+use super::{again, primitive, tensor};
 
 /// `x` `[n, d]`, `weight` `[d]` to `[n, d]`.
 pub fn rms_norm<B: RmsNormBackend>(
@@ -181,14 +181,12 @@ impl<B: RmsNormBackend> Backward<B, 2> for RmsNormBackward {
 }
 
 impl<B: RmsNormBackend, C: CheckpointStrategy> RmsNormBackend for Autodiff<B, C> {
+    /// Keeps `x`; `y` is computed again for who needs it.
     fn rms_norm(x: FloatTensor<Self>, weight: FloatTensor<Self>, eps: f64) -> FloatTensor<Self> {
-        let nodes = [x.node.clone(), weight.node.clone()];
+        let forward = move |[x, weight]: [FloatTensor<B>; 2]| B::rms_norm(x, weight, eps);
+        let operation = again::prepare(RmsNormBackward, [&x, &weight], forward);
         let (x, weight) = (x.primitive, weight.primitive);
-        match RmsNormBackward
-            .prepare::<C>(nodes)
-            .compute_bound()
-            .stateful()
-        {
+        match operation {
             OpsKind::Tracked(prep) => {
                 let y = B::rms_norm(x.clone(), weight.clone(), eps);
                 prep.finish((x, weight, eps), y)

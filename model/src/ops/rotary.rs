@@ -112,7 +112,7 @@ impl<B: RotaryBackend> Backward<B, 1> for RotaryBackward {
 }
 
 impl<B: RotaryBackend, C: CheckpointStrategy> RotaryBackend for Autodiff<B, C> {
-    /// `cos` and `sin` are tables and never tracked.
+    /// Keeps `cos` and `sin` alone, tables that all layers share and that are never tracked.
     fn rotary(
         x: FloatTensor<Self>,
         cos: FloatTensor<Self>,

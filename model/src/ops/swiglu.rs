@@ -11,7 +11,7 @@ use burn::tensor::ops::FloatTensor;
 use burn::tensor::{Tensor, backend::Backend};
 
 use super::cpu::{self, CHUNK, exp, vectorized};
-use super::{primitive, tensor};
+use super::{again, primitive, tensor};
 
 /// `gate` and `up` `[n, i]` to `[n, i]`.
 pub fn swiglu<B: SwigluBackend>(gate: Tensor<B, 2>, up: Tensor<B, 2>) -> Tensor<B, 2> {
@@ -125,14 +125,12 @@ impl<B: SwigluBackend> Backward<B, 2> for SwigluBackward {
 }
 
 impl<B: SwigluBackend, C: CheckpointStrategy> SwigluBackend for Autodiff<B, C> {
+    /// Keeps `gate` and `up`; `y` is computed again for who needs it.
     fn swiglu(gate: FloatTensor<Self>, up: FloatTensor<Self>) -> FloatTensor<Self> {
-        let nodes = [gate.node.clone(), up.node.clone()];
+        let forward = |[gate, up]: [FloatTensor<B>; 2]| B::swiglu(gate, up);
+        let operation = again::prepare(SwigluBackward, [&gate, &up], forward);
         let (gate, up) = (gate.primitive, up.primitive);
-        match SwigluBackward
-            .prepare::<C>(nodes)
-            .compute_bound()
-            .stateful()
-        {
+        match operation {
             OpsKind::Tracked(prep) => {
                 let y = B::swiglu(gate.clone(), up.clone());
                 prep.finish((gate, up), y)
