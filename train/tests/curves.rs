@@ -36,7 +36,7 @@ fn read_rows(file: PathBuf, base: &Path) -> Rows {
     let settings = train::recipe::DataSection::default().settings();
     let prepared = prepare(&[file], &settings, &encoder).unwrap();
     Rows {
-        train: Arc::new(prepared.samples),
+        train: Arc::new(prepared.samples.iter().collect()),
         eval: Arc::default(),
     }
 }

@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 
 use ::train::checkpoint::Checkpoints;
-use ::train::data::{Encoder, Prepared, prepare, split};
+use ::train::data::{Encoder, Prepared, Samples, prepare, split};
 use ::train::fit::{Event, Outcome, Run, Stopped, fit};
 use ::train::recipe::{ModelInit, Recipe, Recompute};
 use ::train::run_folder::{RECIPE_FILE, check_empty};
@@ -19,7 +19,7 @@ use model::hub::Files;
 use serde_json::json;
 use toml::Value;
 
-use super::{check_memory, gib, loaded, open_model, other_base, settings};
+use super::{check_memory, gib, loaded, open_data, open_model, other_base, settings};
 use crate::cli::{RecipeArgs, TrainArgs};
 use crate::device::{Device, Job};
 use crate::encoder;
@@ -349,7 +349,8 @@ pub fn read_rows(recipe: &Recipe, base: &ModelFolder, output: &Output) -> Result
     let encoder = encoder::open(base, data)?;
     let mut problems = Vec::new();
     let mut read = |what: &str, paths: &[PathBuf]| -> Result<Prepared> {
-        let prepared = prepare(paths, &data.settings(), &encoder)?;
+        let paths = open_data(paths, output)?;
+        let prepared = prepare(&paths, &data.settings(), &encoder)?;
         output.note(format_args!(
             "{what}: {} rows, {} trained of {} tokens",
             prepared.samples.len(),
@@ -363,16 +364,16 @@ pub fn read_rows(recipe: &Recipe, base: &ModelFolder, output: &Output) -> Result
     let (dropped_rows, train) = (prepared.dropped_rows, prepared.samples);
     let (train, eval) = match (data.eval.is_empty(), data.eval_fraction) {
         (false, _) => (train, read("evaluation data", &data.eval.list())?.samples),
-        (true, fraction) if fraction > 0.0 => split(train, fraction, recipe.train.seed)?,
-        (true, _) => (train, Vec::new()),
+        (true, fraction) if fraction > 0.0 => split(&train, fraction, recipe.train.seed)?,
+        (true, _) => (train, Samples::default()),
     };
     for problem in &problems {
         output.note(format_args!("warning: {problem}"));
     }
     Ok(ReadRows {
         rows: Rows {
-            train: Arc::new(train),
-            eval: Arc::new(eval),
+            train: Arc::new(train.iter().collect()),
+            eval: Arc::new(eval.iter().collect()),
         },
         dropped_rows,
         problems,
