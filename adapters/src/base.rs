@@ -183,7 +183,11 @@ impl<'a> Base<'a> {
                     let found = found.scheme();
                     first.get_or_insert(found);
                     if let Some(scheme) = self.scheme.filter(|s| s.format != found.format) {
-                        problems.push(format!("{name} is {found}, but {scheme} is asked for"));
+                        return Err(Error::OtherFormat {
+                            path: self.checkpoint.path().into(),
+                            stored: found,
+                            asked: scheme.format,
+                        });
                     }
                 }
             }

@@ -2,6 +2,9 @@
 
 use std::path::PathBuf;
 
+use model::error::listed;
+use quant::{Format, Scheme};
+
 /// The result of this crate's fallible functions.
 pub type Result<T> = std::result::Result<T, Error>;
 
@@ -13,7 +16,7 @@ pub enum Error {
     #[error(transparent)]
     File(#[from] model::Error),
     /// `adapter_config.json` asks for something that is not supported; every problem is listed.
-    #[error("{}: {}", path.display(), problems.join("; "))]
+    #[error("{}: {}", path.display(), listed(problems, usize::MAX))]
     Config {
         /// The file.
         path: PathBuf,
@@ -21,7 +24,7 @@ pub enum Error {
         problems: Vec<String>,
     },
     /// The settings do not fit the model; every problem is listed.
-    #[error("the adapter does not fit the model: {}", problems.join("; "))]
+    #[error("the adapter does not fit the model: {}", listed(problems, usize::MAX))]
     Fit {
         /// One sentence a problem.
         problems: Vec<String>,
@@ -33,6 +36,18 @@ pub enum Error {
         path: PathBuf,
         /// What is not.
         source: quant::Error,
+    },
+    /// The base model is stored in another 4-bit format than the one asked for.
+    #[error(
+        "{} is stored as {stored}, and {} is asked for", path.display(), asked.name()
+    )]
+    OtherFormat {
+        /// The checkpoint.
+        path: PathBuf,
+        /// What it is stored as.
+        stored: Scheme,
+        /// What is asked for.
+        asked: Format,
     },
     /// A weight of the base model cannot be quantised.
     #[error("cannot quantise {name}")]
@@ -49,7 +64,7 @@ pub enum Error {
         path: PathBuf,
     },
     /// Tensors are missing, unexpected or of another shape; every one is listed.
-    #[error("{} is not an adapter of this model: {}", path.display(), problems.join("; "))]
+    #[error("{} is not an adapter of this model: {}", path.display(), listed(problems, usize::MAX))]
     Tensors {
         /// The file.
         path: PathBuf,
@@ -58,7 +73,7 @@ pub enum Error {
     },
     /// Adapters that cannot be merged together, or not onto what they are to be merged onto; every
     /// problem is listed.
-    #[error("cannot merge these adapters: {}", problems.join("; "))]
+    #[error("cannot merge these adapters: {}", listed(problems, usize::MAX))]
     Merge {
         /// One sentence a problem.
         problems: Vec<String>,

@@ -98,6 +98,13 @@ fn default_alpha() -> f64 {
 /// [`Error::Config`] lists every setting that is not supported.
 pub fn read_config(folder: &Path) -> Result<LoraConfig> {
     let path = folder.join(CONFIG_FILE);
+    if folder.is_dir() && !path.exists() {
+        return Err(model::Error::MissingFile {
+            folder: folder.into(),
+            file: CONFIG_FILE,
+        }
+        .into());
+    }
     let text = std::fs::read_to_string(&path).map_err(|source| model::Error::Io {
         action: "read",
         path: path.clone(),

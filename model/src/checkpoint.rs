@@ -20,6 +20,8 @@ use crate::error::{Error, Result};
 pub const MODEL_FILE: &str = "model.safetensors";
 /// File name of the list of shards.
 pub const INDEX_FILE: &str = "model.safetensors.index.json";
+/// How a file begins that Git LFS left in place of a large one.
+const LFS_POINTER: &[u8] = b"version https://git-lfs";
 
 /// The tensors of one or more safetensors files, mapped and not yet read.
 #[derive(Debug)]
@@ -58,9 +60,15 @@ impl Checkpoint {
             (true, _) => shard_files(&index)?,
             (false, true) => vec![MODEL_FILE.to_owned()],
             (false, false) => {
-                return Err(Error::MissingFile {
-                    folder: folder.into(),
-                    file: MODEL_FILE,
+                return Err(match other_weights(folder) {
+                    Some(found) => Error::OtherWeights {
+                        folder: folder.into(),
+                        found,
+                    },
+                    None => Error::MissingFile {
+                        folder: folder.into(),
+                        file: MODEL_FILE,
+                    },
                 });
             }
         };
@@ -99,6 +107,10 @@ impl Checkpoint {
             path: path.clone(),
             reason,
         };
+        if map.starts_with(LFS_POINTER) {
+            let reason = "it is Git LFS's pointer to the file, which `git lfs pull` gets".into();
+            return Err(damaged(reason));
+        }
         let (length, header) =
             SafeTensors::read_metadata(&map).map_err(|e| damaged(e.to_string()))?;
         let data = size_of::<u64>() + length; // after the header and its length
@@ -330,6 +342,16 @@ pub fn fits(values: &[f32], dtype: Dtype) -> bool {
         _ => f32::MAX,
     };
     values.iter().all(|x| x.abs() <= largest)
+}
+
+/// A file of a folder that holds weights in a format that is not read.
+fn other_weights(folder: &Path) -> Option<String> {
+    let entries = folder.read_dir().ok()?.filter_map(std::result::Result::ok);
+    let names = entries.filter_map(|entry| entry.file_name().into_string().ok());
+    let others = [".bin", ".pth", ".pt", ".gguf", ".safetensors"];
+    names
+        .filter(|name| others.iter().any(|suffix| name.ends_with(suffix)))
+        .min()
 }
 
 /// The files that an index names, each a plain name inside the folder.

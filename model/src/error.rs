@@ -28,7 +28,7 @@ pub enum Error {
         source: serde_json::Error,
     },
     /// `config.json` describes a model that cannot be built; every problem is listed.
-    #[error("{}: {}", path.display(), problems.join("; "))]
+    #[error("{}: {}", path.display(), listed(problems, usize::MAX))]
     Config {
         /// The file.
         path: PathBuf,
@@ -43,6 +43,14 @@ pub enum Error {
         /// The file name, or what kind of file.
         file: &'static str,
     },
+    /// A model folder has weights, but none in the format that is read.
+    #[error("{} has no model.safetensors, only {found}", folder.display())]
+    OtherWeights {
+        /// The model folder.
+        folder: PathBuf,
+        /// The file with weights in another format.
+        found: String,
+    },
     /// A safetensors file whose header or offsets cannot be trusted.
     #[error("{} is damaged: {reason}", path.display())]
     Safetensors {
@@ -52,7 +60,7 @@ pub enum Error {
         reason: String,
     },
     /// Tensors are missing, unexpected or of another shape; every one is listed.
-    #[error("{} does not fit its config.json: {}", path.display(), problems.join("; "))]
+    #[error("{} does not fit its config.json: {}", path.display(), listed(problems, 8))]
     Tensors {
         /// The file or folder.
         path: PathBuf,
@@ -219,6 +227,27 @@ fn in_place(path: &str) -> String {
         "" => String::new(),
         path => format!(" at {path}"),
     }
+}
+
+/// Problems as part of a message: the only one on its line, several on a line each, at most `most`
+/// of them.
+pub fn listed(problems: &[String], most: usize) -> String {
+    let [shown @ .., last] = problems else {
+        return String::new();
+    };
+    if shown.is_empty() {
+        return last.clone();
+    }
+    let mut lines: Vec<_> = problems
+        .iter()
+        .take(most)
+        .map(|p| format!("\n  {p}"))
+        .collect();
+    let left = problems.len() - lines.len();
+    if left > 0 {
+        lines.push(format!("\n  and {left} more"));
+    }
+    lines.concat()
 }
 
 fn found_instead(found: &[String]) -> String {

@@ -14,7 +14,9 @@ use safetensors::tensor::TensorView;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use crate::{Absmax, DoubleQuantized, Error, Format, NESTED_BLOCK_SIZE, Quantized, Result, Scheme};
+use crate::{
+    Absmax, DoubleQuantized, Error, Format, NESTED_BLOCK_SIZE, Precision, Quantized, Result, Scheme,
+};
 
 /// Before the name of the format in the name of the part that describes the others.
 const QUANT_STATE: &str = "quant_state.bitsandbytes__";
@@ -23,6 +25,7 @@ const FORMATS: [Format; 2] = [Format::Nf4, Format::Fp4];
 /// The parts of a weight in a checkpoint, checked against each other and not yet read.
 #[derive(Debug)]
 pub struct Stored<'a> {
+    name: String,
     shape: [usize; 2],
     format: Format,
     state: QuantState,
@@ -99,6 +102,7 @@ impl<'a> Stored<'a> {
             Some(_) => Some([part(".nested_absmax")?, part(".nested_quant_map")?]),
         };
         let stored = Self {
+            name: name.into(),
             shape,
             format,
             codes: part("")?,
@@ -136,7 +140,7 @@ impl<'a> Stored<'a> {
         }
     }
 
-    /// The type that the weight had before it was quantised, and decodes to in PyTorch.
+    /// The type that the weight had before it was quantised, and decodes to: see [`Precision`].
     pub fn dtype(&self) -> Dtype {
         dtype(&self.state.dtype).expect("checked when the parts were found")
     }
@@ -153,7 +157,7 @@ impl<'a> Stored<'a> {
     /// Reads the parts.
     ///
     /// # Errors
-    /// If a value that scales weights is infinite or NaN.
+    /// If a value that scales weights is infinite or NaN; the error names its tensor.
     pub fn read(&self) -> Result<Quantized> {
         let absmax = match &self.nested {
             None => Absmax::Plain(floats(&self.absmax)),
@@ -167,7 +171,20 @@ impl<'a> Stored<'a> {
             }),
         };
         let codes = self.codes.data().to_vec();
-        Quantized::new(self.shape, self.format, self.state.blocksize, codes, absmax)
+        let weight = Quantized::new(self.shape, self.format, self.state.blocksize, codes, absmax);
+        let weight = weight.map_err(|error| match error {
+            Error::NonFinitePart { part, index, value } => Error::NonFinitePart {
+                part: format!("{}.{part}", self.name),
+                index,
+                value,
+            },
+            other => other,
+        })?;
+        Ok(weight.with_precision(match self.dtype() {
+            Dtype::F16 => Precision::F16,
+            Dtype::BF16 => Precision::Bf16,
+            _ => Precision::F32,
+        }))
     }
 }
 

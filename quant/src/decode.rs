@@ -2,7 +2,7 @@
 //!
 //! One loop over runs, which lie in one block each, with bodies for a run: portable ones, and ones
 //! for the vectors that the processor turns out to have. Values are `code_book[code] * absmax` in
-//! f32, the same bits by each.
+//! f32, rounded to the type they decode to: the same bits by each.
 
 /// Defines `decode` and `dot` of a module from its vectors: `Book`, which looks up `CODES` codes at
 /// a time, and `Sum`.
@@ -15,7 +15,11 @@ macro_rules! kernels {
             view.for_each_run(start, out.len(), |run, at, len| {
                 let out = &mut out[at..at + len];
                 let (head, whole) = run.words::<{ CODES / 2 }>(len);
-                let values = book.scaled(run.absmax);
+                // Sixteen values stand for the whole run: rounding them costs next to nothing.
+                let values = match view.precision {
+                    Precision::F32 => book.scaled(run.absmax),
+                    _ => Book::load(&run.values()),
+                };
                 let (first, words) = out.split_at_mut(head);
                 let (words, tail) = words.as_chunks_mut::<CODES>();
                 for (out, word) in words.iter_mut().zip(whole) {
@@ -31,9 +35,13 @@ macro_rules! kernels {
         /// See [`View::dot`].
         #[target_feature(enable = $features)]
         pub(super) fn dot(view: &View, start: usize, x: &[f32]) -> f32 {
-            let book = Book::load(view.code_book);
+            let code_book = Book::load(view.code_book);
             let (mut total, mut ends) = (Sum::zero(), 0.0);
             view.for_each_run(start, x.len(), |run, at, len| {
+                let (book, absmax) = match view.precision {
+                    Precision::F32 => (code_book, run.absmax),
+                    _ => (Book::load(&run.values()), 1.0),
+                };
                 let x = &x[at..at + len];
                 let (head, whole) = run.words::<{ CODES / 2 }>(len);
                 let (first, words) = x.split_at(head);
@@ -49,10 +57,10 @@ macro_rules! kernels {
                 for (x, word) in last.iter().zip(whole_last) {
                     sums[0] = sums[0].add(book, *word, x);
                 }
-                total = total.add_scaled(sums, run.absmax);
+                total = total.add_scaled(sums, absmax);
                 if first.len() + tail.len() > 0 {
                     let after = run.after(len - tail.len());
-                    ends += run.absmax * (super::dot(&run, first) + super::dot(&after, tail));
+                    ends += super::dot(&run, first) + super::dot(&after, tail);
                 }
             });
             ends + total.lanes()
@@ -67,7 +75,7 @@ mod avx512;
 #[cfg(target_arch = "aarch64")]
 mod neon;
 
-use crate::NESTED_BLOCK_SIZE;
+use crate::{NESTED_BLOCK_SIZE, Precision};
 
 /// A 4-bit weight, borrowed.
 #[derive(Debug, Clone, Copy)]
@@ -77,6 +85,8 @@ pub(crate) struct View<'a> {
     pub block_size: usize,
     /// What the codes stand for.
     pub code_book: &'a [f32; 16],
+    /// What values are rounded to.
+    pub precision: Precision,
     /// Two codes a byte, the earlier one in the high nibble; there may be more than are used.
     pub codes: &'a [u8],
     pub absmax: AbsmaxView<'a>,
@@ -118,6 +128,7 @@ struct Run<'a> {
     codes: &'a [u8],
     start: usize,
     code_book: &'a [f32; 16],
+    precision: Precision,
     absmax: f32,
 }
 
@@ -163,7 +174,7 @@ impl View<'_> {
     fn dot_portably(&self, start: usize, x: &[f32]) -> f32 {
         let mut sum = 0.0;
         self.for_each_run(start, x.len(), |run, at, len| {
-            sum += run.absmax * dot(&run, &x[at..at + len]);
+            sum += dot(&run, &x[at..at + len]);
         });
         sum
     }
@@ -180,6 +191,7 @@ impl View<'_> {
                 codes: self.codes,
                 start: start + at,
                 code_book: self.code_book,
+                precision: self.precision,
                 absmax: self.absmax.get(block),
             };
             let in_block = (block + 1) * self.block_size - run.start;
@@ -210,7 +222,8 @@ fn vectors() -> Vectors {
 impl<'a> Run<'a> {
     /// What each code of the run decodes to.
     fn values(&self) -> [f32; 16] {
-        self.code_book.map(|value| value * self.absmax)
+        self.code_book
+            .map(|value| self.precision.round(value * self.absmax))
     }
 
     /// The rest of the run, `count` codes later.
@@ -265,12 +278,13 @@ fn decode(run: &Run, out: &mut [f32]) {
     }
 }
 
-/// The scalar product of `x` and the code book's entries of a run; portable.
+/// The scalar product of `x` and the values of a run; portable.
 fn dot(run: &Run, x: &[f32]) -> f32 {
     let (first, bytes, last) = run.parts(x.len());
     let (head, x) = x.split_at(usize::from(first.is_some()));
     let (pairs, tail) = x.as_chunks::<2>();
-    let value = |code: u8| run.code_book[usize::from(code)];
+    let values = run.values();
+    let value = |code: u8| values[usize::from(code)];
     let ends = head.iter().chain(tail).zip(first.into_iter().chain(last));
     let ends: f32 = ends.map(|(x, code)| x * value(code)).sum();
     let mut sums = [0.0; 2]; // two chains of additions
@@ -327,12 +341,14 @@ mod tests {
             seed in 0_u32..1000,
             format in prop_oneof![Just(Format::Nf4), Just(Format::Fp4)],
             double_quant: bool,
+            precision in prop_oneof![Just(Precision::F32), Just(Precision::F16), Just(Precision::Bf16)],
             start in 0_usize..300,
             len in 0_usize..200,
         ) {
             let noise = |i: u32| ((i ^ seed).wrapping_mul(2_654_435_761) as f32 / 4e9 - 0.5) * 3.0;
             let weight: Vec<f32> = (0..500).map(noise).collect();
             let quantized = quantize(&weight, [5, 100], Scheme::new(format, 32, double_quant)).unwrap();
+            let quantized = quantized.with_precision(precision);
             let (view, whole) = (quantized.view(), quantized.dequantize());
             let expected: Vec<u32> = whole[start..start + len].iter().map(|x| x.to_bits()).collect();
 

@@ -42,8 +42,8 @@ pub enum Error {
     /// A value that scales weights is infinite or NaN.
     #[error("{part}[{index}] is {value}, expected a finite value")]
     NonFinitePart {
-        /// The part, such as `absmax` or `offset`.
-        part: &'static str,
+        /// The part, such as `absmax`; in a checkpoint its whole name.
+        part: String,
         /// The index of the first such value.
         index: usize,
         /// The value.

@@ -31,6 +31,7 @@ mod error;
 mod linear;
 mod matmul;
 mod packed;
+mod precision;
 mod quantized;
 
 pub use code_book::Format;
@@ -39,4 +40,5 @@ pub use error::{Error, Result};
 pub use linear::QuantLinear;
 pub use matmul::{QuantBackend, Side, matmul, reference};
 pub use packed::{NestedAbsmax, PackedLayout, PackedWeight};
+pub use precision::Precision;
 pub use quantized::{Absmax, Quantized, Scheme, quantize};

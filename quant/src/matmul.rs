@@ -128,7 +128,7 @@ mod tests {
     use burn::tensor::TensorData;
 
     use super::*;
-    use crate::{Format, Scheme, quantize};
+    use crate::{Format, Precision, Quantized, Scheme, quantize};
 
     type Train = Autodiff<Flex>;
 
@@ -141,14 +141,20 @@ mod tests {
         (0..len as u32).map(one).collect()
     }
 
-    fn weight<B: Backend>(
+    type Case = (Format, usize, bool, Precision);
+
+    fn on_host(
         shape: [usize; 2],
-        (format, block_size, double_quant): (Format, usize, bool),
-    ) -> PackedWeight<B> {
+        (format, block_size, double_quant, precision): Case,
+    ) -> Quantized {
         let dense = noise(shape[0] * shape[1], 1);
-        let weight =
-            quantize(&dense, shape, Scheme::new(format, block_size, double_quant)).unwrap();
-        PackedWeight::new(weight, &Default::default())
+        let scheme = Scheme::new(format, block_size, double_quant);
+        let weight = quantize(&dense, shape, scheme).unwrap();
+        weight.with_precision(precision)
+    }
+
+    fn weight<B: Backend>(shape: [usize; 2], case: Case) -> PackedWeight<B> {
+        PackedWeight::new(on_host(shape, case), &Default::default())
     }
 
     fn matrix<B: Backend>(shape: [usize; 2], seed: u32) -> Tensor<B, 2> {
@@ -156,11 +162,12 @@ mod tests {
         Tensor::from_data(data, &Default::default())
     }
 
-    const SCHEMES: [(Format, usize, bool); 4] = [
-        (Format::Nf4, 64, false),
-        (Format::Nf4, 64, true),
-        (Format::Fp4, 32, false),
-        (Format::Nf4, 4096, true),
+    const SCHEMES: [Case; 5] = [
+        (Format::Nf4, 64, false, Precision::F32),
+        (Format::Nf4, 64, true, Precision::Bf16),
+        (Format::Fp4, 32, false, Precision::F16),
+        (Format::Nf4, 4096, true, Precision::F32),
+        (Format::Nf4, 32, false, Precision::Bf16),
     ];
 
     /// Even and odd widths, blocks across rows, several tiles, one token and many.
@@ -186,10 +193,7 @@ mod tests {
     fn plain_operations_decode_to_the_bits_of_the_host() {
         for scheme in SCHEMES {
             for (_, shape) in CASES {
-                let dense = noise(shape[0] * shape[1], 1);
-                let (format, block_size, double_quant) = scheme;
-                let host =
-                    quantize(&dense, shape, Scheme::new(format, block_size, double_quant)).unwrap();
+                let host = on_host(shape, scheme);
                 let expected: Vec<u32> = host.dequantize().iter().map(|x| x.to_bits()).collect();
                 let found = weight::<Flex>(shape, scheme).dequantize().into_data();
                 let found: Vec<u32> = found.iter::<f32>().map(f32::to_bits).collect();

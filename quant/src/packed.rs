@@ -3,7 +3,7 @@
 use burn::module::Module;
 use burn::tensor::{Bytes, DType, Int, IntDType, Tensor, TensorData, backend::Backend};
 
-use crate::{Absmax, NESTED_BLOCK_SIZE, Quantized, Scheme};
+use crate::{Absmax, NESTED_BLOCK_SIZE, Precision, Quantized, Scheme};
 
 /// A weight `[out, in]` in 4 bits, as [`Quantized`], in a backend's memory.
 ///
@@ -42,6 +42,8 @@ pub struct PackedLayout {
     pub shape: [usize; 2],
     /// Format and blocks.
     pub scheme: Scheme,
+    /// What decoded values are rounded to.
+    pub precision: Precision,
 }
 
 impl PackedLayout {
@@ -62,6 +64,7 @@ impl<B: Backend> PackedWeight<B> {
         let layout = PackedLayout {
             shape: weight.shape(),
             scheme: weight.scheme(),
+            precision: weight.precision(),
         };
         let code_book = floats(weight.format().decoded().to_vec(), device);
         let (codes, absmax) = weight.into_parts();
@@ -108,7 +111,11 @@ impl<B: Backend> PackedWeight<B> {
     /// The dense weight `[out, in]`, in plain tensor operations: the reference that the kernels
     /// are held to, and what backends without a kernel use.
     pub fn dequantize(&self) -> Tensor<B, 2> {
-        let PackedLayout { shape, scheme } = self.layout;
+        let PackedLayout {
+            shape,
+            scheme,
+            precision,
+        } = self.layout;
         let block_size = scheme.block_size;
         let (len, blocks) = (self.layout.num_values(), self.layout.blocks());
         // The high nibble of a byte is the earlier code.
@@ -118,7 +125,16 @@ impl<B: Backend> PackedWeight<B> {
         let absmax = absmax
             .expand([blocks, block_size])
             .reshape([blocks * block_size]);
-        (values * absmax.narrow(0, 0, len)).reshape(shape)
+        let values: Tensor<B, 2> = (values * absmax.narrow(0, 0, len)).reshape(shape);
+        if precision == Precision::F32 {
+            return values;
+        }
+        // On the host: casts of backends do not all round to the nearest number.
+        let device = values.device();
+        let data = values.into_data();
+        let rounded = data.iter::<f32>().map(|value| precision.round(value));
+        let data = TensorData::new(rounded.collect(), shape);
+        Tensor::from_data(data, (&device, DType::F32))
     }
 }
 

@@ -5,7 +5,7 @@ use std::ops::Range;
 use rayon::prelude::*;
 
 use crate::decode::{AbsmaxView, View};
-use crate::{DoubleQuantized, Error, Format, NESTED_BLOCK_SIZE, Result};
+use crate::{DoubleQuantized, Error, Format, NESTED_BLOCK_SIZE, Precision, Result};
 
 /// The smallest and the largest block size.
 const BLOCK_SIZES: [usize; 2] = [32, 4096];
@@ -84,6 +84,7 @@ pub struct Quantized {
     shape: [usize; 2],
     format: Format,
     block_size: usize,
+    precision: Precision,
     codes: Vec<u8>,
     absmax: Absmax,
 }
@@ -202,9 +203,20 @@ impl Quantized {
             shape,
             format,
             block_size,
+            precision: Precision::F32,
             codes,
             absmax,
         })
+    }
+
+    /// The same weight, whose values are rounded to the type that it decodes to.
+    pub fn with_precision(self, precision: Precision) -> Self {
+        Self { precision, ..self }
+    }
+
+    /// What values are rounded to; f32 unless it was said otherwise.
+    pub fn precision(&self) -> Precision {
+        self.precision
     }
 
     /// The shape `[out, in]`.
@@ -277,6 +289,7 @@ impl Quantized {
             shape: self.shape,
             block_size: self.block_size,
             code_book: self.format.decoded(),
+            precision: self.precision,
             codes: &self.codes,
             absmax: self.absmax.view(),
         }
@@ -358,7 +371,7 @@ fn check_finite(part: &'static str, values: &[f32]) -> Result<()> {
     match values.iter().position(|value| !value.is_finite()) {
         None => Ok(()),
         Some(index) => Err(Error::NonFinitePart {
-            part,
+            part: part.into(),
             index,
             value: values[index],
         }),

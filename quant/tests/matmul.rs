@@ -2,7 +2,7 @@
 
 use burn::backend::Autodiff;
 use burn::tensor::{Tensor, TensorData};
-use quant::{Format, PackedWeight, Quantized, Scheme, matmul, quantize};
+use quant::{Format, PackedWeight, Precision, Quantized, Scheme, matmul, quantize};
 
 #[cfg(not(feature = "wgpu"))]
 type B = burn::backend::Flex;
@@ -55,9 +55,13 @@ fn off(found: TensorData, expected: &[f64]) -> f64 {
 }
 
 /// Product and gradient.
-fn check(n: usize, shape: [usize; 2], scheme: Scheme) {
-    let [out, r#in] = shape;
-    let weight = quantize(&noise(out * r#in, 1), shape, scheme).unwrap();
+fn check(n: usize, shape: [usize; 2], scheme: Scheme, precision: Precision) {
+    let weight = quantize(&noise(shape[0] * shape[1], 1), shape, scheme).unwrap();
+    check_weight(n, weight.with_precision(precision));
+}
+
+fn check_weight(n: usize, weight: Quantized) {
+    let ([out, r#in], scheme, precision) = (weight.shape(), weight.scheme(), weight.precision());
     let (x, dy) = (noise(n * r#in, 2), noise(n * out, 3));
     let [expected_y, expected_dx] = by_the_book(&x, &dy, &weight);
 
@@ -76,13 +80,15 @@ fn check(n: usize, shape: [usize; 2], scheme: Scheme) {
     ] {
         assert!(
             off < 3e-6,
-            "{name} for {n} × {shape:?}, {scheme}: off by {off}"
+            "{name} for {n} × {out} × {0}, {scheme}, {precision:?}: off by {off}",
+            r#in
         ); // f32 sums
     }
 }
 
 #[test]
 fn products_and_gradients_are_right_on_this_device() {
+    let check = |n, shape, scheme| check(n, shape, scheme, Precision::F32);
     check(5, [96, 64], Scheme::new(Format::Nf4, 64, false));
     check(33, [128, 192], Scheme::new(Format::Nf4, 64, true));
     check(4, [40, 700], Scheme::new(Format::Fp4, 32, true)); // two nested blocks
@@ -90,7 +96,17 @@ fn products_and_gradients_are_right_on_this_device() {
 }
 
 #[test]
+fn values_of_16_bits_are_right_on_this_device() {
+    for precision in [Precision::F16, Precision::Bf16] {
+        check(3, [33, 51], Scheme::new(Format::Nf4, 64, true), precision);
+        check(1, [33, 51], Scheme::new(Format::Nf4, 64, true), precision);
+    }
+}
+
+#[test]
 fn one_token_is_right_on_this_device() {
-    check(1, [130, 100], Scheme::new(Format::Nf4, 64, true));
-    check(1, [1, 7], Scheme::new(Format::Nf4, 4096, false)); // a block larger than the weight
+    let check = |shape, scheme| check(1, shape, scheme, Precision::F32);
+    check([130, 100], Scheme::new(Format::Nf4, 64, true));
+    check([40, 1100], Scheme::new(Format::Fp4, 64, false)); // several words a unit, rows within words
+    check([1, 7], Scheme::new(Format::Nf4, 4096, false)); // a block larger than the weight
 }

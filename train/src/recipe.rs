@@ -15,6 +15,7 @@ use toml::Value;
 
 use crate::error::Result;
 
+pub use names::key_named;
 pub use read::parse_setting;
 pub use sections::*;
 

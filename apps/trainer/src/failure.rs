@@ -2,6 +2,7 @@
 
 use std::process::ExitCode;
 
+use clap::error::{ContextKind, ContextValue, ErrorKind};
 use serde_json::json;
 
 use crate::output::{self, Output};
@@ -54,13 +55,12 @@ impl Failure {
         let tip = rest
             .lines()
             .find_map(|line| line.trim().strip_prefix("tip: "));
+        let tip = tip.filter(|tip| !tip.starts_with("to pass")); // no value begins with dashes
+        let help = recipe_key(error, rest).or(tip.map(str::to_owned));
         Self {
             message,
             causes: Vec::new(),
-            help: tip.map_or(
-                "see `trainer --help` and `trainer COMMAND --help`".into(),
-                str::to_owned,
-            ),
+            help: help.unwrap_or("see `trainer --help` and `trainer COMMAND --help`".into()),
             code: 2,
         }
     }
@@ -99,6 +99,26 @@ impl From<anyhow::Error> for Failure {
             code,
         }
     }
+}
+
+/// What to write for a flag that is none, if a recipe has a key of its name; `usage` shows the
+/// command.
+fn recipe_key(error: &clap::Error, usage: &str) -> Option<String> {
+    let takes_keys = ["train", "plan"].map(|command| format!("Usage: trainer {command} "));
+    let flag = match error.get(ContextKind::InvalidArg)? {
+        ContextValue::String(flag) if error.kind() == ErrorKind::UnknownArgument => flag,
+        _ => return None,
+    };
+    if error.get(ContextKind::SuggestedArg).is_some()
+        || !takes_keys.iter().any(|command| usage.contains(command))
+    {
+        return None;
+    }
+    let key = train::recipe::key_named(&flag.trim_start_matches('-').replace('-', "_"))?;
+    Some(match key.contains('=') {
+        true => format!("write --set {}", key.replace([' ', '"'], "")),
+        false => format!("write --set {key}=VALUE"),
+    })
 }
 
 fn advice(error: &anyhow::Error) -> (String, u8) {
@@ -190,12 +210,18 @@ fn train_advice(error: &train::Error) -> &'static str {
 fn adapter_advice(error: &adapters::Error) -> &'static str {
     use adapters::Error as E;
     match error {
+        E::File(model::Error::MissingFile { .. }) => {
+            "give the folder of a PEFT adapter, or a Hub id"
+        }
         E::File(error) => model_advice(error),
         E::Config { .. } => "use an adapter that this version supports, made for this model",
         E::Fit { .. } => "correct the adapter.* keys of the recipe",
         E::Tensors { .. } => "use the base model that the adapter was trained on",
         E::Quantization { .. } => {
             "use the original model with --quant nf4, or one that bitsandbytes quantised to 4 bits"
+        }
+        E::OtherFormat { .. } => {
+            "leave --quant (quantization.format) out, or give the original model"
         }
         E::Quantized { .. } => "give the original model",
         E::Merge { .. } => {
@@ -218,6 +244,9 @@ fn model_advice(error: &model::Error) -> &'static str {
         }
         E::MissingFile { .. } | E::NoSuchFolder { .. } => {
             "give a complete Hugging Face model folder, or a Hub id"
+        }
+        E::OtherWeights { .. } => {
+            "get the repository's safetensors weights, or save the model with transformers once"
         }
         E::Safetensors { .. } | E::Tensors { .. } => {
             "get the weights again; they must belong to this config.json"

@@ -2,7 +2,7 @@
 
 use std::arch::x86_64::*;
 
-use super::View;
+use super::{Precision, View};
 
 /// Codes of a vector.
 const CODES: usize = 16;

@@ -3,7 +3,7 @@
 
 use std::arch::aarch64::*;
 
-use super::View;
+use super::{Precision, View};
 
 /// Codes of a vector.
 const CODES: usize = 8;

@@ -75,6 +75,7 @@ impl Parts {
             shape: weight.layout.shape,
             block_size: weight.layout.scheme.block_size,
             code_book: code_book.try_into().expect("sixteen values"),
+            precision: weight.layout.precision,
             codes: bytemuck::cast_slice(self.codes.storage::<u32>()),
             absmax: match &self.nested {
                 None => AbsmaxView::Plain(self.absmax.storage()),

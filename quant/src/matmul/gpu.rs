@@ -1,46 +1,22 @@
-//! The product on CubeCL's backends, bare and under Burn's fusion: one kernel decodes the weight
-//! of this layer, and the matrix product that the backend tunes takes it; it is freed right after.
+//! The product on CubeCL's backends, bare and under Burn's fusion. For one row, codes and `x` meet in
+//! registers; for more, one kernel decodes the weight of this layer and the matrix product that the
+//! backend tunes takes it; it is freed right after.
 
-use std::marker::PhantomData;
+mod fusion;
+mod kernels;
 
-use burn::tensor::ops::{FloatTensor, FloatTensorOps, IntTensor};
-use burn::tensor::{Shape, Tensor, TensorPrimitive};
+use burn::tensor::ops::{FloatTensor, FloatTensorOps};
+use burn::tensor::{Shape, Tensor};
 use burn_cubecl::kernel::into_contiguous;
 use burn_cubecl::ops::numeric::empty_device_contiguous_dtype;
+use burn_cubecl::tensor::CubeTensor;
 use burn_cubecl::{CubeBackend, CubeRuntime, FloatElement, IntElement, element::BoolElement};
-use burn_fusion::stream::{Operation, OperationStreams};
-use burn_fusion::{Fusion, FusionBackend, FusionRuntime};
-use burn_ir::{CustomOpIr, HandleContainer, OperationIr, OperationOutput, TensorIr};
 use cubecl::calculate_cube_count_elemwise;
 use cubecl::prelude::*;
 
 use super::{QuantBackend, Side};
-use crate::packed::{NestedAbsmax, PackedLayout, PackedWeight};
-
-/// Decodes eight codes a unit: `values` `[len]` are `code_book[code] * absmax`.
-#[cube(launch)]
-fn dequantize<F: Float>(
-    codes: &Array<u32>,
-    absmax: &Array<f32>,
-    code_book: &Array<f32>,
-    values: &mut Array<F>,
-    #[comptime] block_size: usize,
-    #[define(F)] _dtype: StorageType,
-) {
-    let word = ABSOLUTE_POS;
-    if word < codes.len() {
-        let bits = codes[word];
-        #[unroll]
-        for i in 0..8u32 {
-            let at = word * 8 + i as usize;
-            if at < values.len() {
-                let shift = (i ^ 1u32) * 4u32; // the high nibble of a byte is the earlier code
-                let code = (bits >> shift) & 15u32;
-                values[at] = F::cast_from(code_book[code as usize] * absmax[at / block_size]);
-            }
-        }
-    }
-}
+use crate::packed::PackedWeight;
+use kernels::{AbsmaxArgs, CODES, ROW_UNITS, WeightLaunch};
 
 impl<R: CubeRuntime, F: FloatElement, I: IntElement, BT: BoolElement> QuantBackend
     for CubeBackend<R, F, I, BT>
@@ -50,120 +26,95 @@ impl<R: CubeRuntime, F: FloatElement, I: IntElement, BT: BoolElement> QuantBacke
         weight: &PackedWeight<Self>,
         side: Side,
     ) -> FloatTensor<Self> {
-        let PackedLayout { shape, scheme } = weight.layout;
-        let float = |tensor: Tensor<Self, 1>| into_contiguous(tensor.into_primitive().tensor());
-        let codes = into_contiguous(weight.codes.clone().into_primitive());
-        let absmax = float(weight.block_absmax());
-        let code_book = float(weight.code_book.clone());
-        let (client, dtype) = (x.client.clone(), x.dtype);
-        let shape = Shape::from(shape);
-        let dense = empty_device_contiguous_dtype(client.clone(), x.device.clone(), shape, dtype);
-        let num_values = weight.layout.num_values();
-        assert!(
-            u32::try_from(num_values).is_ok(),
-            "the kernel counts in 32 bits"
-        );
-        let words = num_values.div_ceil(8);
-        let cube = CubeDim::new(&client, words);
-        dequantize::launch::<R>(
-            &client,
-            calculate_cube_count_elemwise(&client, words, cube),
-            cube,
-            codes.into_array_arg(),
-            absmax.into_array_arg(),
-            code_book.into_array_arg(),
-            dense.clone().into_array_arg(),
-            scheme.block_size,
-            dtype.into(),
-        );
-        match side {
-            Side::Transposed => Self::float_matmul(x, Self::float_transpose(dense)),
-            Side::Plain => Self::float_matmul(x, dense),
+        let [n, _] = x.meta.shape().dims();
+        match (n, side) {
+            (1, Side::Transposed) => one_row(x, weight),
+            (_, Side::Transposed) => {
+                let dense = dense(&x, weight); // [out, in]
+                Self::float_matmul(x, Self::float_transpose(dense))
+            }
+            (_, Side::Plain) => {
+                let dense = dense(&x, weight);
+                Self::float_matmul(x, dense)
+            }
         }
     }
 }
 
-/// The product as an operation that fusion leaves alone.
-#[derive(Debug)]
-struct QuantMatmul<B> {
-    /// Inputs `x`, `codes`, `absmax`, `code_book`, and of a nested absmax its codes and code book.
-    desc: CustomOpIr,
-    /// Of a nested absmax.
-    offset: Option<f32>,
-    layout: PackedLayout,
-    side: Side,
-    backend: PhantomData<B>,
+/// `x` `[1, in]` times `Wᵀ` is `[1, out]`: reads each code once and writes no value.
+fn one_row<R: CubeRuntime, F: FloatElement, I: IntElement, BT: BoolElement>(
+    x: CubeTensor<R>,
+    weight: &PackedWeight<CubeBackend<R, F, I, BT>>,
+) -> CubeTensor<R> {
+    let [out, _] = weight.layout.shape;
+    let x = into_contiguous(x);
+    let y = empty(&x, [1, out]);
+    let cube = CubeDim::new_1d(ROW_UNITS as u32); // one a row
+    kernels::one_row::launch::<R>(
+        &x.client,
+        calculate_cube_count_elemwise(&x.client, out * ROW_UNITS, cube),
+        cube,
+        x.clone().into_array_arg(),
+        arguments(weight),
+        y.clone().into_array_arg(),
+        x.dtype.into(),
+    );
+    y
 }
 
-impl<B: FusionBackend + QuantBackend> Operation<B::FusionRuntime> for QuantMatmul<B> {
-    fn execute(
-        &self,
-        handles: &mut HandleContainer<<B::FusionRuntime as FusionRuntime>::FusionHandle>,
-    ) {
-        let [x, codes, absmax, code_book, nested @ ..] = self.desc.inputs.as_slice() else {
-            unreachable!("made with at least four inputs");
-        };
-        let float =
-            |tensor: FloatTensor<B>| Tensor::<B, 1>::from_primitive(TensorPrimitive::Float(tensor));
-        let int = |tensor: IntTensor<B>| Tensor::from_primitive(tensor);
-        let nested = match (nested, self.offset) {
-            ([codes, code_book], Some(offset)) => Some(NestedAbsmax {
-                codes: int(handles.get_int_tensor::<B>(codes)),
-                code_book: float(handles.get_float_tensor::<B>(code_book)),
-                offset,
-            }),
-            _ => None,
-        };
-        let weight = PackedWeight {
-            codes: int(handles.get_int_tensor::<B>(codes)),
-            absmax: float(handles.get_float_tensor::<B>(absmax)),
-            code_book: float(handles.get_float_tensor::<B>(code_book)),
-            nested,
-            layout: self.layout,
-        };
-        let x = handles.get_float_tensor::<B>(x);
-        let y = B::quant_matmul(x, &weight, self.side);
-        handles.register_float_tensor::<B>(&self.desc.outputs[0].id, y);
-    }
+/// The dense weight `[out, in]`, in the type of `like` and on its device.
+fn dense<R: CubeRuntime, F: FloatElement, I: IntElement, BT: BoolElement>(
+    like: &CubeTensor<R>,
+    weight: &PackedWeight<CubeBackend<R, F, I, BT>>,
+) -> CubeTensor<R> {
+    let words = weight.layout.num_values().div_ceil(CODES);
+    assert!(
+        u32::try_from(words * CODES).is_ok(),
+        "the kernel counts in 32 bits"
+    );
+    let dense = empty(like, weight.layout.shape);
+    let cube = CubeDim::new(&like.client, words);
+    kernels::dequantize::launch::<R>(
+        &like.client,
+        calculate_cube_count_elemwise(&like.client, words, cube),
+        cube,
+        arguments(weight),
+        dense.clone().into_array_arg(),
+        like.dtype.into(),
+    );
+    dense
 }
 
-impl<B: FusionBackend + QuantBackend> QuantBackend for Fusion<B> {
-    fn quant_matmul(
-        x: FloatTensor<Self>,
-        weight: &PackedWeight<Self>,
-        side: Side,
-    ) -> FloatTensor<Self> {
-        let (client, dtype) = (x.client.clone(), x.dtype);
-        let [n, _] = x.shape.dims();
-        let [_, columns] = side.columns(weight.layout.shape);
-        let float = |tensor: &Tensor<Self, 1>| tensor.clone().into_primitive().tensor();
-        let mut inputs = vec![
-            x,
-            weight.codes.clone().into_primitive(),
-            float(&weight.absmax),
-            float(&weight.code_book),
-        ];
-        if let Some(nested) = &weight.nested {
-            inputs.push(nested.codes.clone().into_primitive());
-            inputs.push(float(&nested.code_book));
-        }
-        let streams = OperationStreams::with_inputs(&inputs);
-        let y = TensorIr::uninit(
-            client.create_empty_handle(),
-            Shape::from([n, columns]),
-            dtype,
-        );
-        let inputs: Vec<TensorIr> = inputs.into_iter().map(|input| input.into_ir()).collect();
-        let desc = CustomOpIr::new("quant_matmul", &inputs, &[y]);
-        let operation = QuantMatmul::<B> {
-            desc: desc.clone(),
-            offset: weight.nested.as_ref().map(|nested| nested.offset),
-            layout: weight.layout,
-            side,
-            backend: PhantomData,
-        };
-        client
-            .register(streams, OperationIr::Custom(desc), operation)
-            .output()
-    }
+/// A tensor that is yet to be written.
+fn empty<R: CubeRuntime>(like: &CubeTensor<R>, shape: [usize; 2]) -> CubeTensor<R> {
+    let (client, device) = (like.client.clone(), like.device.clone());
+    empty_device_contiguous_dtype(client, device, Shape::from(shape), like.dtype)
+}
+
+/// A weight as the kernels take it.
+fn arguments<R: CubeRuntime, F: FloatElement, I: IntElement, BT: BoolElement>(
+    weight: &PackedWeight<CubeBackend<R, F, I, BT>>,
+) -> WeightLaunch<R> {
+    let float = |tensor: &Tensor<CubeBackend<R, F, I, BT>, 1>| {
+        into_contiguous(tensor.clone().into_primitive().tensor()).into_array_arg()
+    };
+    let int = |tensor: &Tensor<CubeBackend<R, F, I, BT>, 1, burn::tensor::Int>| {
+        into_contiguous(tensor.clone().into_primitive()).into_array_arg()
+    };
+    let absmax = match &weight.nested {
+        None => AbsmaxArgs::Plain(float(&weight.absmax)),
+        Some(nested) => AbsmaxArgs::Nested {
+            codes: int(&nested.codes),
+            code_book: float(&nested.code_book),
+            absmax: float(&weight.absmax),
+            offset: nested.offset,
+        },
+    };
+    WeightLaunch::new(
+        int(&weight.codes),
+        float(&weight.code_book),
+        absmax,
+        weight.layout.scheme.block_size,
+        weight.layout.precision,
+    )
 }

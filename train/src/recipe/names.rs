@@ -139,6 +139,13 @@ pub(super) fn unknown_key(section: &str, key: &str) -> String {
     }
 }
 
+/// The key, with its section and perhaps its value, that a name without a section stands for, here
+/// or in another program.
+pub fn key_named(name: &str) -> Option<String> {
+    let key = elsewhere(name).or_else(|| in_any_section(name))?;
+    key.contains('.').then_some(key)
+}
+
 /// What another program's name is here.
 fn elsewhere(name: &str) -> Option<String> {
     let (_, ours) = ELSEWHERE.iter().find(|(theirs, _)| *theirs == name)?;

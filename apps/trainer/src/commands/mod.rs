@@ -12,8 +12,10 @@ pub mod train;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use ::train::recipe::parse_setting;
+use ::train::recipe::{Recipe, parse_setting};
 use ::train::run_folder::check_empty;
+use ::train::session;
+use ::train::trained::Trained;
 use adapters::{AdaptedLlama, base_bytes, peft};
 use anyhow::Result;
 use burn::tensor::backend::Backend;
@@ -30,6 +32,7 @@ use crate::output::Output;
 
 /// Opens a model folder, or downloads one.
 fn open_model(name: &str, files: Files, output: &Output) -> Result<ModelFolder> {
+    check_is_model(Path::new(name))?;
     let path = hub::resolve(name, files, &mut output.downloads())?;
     Ok(ModelFolder::open(&path)?)
 }
@@ -60,9 +63,55 @@ fn open_data(paths: &[PathBuf], output: &Output) -> Result<Vec<PathBuf>> {
     Ok(found)
 }
 
+/// Refuses an adapter, or the folder of a run, in place of a model.
+fn check_is_model(folder: &Path) -> Result<()> {
+    let inside = ["", "adapter", "model"].map(|inside| folder.join(inside));
+    let [given, adapter, model] = &inside;
+    let is_adapter = |folder: &PathBuf| folder.join(peft::CONFIG_FILE).exists();
+    let is_model = |folder: &PathBuf| folder.join("config.json").exists();
+    let name = folder.display();
+    let (message, help) = if is_model(given) {
+        return Ok(());
+    } else if is_model(model) {
+        (
+            format!("{name} is the folder of a run, not a model"),
+            format!("give {}", model.display()),
+        )
+    } else if let Some(adapter) = [given, adapter].into_iter().find(|f| is_adapter(f)) {
+        (
+            format!("{name} holds an adapter and no model: there is no config.json"),
+            format!(
+                "give --model its base model, and --adapter {}",
+                adapter.display()
+            ),
+        )
+    } else {
+        return Ok(());
+    };
+    Err(Advised::failed(message, help).into())
+}
+
+/// What a recipe trains; `adapter.init_from` is an adapter.
+fn trained(recipe: &mut Recipe) -> Result<Trained> {
+    if let Some(folder) = &recipe.adapter.init_from {
+        if !folder.exists() {
+            let message = format!("adapter.init_from: there is no folder {}", folder.display());
+            return Err(Advised::failed(message, "give the folder of a PEFT adapter").into());
+        }
+        check_is_adapter(folder)?;
+    }
+    Ok(session::trained(recipe)?)
+}
+
 /// An adapter folder, downloaded if it is a Hub id.
 fn open_adapter(name: &str, output: &Output) -> Result<PathBuf> {
-    let folder = Path::new(name);
+    check_is_adapter(Path::new(name))?;
+    Ok(hub::resolve(name, Files::Adapter, &mut output.downloads())?)
+}
+
+/// Refuses the folder of a run, or a model, in place of an adapter.
+fn check_is_adapter(folder: &Path) -> Result<()> {
+    let name = folder.display();
     let has = |file: &str| folder.join(file).exists();
     let config = peft::CONFIG_FILE;
     if !has(config) && has(&format!("adapter/{config}")) {
@@ -86,7 +135,7 @@ fn open_adapter(name: &str, output: &Output) -> Result<PathBuf> {
         )
         .into());
     }
-    Ok(hub::resolve(name, Files::Adapter, &mut output.downloads())?)
+    Ok(())
 }
 
 /// A folder to be made is new or empty.

@@ -11,8 +11,8 @@ use model::folder::ModelFolder;
 use model::hub::Files;
 use serde::Serialize;
 
-use super::open_model;
 use super::train::{all_params, check_training_memory, read_rows, settings_of};
+use super::{open_model, trained};
 use crate::cli::RecipeArgs;
 use crate::device::Device;
 use crate::encoder::choose_template;
@@ -45,7 +45,7 @@ pub fn run(args: RecipeArgs, device: &str, output: &Output) -> Result<ExitCode> 
     let over = settings_of(&args)?;
     let mut recipe = Recipe::read_without_data(args.recipe.as_deref(), &over)?;
     let device = Device::find(device)?;
-    let trained = session::trained(&mut recipe)?;
+    let trained = trained(&mut recipe)?;
     let mut base = open_model(&recipe.model.path, Files::Config, output)?;
     choose_template(&mut base, None, recipe.data.chat_template.as_deref())?;
     let trainable_params = session::num_params(&recipe, &trained, &base.config)?;

@@ -19,7 +19,7 @@ use model::hub::Files;
 use serde_json::json;
 use toml::Value;
 
-use super::{check_memory, gib, loaded, open_data, open_model, other_base, settings};
+use super::{check_memory, gib, loaded, open_data, open_model, other_base, settings, trained};
 use crate::cli::{RecipeArgs, TrainArgs};
 use crate::device::{Device, Job};
 use crate::encoder;
@@ -36,7 +36,7 @@ pub fn run(args: TrainArgs, device: &str, no_tui: bool, output: &Output) -> Resu
     let over = settings_of(&args.recipe)?;
     let mut recipe = Recipe::read(args.recipe.recipe.as_deref(), &over)?;
     if args.print_recipe {
-        session::trained(&mut recipe)?;
+        trained(&mut recipe)?;
         output.result(&serde_json::to_value(&recipe)?, recipe.to_toml().trim_end())?;
         return Ok(ExitCode::SUCCESS);
     }
@@ -136,7 +136,7 @@ pub fn launch(
     let device = Device::find(device)?;
     let trained = match resume {
         Some(_) => session::resumed(&recipe),
-        None => session::trained(&mut recipe)?,
+        None => trained(&mut recipe)?,
     };
     let folder = match resume {
         Some(run) => run.clone(),

@@ -4,7 +4,7 @@ use serde_json::{Value, json};
 
 use crate::support::{Dir, token_rows};
 
-/// With a model whose widths blocks of 64 divide, and rows.
+/// With a model in bf16 whose widths blocks of 64 divide, and rows.
 fn with_model() -> Dir {
     let dir = Dir::new();
     dir.add_model("by_64", "model");
@@ -19,7 +19,7 @@ fn loss(dir: &Dir, flags: &str) -> Value {
 
 #[test]
 fn a_quantised_folder_is_the_model_quantised_while_loading() {
-    let dir = with_model();
+    let dir = Dir::with_tokens(); // in f32
     for flags in ["", " --double-quant", " --block-size 32"] {
         let made = format!("quantize --model model --format nf4 --out small{flags} --json");
         let json = dir.trainer(&made).succeeds().json();
@@ -46,8 +46,19 @@ fn a_quantised_folder_is_the_model_quantised_while_loading() {
 }
 
 #[test]
-fn training_on_either_is_the_same_run() {
+fn a_folder_of_a_16_bit_model_decodes_to_16_bits() {
     let dir = with_model();
+    dir.trainer("quantize --model model --format nf4 --out small")
+        .succeeds();
+    let stored = loss(&dir, "--model small").as_f64().unwrap();
+    let loaded = loss(&dir, "--model model --quant nf4").as_f64().unwrap();
+    let off = (stored - loaded).abs() / loaded;
+    assert!(0.0 < off && off < 1e-3, "off by {off}"); // bf16 has 8 bits
+}
+
+#[test]
+fn training_on_either_is_the_same_run() {
+    let dir = Dir::with_tokens(); // in f32
     dir.trainer("quantize --model model --format fp4 --out small")
         .succeeds();
     let train = "train --data rows.jsonl --max-steps 3 --set train.learning_rate=1e-2";

@@ -92,7 +92,10 @@ fn settings_that_are_not_supported() {
     dir.write(file, "{");
     refused(&dir, &[file, "is not valid"]);
     std::fs::remove_file(dir.path(file)).unwrap();
-    refused(&dir, &[file]);
+    refused(
+        &dir,
+        &["run/adapter", "adapter_config.json", "PEFT adapter"],
+    );
 }
 
 #[test]
@@ -117,4 +120,20 @@ fn an_adapter_that_is_no_folder() {
     dir.trainer(&format!("{line} ./gone")).fails(1, &["./gone"]);
     dir.trainer(&format!("{line} model"))
         .fails(1, &["model/adapter_config.json"]);
+}
+
+#[test]
+fn an_adapter_in_place_of_a_model_and_a_model_in_place_of_an_adapter() {
+    let dir = Dir::with_adapter();
+    for name in ["run", "run/adapter"] {
+        dir.trainer(&format!("eval --model {name} --data rows.jsonl"))
+            .fails(1, &["an adapter and no model", "--adapter run/adapter"]);
+    }
+    let line = "train --model model --data rows.jsonl --set adapter.init_from";
+    dir.trainer(&format!("{line}=gone"))
+        .fails(1, &["adapter.init_from", "no folder", "gone"]);
+    dir.trainer(&format!("{line}=model"))
+        .fails(1, &["a whole model and no adapter"]);
+    dir.trainer(&format!("{line}=run"))
+        .fails(1, &["the folder of a run", "run/adapter"]);
 }

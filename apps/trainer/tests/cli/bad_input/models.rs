@@ -161,6 +161,13 @@ fn folders_that_lack_something() {
     let dir = Dir::with_tokens();
     std::fs::remove_file(dir.path("model/model.safetensors")).unwrap();
     refused(&dir, &["model has no model.safetensors"]);
+    dir.write("model/pytorch_model.bin", "PK");
+    refused(&dir, &["only pytorch_model.bin", "safetensors weights"]);
+    dir.write(
+        "model/model.safetensors",
+        "version https://git-lfs.github.com/spec/v1\n",
+    );
+    refused(&dir, &["model/model.safetensors", "git lfs pull"]);
     std::fs::remove_file(dir.path("model/config.json")).unwrap();
     refused(&dir, &["model has no config.json"]);
     std::fs::remove_dir_all(dir.path("model")).unwrap();

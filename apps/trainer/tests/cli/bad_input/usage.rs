@@ -22,6 +22,26 @@ fn words_that_are_not_known() {
 }
 
 #[test]
+fn flags_that_are_keys_of_a_recipe() {
+    let dir = Dir::with_tokens();
+    for (flag, help) in [
+        ("--learning-rate 3e-4", "--set train.learning_rate=VALUE"),
+        ("--lr=3e-4", "--set train.learning_rate=VALUE"),
+        ("--batch-size 3", "--set train.micro_batch_size=VALUE"),
+        ("--load-in-4bit", "--set quantization.format=nf4"),
+        ("--double-quant", "--set quantization.double_quant=VALUE"),
+        ("--wandb", "trainer COMMAND --help"),
+    ] {
+        for command in ["train", "plan"] {
+            dir.trainer(&format!("{command} --model model {flag}"))
+                .fails(2, &["unexpected argument", "help: ", help]);
+        }
+    }
+    dir.trainer("generate --model model --prompt-ids 5 --lr 1")
+        .fails(2, &["'--lr'", "trainer COMMAND --help"]);
+}
+
+#[test]
 fn help_and_version_are_no_errors() {
     let dir = Dir::new();
     for line in [
