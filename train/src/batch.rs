@@ -7,7 +7,7 @@ use std::sync::Arc;
 use burn::data::dataloader::{DataLoader, DataLoaderIterator, Progress};
 use burn::tensor::{Int, Tensor, TensorData, backend::Backend};
 
-use crate::data::{Sample, epoch_order};
+use crate::data::{Sample, Samples, epoch_order};
 use crate::recipe::{DataSection, TrainSection};
 
 /// Rows side by side, padded at their ends to the longest.
@@ -140,7 +140,7 @@ impl Window {
 /// only has to know how far it was.
 #[derive(Debug, Clone)]
 pub struct Windows {
-    rows: Arc<Vec<Sample>>,
+    rows: Samples,
     micro_batch_size: usize,
     rows_per_step: usize,
     total_rows: usize,
@@ -154,12 +154,7 @@ impl Windows {
     ///
     /// `max_steps` windows are all full, over as many epochs as that takes; otherwise the last
     /// window holds what is left of `epochs`.
-    pub fn new(
-        rows: Arc<Vec<Sample>>,
-        data: &DataSection,
-        train: &TrainSection,
-        first_step: usize,
-    ) -> Self {
+    pub fn new(rows: Samples, data: &DataSection, train: &TrainSection, first_step: usize) -> Self {
         let rows_per_step = train.micro_batch_size * train.gradient_accumulation_steps;
         let by_epochs = ((rows.len() as f64 * train.epochs).round() as usize).max(1);
         Self {
@@ -182,7 +177,7 @@ impl Windows {
 
     /// Tokens of the largest micro batch there can be, padding included.
     pub fn max_tokens(&self) -> usize {
-        let longest = self.rows.iter().map(|row| row.input_ids.len()).max();
+        let longest = self.rows.lengths().max();
         self.micro_batch_size.min(self.total_rows) * longest.unwrap_or(0)
     }
 
@@ -197,7 +192,10 @@ impl Windows {
         let start = step * self.rows_per_step;
         let end = (start + self.rows_per_step).min(self.total_rows);
         let picked: Vec<usize> = (start..end).map(|at| order.row(self, at)).collect();
-        let batch = |rows: &[usize]| MicroBatch::new(rows.iter().map(|&row| &self.rows[row]));
+        let batch = |rows: &[usize]| {
+            let rows: Vec<_> = rows.iter().map(|&row| self.rows.get(row)).collect();
+            MicroBatch::new(&rows)
+        };
         Window {
             micro_batches: picked.chunks(self.micro_batch_size).map(batch).collect(),
             step,
@@ -281,13 +279,13 @@ impl<B: Backend> DataLoader<B, Window> for Windows {
 /// The evaluation rows in file order, a micro batch at a time.
 #[derive(Debug, Clone)]
 pub struct EvalBatches {
-    rows: Arc<Vec<Sample>>,
+    rows: Samples,
     micro_batch_size: usize,
 }
 
 impl EvalBatches {
     /// Batches of `micro_batch_size` rows.
-    pub fn new(rows: Arc<Vec<Sample>>, micro_batch_size: usize) -> Self {
+    pub fn new(rows: Samples, micro_batch_size: usize) -> Self {
         Self {
             rows,
             micro_batch_size,
@@ -301,7 +299,12 @@ impl EvalBatches {
 
     /// The batches.
     pub fn batches(&self) -> impl ExactSizeIterator<Item = MicroBatch> {
-        self.rows.chunks(self.micro_batch_size).map(MicroBatch::new)
+        let (len, size) = (self.rows.len(), self.micro_batch_size);
+        (0..len.div_ceil(size)).map(move |index| {
+            let rows = index * size..len.min((index + 1) * size);
+            let rows: Vec<_> = rows.map(|row| self.rows.get(row)).collect();
+            MicroBatch::new(&rows)
+        })
     }
 }
 
@@ -325,7 +328,7 @@ impl<B: Backend> DataLoader<B, MicroBatch> for EvalBatches {
 
     fn slice(&self, start: usize, end: usize) -> Arc<dyn DataLoader<B, MicroBatch>> {
         Arc::new(Self::new(
-            Arc::new(self.rows[start..end].to_vec()),
+            (start..end).map(|row| self.rows.get(row)).collect(),
             self.micro_batch_size,
         ))
     }
@@ -335,17 +338,17 @@ impl<B: Backend> DataLoader<B, MicroBatch> for EvalBatches {
 mod tests {
     use super::*;
 
-    fn rows(lengths: &[usize]) -> Arc<Vec<Sample>> {
+    fn rows(lengths: &[usize]) -> Samples {
         let row = |(index, length): (usize, &usize)| Sample {
             input_ids: (0..*length).map(|i| (10 * index + i) as u32).collect(),
             labels: (0..*length)
                 .map(|i| if i < 2 { -100 } else { (10 * index + i) as i32 })
                 .collect(),
         };
-        Arc::new(lengths.iter().enumerate().map(row).collect())
+        lengths.iter().enumerate().map(row).collect()
     }
 
-    fn windows(rows: Arc<Vec<Sample>>, train: TrainSection, shuffle: bool) -> Vec<Window> {
+    fn windows(rows: Samples, train: TrainSection, shuffle: bool) -> Vec<Window> {
         let data = DataSection {
             shuffle,
             ..DataSection::default()
@@ -356,7 +359,7 @@ mod tests {
 
     #[test]
     fn padding_is_neither_seen_nor_trained() {
-        let batch = MicroBatch::new(rows(&[5, 3]).iter());
+        let batch = MicroBatch::new(&rows(&[5, 3]).iter().collect::<Vec<_>>());
         assert_eq!(batch.shape(), [2, 5]);
         assert_eq!(batch.input_ids, [0, 1, 2, 3, 4, 10, 11, 12, 0, 0]);
         assert_eq!(batch.at, [1, 2, 3, 6]);

@@ -50,7 +50,7 @@ fn wanted_columns(schema: &Type) -> std::result::Result<Option<Type>, ParquetErr
     };
     if !Format::CHOICE
         .iter()
-        .any(|format| format.columns().iter().all(|column| has(&column)))
+        .any(|format| format.columns().iter().all(has))
     {
         return Ok(None);
     }

@@ -92,7 +92,10 @@ fn matching(path: &Path, pattern: &str) -> Result<Vec<PathBuf>> {
     })?;
     let mut files = Vec::new();
     for found in found {
-        let found = found.map_err(|e| unreadable(&e.path().to_path_buf(), e.into()))?;
+        let found = found.map_err(|e| {
+            let path = e.path().to_path_buf();
+            unreadable(&path, e.into())
+        })?;
         match found.is_dir() {
             true => files.extend(in_folder(&found)?),
             false => files.push(found),

@@ -3,7 +3,6 @@
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::sync::Arc;
 
 use ::train::batch::{EvalBatches, MicroBatch};
 use ::train::data::prepare;
@@ -38,10 +37,7 @@ pub fn run(args: EvalArgs, device: &str, output: &Output) -> Result<ExitCode> {
     for problem in problems_of("these rows", &rows, &encoder) {
         output.note(format_args!("warning: {problem}"));
     }
-    let batches = EvalBatches::new(
-        Arc::new(rows.samples.iter().collect()),
-        recipe.train.micro_batch_size,
-    );
+    let batches = EvalBatches::new(rows.samples.clone(), recipe.train.micro_batch_size);
     let job = EvalJob {
         adapted,
         batches,

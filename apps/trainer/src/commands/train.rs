@@ -371,10 +371,7 @@ pub fn read_rows(recipe: &Recipe, base: &ModelFolder, output: &Output) -> Result
         output.note(format_args!("warning: {problem}"));
     }
     Ok(ReadRows {
-        rows: Rows {
-            train: Arc::new(train.iter().collect()),
-            eval: Arc::new(eval.iter().collect()),
-        },
+        rows: Rows { train, eval },
         dropped_rows,
         problems,
     })
