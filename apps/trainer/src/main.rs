@@ -10,6 +10,7 @@ mod failure;
 mod lines;
 mod memory;
 mod output;
+mod record;
 mod renderer;
 mod signals;
 
@@ -23,6 +24,7 @@ use crate::output::Output;
 
 fn main() -> ExitCode {
     keep_freed_memory();
+    signals::take_file_size_limits_as_errors();
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(error) if !error.use_stderr() => {
@@ -50,6 +52,7 @@ fn run(cli: Cli, output: &Output) -> anyhow::Result<ExitCode> {
         Some(Command::Merge(args)) => commands::merge::run(args, &device, output),
         Some(Command::Quantize(args)) => commands::quantize::run(args, &device, output),
         Some(Command::Plan(args)) => commands::plan::run(args, &device, output),
+        Some(Command::Report(args)) => commands::report::run(args, output),
         Some(Command::Devices) => commands::devices::run(&device, output),
     }
 }

@@ -1,8 +1,8 @@
 //! The data of a run: from the rows of a user's files to token ids and labels.
 //!
 //! [`prepare`] reads the files row by row ([`Format`] says what a row looks like), an [`Encoder`]
-//! turns each row into a [`Sample`], [`Samples`] keeps them, and [`split`] and [`epoch_order`] decide
-//! which samples are held back and in which order the others are seen.
+//! turns each row into a [`Sample`], [`Samples`] keeps them, [`split`] decides which are held back,
+//! and a [`Packer`] which of the others go together and in which order they are seen.
 
 mod columnar;
 mod files;
@@ -12,6 +12,7 @@ mod read;
 mod rows;
 mod sample;
 mod samples;
+mod sequences;
 mod spool;
 mod table;
 
@@ -29,6 +30,7 @@ use sample::Encoded;
 pub use sample::{Encoder, IGNORED, Sample};
 pub use samples::Samples;
 use samples::SamplesWriter;
+pub use sequences::{Packer, Sequences};
 
 /// What happens to a row that is longer than the longest length allowed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]

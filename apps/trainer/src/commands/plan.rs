@@ -36,6 +36,10 @@ struct DataPlan {
     rows: usize,
     dropped_rows: usize,
     trained_tokens: usize,
+    /// What an epoch is made of: rows, or with packing several rows each.
+    sequences: usize,
+    /// How full they are with packing.
+    fill_ratio: Option<f64>,
     steps: usize,
 }
 
@@ -78,11 +82,14 @@ fn plan_data(plan: &mut Plan, recipe: &Recipe, base: &ModelFolder, output: &Outp
     let read = read_rows(recipe, base, output)?;
     let rows = read.rows.train;
     plan.problems = read.problems;
+    let windows = Windows::new(rows.clone(), &recipe.data, &recipe.train, 0);
     plan.data = Some(DataPlan {
         rows: rows.len(),
         dropped_rows: read.dropped_rows,
         trained_tokens: rows.trained_tokens().sum(),
-        steps: Windows::new(rows, &recipe.data, &recipe.train, 0).num_steps(),
+        sequences: windows.num_sequences(),
+        fill_ratio: windows.fill_ratio(),
+        steps: windows.num_steps(),
     });
     Ok(())
 }
@@ -104,6 +111,13 @@ fn text(plan: &Plan) -> String {
             data.rows, data.dropped_rows
         ));
         lines.push(format!("trained tokens        {}", data.trained_tokens));
+        if let Some(fill_ratio) = data.fill_ratio {
+            let full = 100.0 * fill_ratio;
+            lines.push(format!(
+                "packed sequences      {} ({full:.1} % full)",
+                data.sequences
+            ));
+        }
         lines.push(format!("optimizer steps       {}", data.steps));
     }
     lines.extend(

@@ -1,10 +1,12 @@
 //! `trainer train`
 
+mod begin;
+
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
+use std::time::Instant;
 
-use ::train::checkpoint::Checkpoints;
 use ::train::data::{Encoder, Prepared, Samples, prepare, split};
 use ::train::fit::{Event, Outcome, Run, Stopped, fit};
 use ::train::recipe::{ModelInit, Recipe, Recompute};
@@ -19,21 +21,30 @@ use model::hub::Files;
 use serde_json::json;
 use toml::Value;
 
+pub use begin::Unfinished;
+use begin::{Begin, go_on};
+
 use super::{check_memory, gib, loaded, open_data, open_model, other_base, settings, trained};
 use crate::cli::{RecipeArgs, TrainArgs};
 use crate::device::{Device, Job};
 use crate::encoder;
+use crate::failure::Advised;
 use crate::output::Output;
+use crate::record::{Known, Record};
 use crate::renderer::Renderer;
 use crate::signals;
 
 /// Trains, or goes on training.
 pub fn run(args: TrainArgs, device: &str, no_tui: bool, output: &Output) -> Result<ExitCode> {
+    let over = settings_of(&args.recipe)?;
     if let Some(run) = &args.resume {
-        let recipe = Recipe::read(Some(&run.join(RECIPE_FILE)), &[])?;
+        if over.iter().any(|(key, _)| key == "output.dir") {
+            let help = "leave output.dir out, or copy the folder first and resume the copy";
+            return Err(Advised::usage("--resume goes on in its own folder", help).into());
+        }
+        let recipe = Recipe::read(Some(&run.join(RECIPE_FILE)), &over)?;
         return launch(recipe, Some(run), device, no_tui, output)?.announce(output);
     }
-    let over = settings_of(&args.recipe)?;
     let mut recipe = Recipe::read(args.recipe.recipe.as_deref(), &over)?;
     if args.print_recipe {
         trained(&mut recipe)?;
@@ -91,7 +102,7 @@ impl Finished {
             "run": folder,
             "steps": outcome.steps,
             "loss": outcome.loss,
-            "best": outcome.best,
+            "best": outcome.best.map(|best| json!({"step": best.step, "loss": best.loss})),
             "interrupted": interrupted,
             kind: (!interrupted).then_some(result), // an interrupted run has only checkpoints
         });
@@ -133,18 +144,19 @@ pub fn launch(
     no_tui: bool,
     output: &Output,
 ) -> Result<Finished> {
+    let start = Instant::now();
     let device = Device::find(device)?;
-    let trained = match resume {
-        Some(_) => session::resumed(&recipe),
-        None => trained(&mut recipe)?,
+    let begin = match resume {
+        Some(run) => go_on(run, &mut recipe, output)?,
+        None => Begin::New,
+    };
+    let trained = match begin {
+        Begin::Checkpoint(..) => session::resumed(&recipe),
+        Begin::Again(_) | Begin::New => trained(&mut recipe)?,
     };
     let folder = match resume {
         Some(run) => run.clone(),
         None => output_folder(&mut recipe)?,
-    };
-    let checkpoint = match resume {
-        Some(run) => Some(newest_checkpoint(run, &recipe, output)?),
-        None => None,
     };
     let files = match recipe.model.init {
         ModelInit::Random => Files::Config,
@@ -152,19 +164,26 @@ pub fn launch(
     };
     let mut base = open_model(&recipe.model.path, files, output)?;
     encoder::choose_template(&mut base, None, recipe.data.chat_template.as_deref())?;
+    encoder::forget_same_template(&mut base, &mut recipe)?;
     // what does not fit is said before anything is loaded
     let trainable = session::num_params(&recipe, &trained, &base.config)?;
     check_training_memory(&recipe, &trained, &base, trainable, &device)?;
-    let rows = read_rows(&recipe, &base, output)?.rows;
+    let read = read_rows(&recipe, &base, output)?;
     recipe.make_paths_absolute(); // messages so far name paths as they were typed
     let job = TrainJob {
-        device: device.clone(),
+        known: Known {
+            start,
+            rows: read.rows.clone(),
+            dropped_rows: read.dropped_rows,
+            warnings: read.problems,
+            device: device.clone(),
+        },
         recipe,
         trained,
         base,
-        rows,
+        rows: read.rows,
         folder: folder.clone(),
-        checkpoint,
+        begin,
         no_tui,
         output: *output,
     };
@@ -198,13 +217,13 @@ pub fn check_training_memory(
 }
 
 struct TrainJob {
-    device: Device,
+    known: Known,
     recipe: Recipe,
     trained: Trained,
     base: ModelFolder,
     rows: Rows,
     folder: PathBuf,
-    checkpoint: Option<PathBuf>,
+    begin: Begin,
     no_tui: bool,
     output: Output,
 }
@@ -213,31 +232,26 @@ impl Job for TrainJob {
     type Output = Outcome;
 
     fn run<B: TrainBackend>(self, device: B::Device) -> Result<Outcome> {
-        let (log_every, output) = (self.recipe.train.log_every, self.output);
-        let mut run = match &self.checkpoint {
-            None => session::start::<B>(
-                self.recipe,
-                self.trained,
-                self.base,
-                self.rows,
-                &self.folder,
-                device,
-            )?,
-            Some(checkpoint) => session::resume::<B>(
-                self.recipe,
-                self.trained,
-                self.base,
-                self.rows,
-                &self.folder,
-                checkpoint,
-                device,
-            )?,
+        let (log_every, output, mut known) = (self.recipe.train.log_every, self.output, self.known);
+        let (recipe, trained, base, rows) = (self.recipe, self.trained, self.base, self.rows);
+        let mut run = match self.begin {
+            Begin::New => session::start::<B>(recipe, trained, base, rows, &self.folder, device)?,
+            Begin::Again(folder) => {
+                session::start_again::<B>(recipe, trained, base, rows, folder, device)?
+            }
+            Begin::Checkpoint(folder, checkpoint) => {
+                session::resume::<B>(recipe, trained, base, rows, folder, &checkpoint, device)?
+            }
         };
         let answer = "saving and stopping (again: at once, unsaved)";
         let interrupter = signals::interrupter(answer);
         output.note(loaded(&run.model.model, run.load_time));
         if let Some([theirs, ours]) = &run.other_base {
-            output.note(other_base("the adapter", theirs, ours));
+            let text = other_base("the adapter", theirs, ours);
+            output.note(&text);
+            known
+                .warnings
+                .extend(text.strip_prefix("warning: ").map(str::to_owned));
         }
         let trained = run.trained.num_params(&run.base.config)?;
         output.note(format_args!(
@@ -246,17 +260,35 @@ impl Job for TrainJob {
             run.windows.num_steps(),
             self.folder.display(),
         ));
-        choose_recompute(&mut run, &self.device, &output)?;
+        if let Some(fill_ratio) = run.windows.fill_ratio() {
+            output.note(format_args!(
+                "an epoch is packed into {} sequences of up to {} tokens, {:.1} % full",
+                run.windows.num_sequences(),
+                run.recipe.data.max_length,
+                100.0 * fill_ratio,
+            ));
+        }
+        choose_recompute(&mut run, &known.device, &output)?;
         if run.progress.step >= run.windows.num_steps() && !run.progress.evaluation_due {
-            output.note("the run has taken all its steps");
+            output.note("the run has taken all its steps; --max-steps makes it longer");
         }
         let schedule = Schedule::new(&run.recipe.train, run.windows.num_steps(), 0);
         let peak = (0..run.windows.num_steps())
             .map(|step| schedule.at(step))
             .fold(0.0, f64::max);
         if peak < run.recipe.train.learning_rate / 2.0 {
-            output.note("warning: the run is all warm-up; set train.warmup_steps to fewer steps");
+            let text = "the run is all warm-up; set train.warmup_steps to fewer steps";
+            output.note(format_args!("warning: {text}"));
+            known.warnings.push(text.into());
         }
+        let unfinished = |source| Unfinished {
+            run: self.folder.clone(),
+            source,
+        };
+        let record = Record::begin(&mut run, known).map_err(|error| match error.downcast() {
+            Ok(source) => unfinished(source).into(),
+            Err(error) => error,
+        })?;
         let title = self.folder.display().to_string();
         let renderer = Renderer::new(title, self.no_tui, interrupter.clone(), log_every, output);
         renderer.begin(&run.folder.lines()?, run.windows.num_steps());
@@ -264,7 +296,11 @@ impl Job for TrainJob {
         let report = Arc::new(move |event: Event<'_>| listener.tell(event));
         let outcome = fit(run, renderer, interrupter, report);
         screen.close(); // also after a failure
-        Ok(outcome?)
+        record.end(&outcome, &output);
+        outcome.map_err(|error| match error {
+            error @ ::train::Error::NotFinite { .. } => error.into(),
+            source => unfinished(source).into(),
+        })
     }
 }
 
@@ -320,17 +356,6 @@ fn output_folder(recipe: &mut Recipe) -> Result<PathBuf> {
     check_empty(&folder)?;
     recipe.output.dir = Some(folder.clone());
     Ok(folder)
-}
-
-fn newest_checkpoint(run: &Path, recipe: &Recipe, output: &Output) -> Result<PathBuf> {
-    let checkpoints = Checkpoints::new(run, recipe.train.keep_checkpoints);
-    let newest = checkpoints.newest(|path, error| {
-        output.note(format_args!(
-            "warning: {} is skipped: {error}",
-            path.display()
-        ));
-    })?;
-    Ok(newest.ok_or_else(|| ::train::Error::NoCheckpoint { path: run.into() })?)
 }
 
 /// The rows of a recipe, and what there is to say about them.

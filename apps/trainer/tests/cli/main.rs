@@ -4,6 +4,8 @@
 #[path = "../../../../model/tests/fake_hub/mod.rs"]
 mod fake_hub;
 mod support;
+#[cfg(unix)]
+mod survive;
 
 mod chat;
 mod devices;
@@ -13,6 +15,7 @@ mod hub;
 mod merge;
 mod plan;
 mod quantize;
+mod report;
 mod train;
 mod bad_input {
     mod adapters;
