@@ -15,8 +15,9 @@ use serde_json::{Map, Value};
 use crate::checkpoint::write_file;
 use crate::error::{Error, Result};
 use crate::tokenizer::{SpecialTokens, read_json};
+use jinja::Compiled;
 pub use trained::trained_tokens;
-use trained::{TurnSearch, ends_with_any};
+use trained::{TurnSearch, ends_with_any, generated};
 
 /// One turn of a conversation.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -131,14 +132,39 @@ pub struct Rendered {
     pub ends_with_marker: bool,
 }
 
+/// A conversation to be rendered.
+#[derive(Debug, Clone, Copy)]
+pub struct Conversation<'a> {
+    /// The turns.
+    pub turns: &'a [Message],
+    /// The definitions of the tools that the assistant may call, as JSON schemas; often none.
+    pub tools: &'a [Value],
+}
+
+impl<'a, T: AsRef<[Message]> + ?Sized> From<&'a T> for Conversation<'a> {
+    fn from(turns: &'a T) -> Self {
+        let turns = turns.as_ref();
+        Self { turns, tools: &[] }
+    }
+}
+
 /// A chat template: the jinja source that turns a conversation into text.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone)]
 pub struct ChatTemplate {
     /// The file it comes from, or the name of a built-in template; for messages.
     pub name: String,
     /// The jinja source, as it was read.
     pub source: String,
+    compiled: Compiled,
 }
+
+impl PartialEq for ChatTemplate {
+    fn eq(&self, other: &Self) -> bool {
+        (&self.name, &self.source) == (&other.name, &other.source)
+    }
+}
+
+impl Eq for ChatTemplate {}
 
 impl ChatTemplate {
     /// The name of its file in a model or adapter folder.
@@ -151,12 +177,15 @@ impl ChatTemplate {
     /// # Errors
     /// `Template` when the source does not parse.
     pub fn new(name: impl Into<String>, source: impl Into<String>) -> Result<Self> {
-        let template = Self {
-            name: name.into(),
-            source: source.into(),
-        };
-        template.renderer(&SpecialTokens::new(), |_| Ok(()))?;
-        Ok(template)
+        let (name, source) = (name.into(), source.into());
+        match Compiled::new(&source) {
+            Ok(compiled) => Ok(Self {
+                name,
+                source,
+                compiled,
+            }),
+            Err(source) => Err(Error::Template { name, source }),
+        }
     }
 
     /// The template of a model folder: `chat_template.jinja`, else the `chat_template` of
@@ -219,32 +248,30 @@ impl ChatTemplate {
             "alpaca" => include_str!("chat/templates/alpaca.jinja"),
             _ => return None,
         };
-        Some(Self {
-            name: name.to_owned(),
-            source: source.to_owned(),
-        })
+        Some(Self::new(name, source).expect("the built-in templates parse"))
     }
 
     /// Renders a conversation, as transformers' `apply_chat_template` does.
     ///
-    /// `{% generation %}` blocks print what is inside of them; `strftime_now` tells the local time.
+    /// `strftime_now` tells the local time.
     ///
     /// # Errors
     /// `Template` when the template refuses the conversation.
-    pub fn render(
+    pub fn render<'a>(
         &self,
-        messages: &[Message],
+        conversation: impl Into<Conversation<'a>>,
         add_generation_prompt: bool,
         special_tokens: &SpecialTokens,
     ) -> Result<String> {
-        self.renderer(special_tokens, |renderer| {
-            renderer.render(&to_values(messages), add_generation_prompt)
-        })
+        let renderer = Renderer::new(self, conversation.into(), special_tokens);
+        renderer.render(renderer.turns.iter().cloned(), add_generation_prompt)
     }
 
-    /// Renders a conversation and finds what is trained of it.
+    /// Renders a conversation and finds what is trained of it; the first `prompt_turns` turns are a
+    /// prompt and never trained as answers.
     ///
-    /// An assistant turn is found by rendering the conversation again with a marker in the place
+    /// What `{% generation %}` blocks print is trained, if the template has such blocks. Otherwise
+    /// an assistant turn is found by rendering the conversation again with a marker in the place
     /// of the turn's content: what stands before and after the marker stands before and after the
     /// content in the real text. Trained is the content as the text shows it and, when one follows
     /// directly or after white space, its end marker; never the white space after it. A turn that
@@ -258,103 +285,115 @@ impl ChatTemplate {
     /// other things around another content; `Template` when the template refuses the conversation.
     pub fn render_trained(
         &self,
-        messages: &[Message],
+        conversation: Conversation<'_>,
+        prompt_turns: usize,
         train_on: TrainOn,
         special_tokens: &SpecialTokens,
         end_markers: &[String],
     ) -> Result<Rendered> {
         let markers = end_markers.iter().filter(|marker| !marker.is_empty());
         let markers = markers.map(String::as_str).collect::<Vec<_>>();
-        self.renderer(special_tokens, |renderer| {
-            let text = renderer.render(&to_values(messages), false)?;
-            if train_on == TrainOn::All {
-                let ends_with_marker = ends_with_any(text.trim_end(), &markers);
-                let trained = std::iter::once(0..text.len()).collect();
-                return Ok(Rendered {
-                    text,
-                    trained,
-                    ends_with_marker,
-                });
-            }
-            let turns = (0..messages.len()).filter(|&turn| messages[turn].is_assistant());
-            let skipped = if train_on == TrainOn::Last {
-                turns.clone().count().max(1) - 1
-            } else {
-                0
-            };
-            let search = TurnSearch {
-                renderer,
-                text: &text,
-                messages,
-                markers: &markers,
-            };
-            let trained = turns
-                .skip(skipped)
-                .map(|turn| search.find(turn))
-                .collect::<Result<Vec<_>>>()?;
-            let ends_with_marker = trained
-                .last()
-                .is_some_and(|last| ends_with_any(&text[last.clone()], &markers));
-            Ok(Rendered {
-                text,
-                trained,
-                ends_with_marker,
-            })
-        })
-    }
-
-    /// Compiles the template and hands it to `run`, which may render many times.
-    fn renderer<T>(
-        &self,
-        special_tokens: &SpecialTokens,
-        run: impl FnOnce(&Renderer<'_>) -> Result<T>,
-    ) -> Result<T> {
-        let source = jinja::accept_generation_tags(&self.source);
-        let environment = jinja::environment().map_err(|e| self.error(e))?;
-        let template = environment
-            .template_from_named_str("template", &source)
-            .map_err(|e| self.error(e))?;
-        run(&Renderer {
-            chat: self,
-            template,
-            special_tokens,
-        })
-    }
-
-    fn error(&self, source: minijinja::Error) -> Error {
-        Error::Template {
-            name: self.name.clone(),
-            source,
+        let renderer = Renderer::new(self, conversation, special_tokens);
+        let text = renderer.render(renderer.turns.iter().cloned(), false)?;
+        let answers = conversation.turns.iter().enumerate().skip(prompt_turns);
+        let answers = answers.filter(|(_, turn)| turn.is_assistant());
+        let mut answers: Vec<usize> = answers.map(|(index, _)| index).collect();
+        if train_on == TrainOn::Last {
+            answers.drain(..answers.len().saturating_sub(1));
         }
+        let trained = match (train_on, answers.first()) {
+            (TrainOn::All, _) => std::iter::once(0..text.len()).collect(),
+            (_, None) => Vec::new(),
+            (_, Some(&first)) if self.compiled.has_generation => {
+                generated(&renderer, &text, first, prompt_turns, train_on)?
+            }
+            _ => {
+                let search = TurnSearch {
+                    renderer: &renderer,
+                    text: &text,
+                    messages: conversation.turns,
+                    markers: &markers,
+                };
+                let found = answers.into_iter().map(|turn| search.find(turn));
+                found.collect::<Result<_>>()?
+            }
+        };
+        let last = trained.last().map(|last| match train_on {
+            TrainOn::All => text.trim_end(),
+            _ => &text[last.clone()],
+        });
+        Ok(Rendered {
+            ends_with_marker: last.is_some_and(|last| ends_with_any(last, &markers)),
+            trained,
+            text,
+        })
     }
 }
 
-/// A compiled template with the special tokens it sees.
+/// A conversation that is about to be rendered, once or several times.
 struct Renderer<'a> {
     chat: &'a ChatTemplate,
-    template: minijinja::Template<'a, 'a>,
-    special_tokens: &'a SpecialTokens,
+    /// The turns as the template sees them.
+    turns: Vec<minijinja::Value>,
+    /// What else it sees.
+    context: BTreeMap<&'a str, minijinja::Value>,
 }
 
-impl Renderer<'_> {
-    fn render(&self, messages: &[minijinja::Value], add_generation_prompt: bool) -> Result<String> {
+impl<'a> Renderer<'a> {
+    fn new(
+        chat: &'a ChatTemplate,
+        conversation: Conversation<'a>,
+        special_tokens: &'a SpecialTokens,
+    ) -> Self {
         use minijinja::Value;
-        let tokens = self.special_tokens.iter();
+        let tokens = special_tokens.iter();
         let mut context: BTreeMap<&str, Value> = tokens
             .map(|(key, token)| (key.as_str(), Value::from(token.as_str())))
             .collect();
-        context.insert("messages", messages.iter().cloned().collect());
-        context.insert("add_generation_prompt", Value::from(add_generation_prompt));
-        context.insert("tools", Value::from(()));
+        let tools = match conversation.tools {
+            [] => Value::from(()),
+            tools => Value::from(minijinja::value::Serde(tools)),
+        };
+        context.insert("tools", tools);
         context.insert("documents", Value::from(()));
-        self.template
-            .render(context)
-            .map_err(|e| self.chat.error(e))
+        Self {
+            chat,
+            turns: conversation
+                .turns
+                .iter()
+                .map(Message::for_template)
+                .collect(),
+            context,
+        }
     }
-}
 
-fn to_values(messages: &[Message]) -> Vec<minijinja::Value> {
-    messages.iter().map(Message::for_template).collect()
+    /// The text of some turns.
+    fn render(
+        &self,
+        turns: impl Iterator<Item = minijinja::Value>,
+        add_generation_prompt: bool,
+    ) -> Result<String> {
+        self.render_with(jinja::PLAIN, turns, add_generation_prompt)
+    }
+
+    fn render_with(
+        &self,
+        template: &str,
+        turns: impl Iterator<Item = minijinja::Value>,
+        add_generation_prompt: bool,
+    ) -> Result<String> {
+        let mut context = self.context.clone();
+        context.insert("messages", turns.collect());
+        context.insert(
+            "add_generation_prompt",
+            minijinja::Value::from(add_generation_prompt),
+        );
+        let rendered = self.chat.compiled.render(template, context);
+        rendered.map_err(|source| Error::Template {
+            name: self.chat.name.clone(),
+            source,
+        })
+    }
 }
 
 /// The source in a `chat_template` entry: a string, or a list with a template named `default`.
@@ -433,7 +472,8 @@ mod tests {
         let tokens = tokens("<s>", end_marker);
         let template = ChatTemplate::new("test", source)?;
         let markers = [end_marker.to_owned()];
-        let rendered = template.render_trained(messages, TrainOn::Assistant, &tokens, &markers)?;
+        let rendered =
+            template.render_trained(messages.into(), 0, TrainOn::Assistant, &tokens, &markers)?;
         Ok(rendered
             .trained
             .iter()
@@ -454,6 +494,83 @@ mod tests {
                 None => assert!(found.is_err(), "{place}: {found:?}"),
             }
         }
+    }
+
+    #[derive(Deserialize)]
+    struct FamilyFixture {
+        special_tokens: SpecialTokens,
+        rows: BTreeMap<String, FamilyRow>,
+        cases: Vec<FamilyCase>,
+    }
+
+    #[derive(Deserialize)]
+    struct FamilyRow {
+        messages: Vec<Message>,
+        #[serde(default)]
+        tools: Vec<Value>,
+    }
+
+    #[derive(Deserialize)]
+    struct FamilyCase {
+        template: String,
+        row: String,
+        add_generation_prompt: bool,
+        text: Option<String>,
+        error: Option<String>,
+        /// The tokens, and which of them are the assistant's.
+        #[serde(default)]
+        ids: Vec<u32>,
+        #[serde(default)]
+        trained: Vec<u32>,
+    }
+
+    /// Templates with tools, system turns and generation blocks, in the forms of many families.
+    #[test]
+    fn families_render_and_train_as_in_transformers() -> Anything {
+        let folder = fixtures().join("../templates");
+        let file = std::fs::read(folder.join("cases.json"))?;
+        let fixture: FamilyFixture = serde_json::from_slice(&file)?;
+        let tokenizer = Tokenizer::from_folder(&fixtures().join("byte_level"))?;
+        let tokens = &fixture.special_tokens;
+        let (mut wrong, mut masks) = (Vec::new(), 0);
+        for case in &fixture.cases {
+            let template =
+                ChatTemplate::from_file(&folder.join(format!("{}.jinja", case.template)))?;
+            let row = &fixture.rows[&case.row];
+            let conversation = Conversation {
+                turns: &row.messages,
+                tools: &row.tools,
+            };
+            let place = format!("{} {}", case.template, case.row);
+            match (
+                template.render(conversation, case.add_generation_prompt, tokens),
+                &case.text,
+            ) {
+                (Ok(found), Some(text)) if found == *text => {}
+                (Err(Error::Template { source, .. }), None)
+                    if case
+                        .error
+                        .as_ref()
+                        .is_some_and(|error| source.to_string().contains(error)) => {}
+                (found, expected) => wrong.push(format!("{place}\n{found:?}\n{expected:?}")),
+            }
+            if case.ids.is_empty() || case.add_generation_prompt {
+                continue;
+            }
+            let markers = ["<|im_end|>".to_owned()];
+            let found =
+                template.render_trained(conversation, 0, TrainOn::Assistant, tokens, &markers)?;
+            let encoding = tokenizer.encode(&found.text, false)?;
+            let mask = trained_tokens(&encoding, &found.trained);
+            let expected: Vec<bool> = case.trained.iter().map(|trained| *trained == 1).collect();
+            if encoding.ids != case.ids || mask != expected {
+                wrong.push(format!("{place}: mask\n{mask:?}\n{expected:?}"));
+            }
+            masks += 1;
+        }
+        assert!(wrong.is_empty(), "{}", wrong.join("\n\n"));
+        assert!(masks >= 20, "{masks}");
+        Ok(())
     }
 
     #[test]
@@ -540,8 +657,13 @@ mod tests {
         for row in rows {
             let markers = ["<|im_end|>".to_owned()];
             let tokens = tokenizer.special_tokens();
-            let found =
-                template.render_trained(&row.messages, TrainOn::Assistant, tokens, &markers)?;
+            let found = template.render_trained(
+                (&row.messages).into(),
+                0,
+                TrainOn::Assistant,
+                tokens,
+                &markers,
+            )?;
             let encoding = tokenizer.encode(&found.text, false)?;
             let mask = trained_tokens(&encoding, &found.trained);
             let expected =
@@ -564,7 +686,8 @@ mod tests {
         ];
         let markers = ["</s>".to_owned()];
         let tokens = tokenizer.special_tokens();
-        let found = template.render_trained(&messages, TrainOn::Assistant, tokens, &markers)?;
+        let found =
+            template.render_trained((&messages).into(), 0, TrainOn::Assistant, tokens, &markers)?;
         let encoding = tokenizer.encode(&found.text, false)?;
         let mask = trained_tokens(&encoding, &found.trained);
         let ids = encoding
@@ -613,12 +736,24 @@ mod tests {
                 (TrainOn::Assistant, &expected[..]),
                 (TrainOn::Last, &expected[1..]),
             ] {
-                let found = template.render_trained(&two_turns(), train_on, &tokens, &markers)?;
+                let found = template.render_trained(
+                    (&two_turns()).into(),
+                    0,
+                    train_on,
+                    &tokens,
+                    &markers,
+                )?;
                 let parts = found.trained.iter().map(|range| &found.text[range.clone()]);
                 assert_eq!(parts.collect::<Vec<_>>(), expected, "{name}");
                 assert!(found.ends_with_marker, "{name}");
             }
-            let all = template.render_trained(&two_turns(), TrainOn::All, &tokens, &markers)?;
+            let all = template.render_trained(
+                (&two_turns()).into(),
+                0,
+                TrainOn::All,
+                &tokens,
+                &markers,
+            )?;
             assert_eq!(
                 all.trained,
                 std::iter::once(0..all.text.len()).collect::<Vec<_>>()
@@ -636,7 +771,13 @@ mod tests {
         )?;
         let markers = ["</s>".to_owned()];
         let tokens = SpecialTokens::new();
-        let found = template.render_trained(&two_turns(), TrainOn::Assistant, &tokens, &markers)?;
+        let found = template.render_trained(
+            (&two_turns()).into(),
+            0,
+            TrainOn::Assistant,
+            &tokens,
+            &markers,
+        )?;
         assert_eq!(found.text, "q1\na1\nq2\na2\n");
         assert_eq!(found.trained, [3..5, 9..11]);
         assert!(!found.ends_with_marker);
@@ -734,21 +875,32 @@ mod tests {
     }
 
     #[test]
-    fn generation_tags_keep_their_white_space_control() {
-        for (source, expected) in [
-            (
-                "a {% generation %} b {%- endgeneration +%} c",
-                "a {% with %} b {%- endwith +%} c",
-            ),
-            ("{%-generation-%}{%endgeneration%}", "{%-with-%}{%endwith%}"),
-            (
-                "{% set generation = 1 %}{{ generation }}",
-                "{% set generation = 1 %}{{ generation }}",
-            ),
-            ("generation {% if", "generation {% if"),
+    fn generation_blocks_say_what_is_trained() -> Anything {
+        let source = "{% for m in messages %}<{{ m.role }}>\n{%- if m.role == 'assistant' %}\n\
+                      {%- generation -%}\n {{ m.content }}</s>\n{%- endgeneration %}\n{% else %}\n\
+                      {{ m.content }}{% endif %}{% endfor %}";
+        let template = ChatTemplate::new("test", source)?;
+        let markers = ["</s>".to_owned()];
+        let tokens = SpecialTokens::new();
+        let turns = two_turns();
+        for (train_on, prompt_turns, expected) in [
+            (TrainOn::Assistant, 0, &["a1</s>", "a2</s>"][..]),
+            (TrainOn::Assistant, 2, &["a2</s>"]),
+            (TrainOn::Last, 0, &["a2</s>"]),
+            (TrainOn::Assistant, 4, &[]),
         ] {
-            assert_eq!(jinja::accept_generation_tags(source), expected);
+            let found = template.render_trained(
+                (&turns).into(),
+                prompt_turns,
+                train_on,
+                &tokens,
+                &markers,
+            )?;
+            assert_eq!(found.text, template.render(&turns, false, &tokens)?);
+            let parts = found.trained.iter().map(|range| &found.text[range.clone()]);
+            assert_eq!(parts.collect::<Vec<_>>(), expected);
         }
+        Ok(())
     }
 
     #[test]

@@ -146,6 +146,29 @@ pub enum Error {
         /// The repository, with its revision.
         id: String,
     },
+    /// The address of a data set is none.
+    #[error("{address} is no data set (hf://datasets/owner/name, then perhaps /file or /folder)")]
+    NotADataset {
+        /// What was given.
+        address: String,
+    },
+    /// The Hub has no such data set.
+    #[error("the Hub has no data set {id}")]
+    HubNoDataset {
+        /// The repository, with its revision.
+        id: String,
+    },
+    /// A data set has no file with rows in the place that was given.
+    #[error(
+        "the data set {id} has no .jsonl, .json, .csv, .tsv or .parquet file{}",
+        in_place(path)
+    )]
+    HubNoData {
+        /// The repository, with its revision.
+        id: String,
+        /// The file, folder or pattern asked for.
+        path: String,
+    },
     /// The repository lacks a revision or a file.
     #[error("the Hub has no {file} in {id}")]
     HubNotFound {
@@ -197,6 +220,13 @@ pub enum Error {
         /// Why.
         source: hf_hub::api::sync::ApiError,
     },
+}
+
+fn in_place(path: &str) -> String {
+    match path {
+        "" => String::new(),
+        path => format!(" at {path}"),
+    }
 }
 
 /// Problems as part of a message: the only one on its line, several on a line each, at most `most`

@@ -1,5 +1,5 @@
-//! Models and adapters by name: a folder, or a Hugging Face Hub id that is downloaded into the
-//! cache which all Hugging Face tools share.
+//! Models, adapters and data sets by name: a folder, or a Hugging Face Hub id that is downloaded into
+//! the cache which all Hugging Face tools share.
 //!
 //! hf-hub does the transfers. Around it, this module pins every file to one commit, takes only the
 //! files that are wanted, never leaves a file of the wrong size, and goes on from the cache when
@@ -15,10 +15,12 @@ use hf_hub::api::sync::{Api, ApiBuilder, ApiError};
 use hf_hub::{Cache, CacheRepo};
 
 use crate::error::{Error, Result};
+pub use dataset::DATASETS;
 use id::{HubId, is_commit};
 use listing::{Listing, RepoInfo, shards};
 use snapshot::Snapshot;
 
+mod dataset;
 mod id;
 mod listing;
 mod snapshot;
@@ -332,6 +334,11 @@ impl Hub {
                 return Err(Error::HubNotFound {
                     id: repo.name.clone(),
                     file,
+                });
+            }
+            404 if repo.is_dataset => {
+                return Err(Error::HubNoDataset {
+                    id: repo.to_string(),
                 });
             }
             404 => {

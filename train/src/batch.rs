@@ -10,7 +10,7 @@ use burn::data::dataloader::{DataLoader, DataLoaderIterator, Progress};
 use burn::tensor::{Int, Tensor, TensorData, backend::Backend};
 use model::segments::Segments;
 
-use crate::data::{Packer, Sample, Sequences};
+use crate::data::{Packer, Sample, Samples, Sequences};
 use crate::recipe::{DataSection, TrainSection};
 
 /// Rows end to end. There is no padding, and none of them sees another.
@@ -132,7 +132,7 @@ impl Window {
 /// They are made of sequences: rows, or with packing several rows each.
 #[derive(Debug, Clone)]
 pub struct Windows {
-    rows: Arc<Vec<Sample>>,
+    rows: Samples,
     packer: Packer,
     /// Sequences of an epoch.
     epoch_sequences: usize,
@@ -149,14 +149,8 @@ impl Windows {
     ///
     /// `max_steps` windows are all full, over as many epochs as that takes; otherwise the last
     /// window holds what is left of `epochs`.
-    pub fn new(
-        rows: Arc<Vec<Sample>>,
-        data: &DataSection,
-        train: &TrainSection,
-        first_step: usize,
-    ) -> Self {
-        let lengths = rows.iter().map(|row| row.input_ids.len());
-        let packer = Packer::new(lengths, data, train);
+    pub fn new(rows: Samples, data: &DataSection, train: &TrainSection, first_step: usize) -> Self {
+        let packer = Packer::new(rows.lengths(), data, train);
         let mut tokens = packer.tokens();
         let sequences_per_step = train.micro_batch_size * train.gradient_accumulation_steps;
         let by_epochs = ((tokens.len() as f64 * train.epochs).round() as usize).max(1);
@@ -212,8 +206,8 @@ impl Windows {
         let micro_batch = |first: usize| {
             let last = end.min(first + self.micro_batch_size);
             let rows = (first..last).flat_map(|at| order.rows(self, at).to_vec());
-            let rows: Vec<usize> = rows.collect();
-            MicroBatch::new(rows.iter().map(|&row| &self.rows[row]))
+            let rows: Vec<Sample> = rows.map(|row| self.rows.get(row)).collect();
+            MicroBatch::new(&rows)
         };
         let starts = (start..end).step_by(self.micro_batch_size);
         Window {
@@ -311,13 +305,13 @@ impl<B: Backend> DataLoader<B, Window> for Windows {
 /// The evaluation rows in file order, a micro batch at a time.
 #[derive(Debug, Clone)]
 pub struct EvalBatches {
-    rows: Arc<Vec<Sample>>,
+    rows: Samples,
     micro_batch_size: usize,
 }
 
 impl EvalBatches {
     /// Batches of `micro_batch_size` rows.
-    pub fn new(rows: Arc<Vec<Sample>>, micro_batch_size: usize) -> Self {
+    pub fn new(rows: Samples, micro_batch_size: usize) -> Self {
         Self {
             rows,
             micro_batch_size,
@@ -331,7 +325,12 @@ impl EvalBatches {
 
     /// The batches.
     pub fn batches(&self) -> impl ExactSizeIterator<Item = MicroBatch> {
-        self.rows.chunks(self.micro_batch_size).map(MicroBatch::new)
+        let (len, size) = (self.rows.len(), self.micro_batch_size);
+        (0..len.div_ceil(size)).map(move |index| {
+            let rows = index * size..len.min((index + 1) * size);
+            let rows: Vec<_> = rows.map(|row| self.rows.get(row)).collect();
+            MicroBatch::new(&rows)
+        })
     }
 }
 
@@ -355,7 +354,7 @@ impl<B: Backend> DataLoader<B, MicroBatch> for EvalBatches {
 
     fn slice(&self, start: usize, end: usize) -> Arc<dyn DataLoader<B, MicroBatch>> {
         Arc::new(Self::new(
-            Arc::new(self.rows[start..end].to_vec()),
+            (start..end).map(|row| self.rows.get(row)).collect(),
             self.micro_batch_size,
         ))
     }
@@ -365,14 +364,14 @@ impl<B: Backend> DataLoader<B, MicroBatch> for EvalBatches {
 mod tests {
     use super::*;
 
-    fn rows(lengths: &[usize]) -> Arc<Vec<Sample>> {
+    fn rows(lengths: &[usize]) -> Samples {
         let row = |(index, length): (usize, &usize)| Sample {
             input_ids: (0..*length).map(|i| (10 * index + i) as u32).collect(),
             labels: (0..*length)
                 .map(|i| if i < 2 { -100 } else { (10 * index + i) as i32 })
                 .collect(),
         };
-        Arc::new(lengths.iter().enumerate().map(row).collect())
+        lengths.iter().enumerate().map(row).collect()
     }
 
     fn data(packing: bool, shuffle: bool) -> DataSection {
@@ -384,7 +383,7 @@ mod tests {
         }
     }
 
-    fn windows(rows: Arc<Vec<Sample>>, train: TrainSection, data: &DataSection) -> Vec<Window> {
+    fn windows(rows: Samples, train: TrainSection, data: &DataSection) -> Vec<Window> {
         all(&Windows::new(rows, data, &train, 0))
     }
 
@@ -401,7 +400,7 @@ mod tests {
 
     #[test]
     fn rows_lie_end_to_end_without_padding() {
-        let batch = MicroBatch::new(rows(&[5, 3]).iter());
+        let batch = MicroBatch::new(&rows(&[5, 3]).iter().collect::<Vec<_>>());
         assert_eq!(batch.segments, Segments::new([5, 3]));
         assert_eq!(batch.input_ids, [0, 1, 2, 3, 4, 10, 11, 12]);
         assert_eq!(batch.at, [1, 2, 3, 6]);

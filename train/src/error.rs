@@ -37,13 +37,30 @@ pub enum Error {
         path: PathBuf,
     },
     /// A data folder has nothing that is read.
-    #[error("the folder {} has no .jsonl and no .json file", path.display())]
+    #[error("the folder {} has no .jsonl, .json, .csv, .tsv or .parquet file", path.display())]
     NoDataFiles {
         /// The folder.
         path: PathBuf,
     },
+    /// A pattern for data files matches nothing.
+    #[error("no file matches {}", path.display())]
+    NoMatch {
+        /// The pattern.
+        path: PathBuf,
+    },
+    /// A pattern for data files is none.
+    #[error("there is no file {}, and it is no pattern either", path.display())]
+    BadPattern {
+        /// What was given.
+        path: PathBuf,
+        /// Why.
+        source: glob::PatternError,
+    },
     /// A data file is of a kind that is not read.
-    #[error("{} is not read: data files are .jsonl or .json", path.display())]
+    #[error(
+        "{} is not read: data files are .jsonl, .json, .csv, .tsv or .parquet",
+        path.display()
+    )]
     DataFileKind {
         /// The file.
         path: PathBuf,
@@ -68,6 +85,50 @@ pub enum Error {
         place: Place,
         /// Why.
         cause: serde_json::Error,
+    },
+    /// A cell of a table that must hold JSON does not.
+    #[error("{place}: {column} is not valid JSON: {}", json_reason(cause))]
+    BadCell {
+        /// The row.
+        place: Place,
+        /// The column.
+        column: String,
+        /// Why.
+        cause: serde_json::Error,
+    },
+    /// A row of a table is longer or shorter than its header.
+    #[error("{place}: the row has {cells} cells, and the header has {columns}")]
+    CellCount {
+        /// The row.
+        place: Place,
+        /// Its cells.
+        cells: usize,
+        /// The columns of the header.
+        columns: usize,
+    },
+    /// Two columns of a table have the same name.
+    #[error("{place}: two columns are called {column:?}")]
+    ColumnTwice {
+        /// The header.
+        place: Place,
+        /// The name.
+        column: String,
+    },
+    /// A Parquet file is damaged, or has something that is not read.
+    #[error("{} cannot be read as Parquet", path.display())]
+    Parquet {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: parquet::errors::ParquetError,
+    },
+    /// The tokens of the rows are too many for the memory, and cannot be written to disk.
+    #[error("cannot keep the tokens of the rows in the temporary folder {}", folder.display())]
+    Temporary {
+        /// The folder.
+        folder: PathBuf,
+        /// Why.
+        source: std::io::Error,
     },
     /// A value of a row has the wrong type.
     #[error("{place}: {key} must be {expected}, found {found}")]

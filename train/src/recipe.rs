@@ -10,6 +10,7 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use model::chat::ChatTemplate;
+use model::hub::DATASETS;
 use serde::{Deserialize, Serialize};
 use toml::Value;
 
@@ -58,7 +59,9 @@ impl Recipe {
     /// Makes every path absolute, so that a run goes on from any folder.
     pub fn make_paths_absolute(&mut self) {
         let absolute = |path: &mut PathBuf| {
-            if let Ok(full) = std::path::absolute(&*path) {
+            if !path.to_string_lossy().starts_with(DATASETS)
+                && let Ok(full) = std::path::absolute(&*path)
+            {
                 *path = full;
             }
         };

@@ -1,7 +1,6 @@
 //! From a recipe to a run that is ready to start, or to go on.
 
 use std::path::Path;
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use adapters::TrainBackend;
@@ -14,7 +13,7 @@ use sha2::{Digest, Sha256};
 
 use crate::batch::{EvalBatches, Windows};
 use crate::checkpoint::{Progress, hex, read_progress, restore_optimizer};
-use crate::data::Sample;
+use crate::data::Samples;
 use crate::error::{Error, Result};
 use crate::fit::Run;
 use crate::memory::StepMemory;
@@ -28,29 +27,17 @@ use crate::trained::Trained;
 #[derive(Debug, Clone)]
 pub struct Rows {
     /// Trained on.
-    pub train: Arc<Vec<Sample>>,
+    pub train: Samples,
     /// Evaluated on; may be empty.
-    pub eval: Arc<Vec<Sample>>,
+    pub eval: Samples,
 }
 
 impl Rows {
-    /// The SHA-256 of all tokens and labels: order and split of the rows follow from them, so that a
+    /// What all tokens and labels decide: order and split of the rows follow from them, so that a
     /// run can only go on with the same ones.
     pub fn fingerprint(&self) -> String {
-        let mut hash = Sha256::new();
-        for rows in [&self.train, &self.eval] {
-            hash.update((rows.len() as u64).to_le_bytes());
-            for row in rows.iter() {
-                hash.update((row.input_ids.len() as u64).to_le_bytes());
-                row.input_ids
-                    .iter()
-                    .for_each(|id| hash.update(id.to_le_bytes()));
-                row.labels
-                    .iter()
-                    .for_each(|label| hash.update(label.to_le_bytes()));
-            }
-        }
-        hex(&hash.finalize())
+        let both = [self.train.digest(), self.eval.digest()].concat();
+        hex(&Sha256::digest(both))
     }
 }
 

@@ -3,14 +3,13 @@
 mod harness;
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 
 use adapters::peft;
 use harness::{finish, metrics, recipe, start, tiny_model};
 use model::checkpoint::Checkpoint;
 use model::config::LlamaConfig;
 use serde_json::Value;
-use train::data::{Encoder, prepare};
+use train::data::{Encoder, Samples, prepare};
 use train::session::Rows;
 
 fn fixture(name: &str) -> PathBuf {
@@ -36,8 +35,8 @@ fn read_rows(file: PathBuf, base: &Path) -> Rows {
     let settings = train::recipe::DataSection::default().settings();
     let prepared = prepare(&[file], &settings, &encoder).unwrap();
     Rows {
-        train: Arc::new(prepared.samples),
-        eval: Arc::default(),
+        train: prepared.samples,
+        eval: Samples::default(),
     }
 }
 

@@ -27,7 +27,7 @@ use train::Error;
 use train::batch::{EvalBatches, MicroBatch, Window, Windows};
 use train::card::CARD_FILE;
 use train::checkpoint::Checkpoints;
-use train::data::{IGNORED, Sample, epoch_order};
+use train::data::{IGNORED, Sample, Samples, epoch_order};
 use train::evaluate::{Evaluation, evaluate};
 use train::fit::{Event, Outcome, Run, Stopped, fit};
 use train::recipe::Recipe;
@@ -66,10 +66,8 @@ fn rows() -> Rows {
     let eval = [(11, 2), (29, 14), (4, 1), (17, 6), (7, 2)];
     let make = |first: u32, sizes: &[(usize, usize)]| {
         let rows = sizes.iter().zip(first..);
-        Arc::new(
-            rows.map(|(&(length, prompt), start)| row(start, length, prompt))
-                .collect(),
-        )
+        rows.map(|(&(length, prompt), start)| row(start, length, prompt))
+            .collect()
     };
     Rows {
         train: make(3, &train),
@@ -151,7 +149,7 @@ fn lm(model: AdaptedLlama<Flex>) -> CausalLm<Flex> {
     }
 }
 
-fn evaluation(model: AdaptedLlama<Flex>, rows: &Arc<Vec<Sample>>, batch: usize) -> Evaluation {
+fn evaluation(model: AdaptedLlama<Flex>, rows: &Samples, batch: usize) -> Evaluation {
     let batches = EvalBatches::new(rows.clone(), batch);
     let result = evaluate(&lm(model), &batches, &|| false, |_, _| {
         Ok::<_, std::convert::Infallible>(())
@@ -551,7 +549,7 @@ fn dropout_acts_while_training_and_not_while_evaluating() {
         };
         run.model.step(window).item.loss
     };
-    let row = &eval[0];
+    let row = &eval.get(0);
     let first = mean(1, &[row]);
     assert_eq!(first, mean(1, &[row]));
     assert_ne!(first, mean(2, &[row]));
@@ -575,13 +573,13 @@ fn full_fine_tuning_saves_a_model_that_loads_again() {
         let mut run = start(recipe.clone(), &rows(), out.path());
         let (train, before) = (
             windows(&run.windows),
-            logits(&load(&tiny_model(base)), &rows().train[1]),
+            logits(&load(&tiny_model(base)), &rows().train.get(1)),
         );
         step(&mut run, train[0].clone());
         let valid = run.model.valid().model;
         let saved = run.trained.save(&valid, &run.base, "", out.path()).unwrap();
-        let ours = logits(&valid, &rows().train[1]);
-        assert_eq!(logits(&load(&saved), &rows().train[1]), ours, "{base}");
+        let ours = logits(&valid, &rows().train.get(1));
+        assert_eq!(logits(&load(&saved), &rows().train.get(1)), ours, "{base}");
         assert_ne!(ours, before);
 
         let out = tempdir().unwrap();
@@ -639,7 +637,7 @@ fn pre_training_needs_only_a_configuration() {
 fn evaluation_is_the_mean_over_tokens_row_by_row() {
     let model = load(&tiny_model("gqa"));
     let rows = rows().train;
-    let by_hand: Vec<Vec<f64>> = rows.iter().map(|row| nll_by_hand(&model, row)).collect();
+    let by_hand: Vec<Vec<f64>> = rows.iter().map(|row| nll_by_hand(&model, &row)).collect();
     let tokens: usize = by_hand.iter().map(Vec::len).sum();
     let loss = by_hand.iter().flatten().sum::<f64>() / tokens as f64;
     let mut expected = by_hand.iter();
@@ -681,10 +679,10 @@ fn evaluation_is_the_mean_over_tokens_row_by_row() {
 fn rows_beside_a_row_change_nothing() {
     let lm = lm(load(&tiny_model("gqa")));
     let rows = rows().train;
-    let together = lm.token_nll(&MicroBatch::new(rows.iter()));
+    let together = lm.token_nll(&MicroBatch::new(&rows.iter().collect::<Vec<_>>()));
     let alone: Vec<f32> = rows
         .iter()
-        .flat_map(|row| lm.token_nll(&MicroBatch::new([row])))
+        .flat_map(|row| lm.token_nll(&MicroBatch::new([&row])))
         .collect();
     assert_eq!(together.len(), alone.len());
     for (l, r) in together.iter().zip(&alone) {
@@ -706,7 +704,7 @@ fn packing_changes_neither_loss_nor_gradients() {
         let mut run = start(recipe, &rows(), out.path());
         let mut all = windows(&run.windows);
         step(&mut run, all.remove(0)); // so that lora_b is not zero
-        let rows = rows().train;
+        let rows: Vec<Sample> = rows().train.iter().collect();
         let output = |micro_batches: Vec<MicroBatch>| {
             let window = Window {
                 micro_batches,
@@ -1031,7 +1029,7 @@ fn a_model_that_is_no_numbers_is_never_saved() {
     let text = "train.learning_rate=1e30 train.weight_decay=1e30 train.warmup_steps=0 \
                 train.lr_schedule=constant train.save_every=1 train.max_steps=1 adapter.method=full";
     let none = Rows {
-        eval: Arc::new(Vec::new()),
+        eval: Samples::default(),
         ..rows()
     };
     let out = tempdir().unwrap();

@@ -183,10 +183,21 @@ fn train_advice(error: &train::Error) -> &'static str {
              takes the adapter that was saved, or that of a checkpoint"
         }
         E::NoData | E::NoSuchData { .. } => {
-            "give a .jsonl or .json file, or a folder of them, by --data"
+            "give a .jsonl, .json, .csv, .tsv or .parquet file, or a folder of them, by --data"
         }
         E::NoDataFiles { .. } | E::DataFileKind { .. } => {
             "convert the rows to JSONL: one JSON object a line"
+        }
+        E::NoMatch { .. } | E::BadPattern { .. } => {
+            "correct the pattern, such as 'data/*.jsonl', or give a file or folder"
+        }
+        E::ColumnTwice { .. } => "rename one of these columns",
+        E::CellCount { .. } => {
+            "correct the row: text with separators, quotes or line ends stands in double quotes"
+        }
+        E::Parquet { .. } => "get the file again, or convert the rows to JSONL",
+        E::Temporary { .. } => {
+            "free space there, or set TMPDIR to a folder on a disk with more of it"
         }
         E::EmptyData { .. } => "put rows into the file: one JSON object a line",
         E::NotUtf8 { .. } => "save the file as UTF-8",
@@ -265,9 +276,11 @@ fn model_advice(error: &model::Error) -> &'static str {
         E::HubDenied { .. } => {
             "set HF_TOKEN to a token that has access, and accept the model's licence on its page"
         }
-        E::HubNotFound { .. } | E::HubNoRepository { .. } => {
-            "check the spelling of owner/name@revision"
-        }
+        E::HubNotFound { .. }
+        | E::HubNoRepository { .. }
+        | E::NotADataset { .. }
+        | E::HubNoDataset { .. } => "check the spelling of owner/name@revision",
+        E::HubNoData { .. } => "name another file or folder: hf://datasets/owner/name/folder",
         E::HubNoSafetensors { .. } => "choose a repository with safetensors weights",
         E::Hub { .. } | E::HubSize { .. } => {
             "check the network (or HF_ENDPOINT) and try again: what is there is kept"

@@ -1,14 +1,66 @@
 //! The jinja environment of chat templates: what transformers gives them, on minijinja.
 
-use std::borrow::Cow;
+use std::collections::BTreeMap;
+use std::fmt;
+use std::sync::Arc;
 
 use minijinja::syntax::SyntaxConfig;
-use minijinja::value::{Kwargs, Tuple, Value, ValueKind, from_args};
+use minijinja::value::{Kwargs, Rest, Tuple, Value, ValueKind, from_args};
 use minijinja::{AutoEscape, Environment, Error, ErrorKind, State};
-use minijinja_contrib::pycompat;
+use minijinja_contrib::{globals, pycompat};
+
+/// The template as it is.
+pub(super) const PLAIN: &str = "template";
+/// The template with what `{% generation %}` blocks print between [`START`] and [`END`].
+pub(super) const MARKED: &str = "template with marks";
+/// Private characters, which no template trims or changes.
+pub(super) const START: &str = "\u{f8e0}\u{f8e1}\u{f8e2}";
+/// As [`START`].
+pub(super) const END: &str = "\u{f8e0}\u{f8e3}\u{f8e4}";
+
+/// A template in its environment; cheap to clone.
+#[derive(Clone)]
+pub(super) struct Compiled {
+    environment: Arc<Environment<'static>>,
+    /// Whether it has `{% generation %}` blocks.
+    pub(super) has_generation: bool,
+}
+
+impl fmt::Debug for Compiled {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Compiled")
+            .field("has_generation", &self.has_generation)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Compiled {
+    pub(super) fn new(source: &str) -> Result<Self, Error> {
+        let mut environment = environment()?;
+        let marked = mark_generation(source);
+        if let Some(marked) = &marked {
+            environment.add_template_owned(MARKED, marked.clone())?;
+        }
+        // Minijinja has no generation tags; without marks they only open a scope.
+        let plain = marked.map(|marked| marked.replace(FILTER, "").replace(END_FILTER, ""));
+        environment.add_template_owned(PLAIN, plain.unwrap_or_else(|| source.to_owned()))?;
+        Ok(Self {
+            has_generation: environment.get_template(MARKED).is_ok(),
+            environment: Arc::new(environment),
+        })
+    }
+
+    pub(super) fn render(
+        &self,
+        template: &str,
+        context: BTreeMap<&str, Value>,
+    ) -> Result<String, Error> {
+        self.environment.get_template(template)?.render(context)
+    }
+}
 
 /// The environment that templates run in: blocks trimmed, Python's methods and JSON.
-pub(super) fn environment<'source>() -> Result<Environment<'source>, Error> {
+fn environment() -> Result<Environment<'static>, Error> {
     let mut environment = Environment::new();
     let syntax = SyntaxConfig::builder()
         .trim_blocks(true)
@@ -18,22 +70,29 @@ pub(super) fn environment<'source>() -> Result<Environment<'source>, Error> {
     environment.set_auto_escape_callback(|_| AutoEscape::None);
     environment.set_unknown_method_callback(call_method);
     environment.add_filter("tojson", to_json);
+    environment.add_filter("truncate", truncate);
+    environment.add_filter("mark_generation", |text: &str| {
+        format!("{START}{text}{END}")
+    });
     environment.add_test("sequence", is_sequence);
     environment.add_test("iterable", is_iterable);
+    environment.add_function("cycler", |items: Rest<Value>| {
+        globals::cycler(items.to_vec())
+    });
+    environment.add_function("joiner", globals::joiner);
     environment.add_function("raise_exception", raise_exception);
     environment.add_function("strftime_now", strftime_now);
     Ok(environment)
 }
 
-/// Makes `{% generation %}` blocks readable for minijinja, which cannot be given new tags.
-///
-/// transformers uses these blocks to find what an assistant says; they print what is inside. The
-/// tags become those of an empty `{% with %}`, which keeps the white space control around them and
-/// the scope inside of them.
-pub(super) fn accept_generation_tags(source: &str) -> Cow<'_, str> {
-    if !source.contains("generation") {
-        return Cow::Borrowed(source);
-    }
+const FILTER: &str = " %}{% filter mark_generation";
+const END_FILTER: &str = "endfilter %}{% ";
+
+/// Writes `{% generation %}` blocks, which transformers has to find what an assistant says, in tags
+/// that minijinja knows: a scope, and in it a filter that puts marks around what is printed. The
+/// white space control around and inside of the blocks stays. `None` if there are none.
+fn mark_generation(source: &str) -> Option<String> {
+    let mut found = false;
     let mut out = String::with_capacity(source.len());
     let mut rest = source;
     while let Some(start) = rest.find("{%") {
@@ -45,14 +104,20 @@ pub(super) fn accept_generation_tags(source: &str) -> Cow<'_, str> {
         };
         let inner = &tag[..end];
         match inner.trim_matches(['-', '+']).trim() {
-            "generation" => out.push_str(&inner.replace("generation", "with")),
-            "endgeneration" => out.push_str(&inner.replace("endgeneration", "endwith")),
+            "generation" => {
+                found = true;
+                out.push_str(&inner.replace("generation", &format!("with{FILTER}")));
+            }
+            "endgeneration" => {
+                let tags = format!("{END_FILTER}endwith");
+                out.push_str(&inner.replace("endgeneration", &tags));
+            }
             _ => out.push_str(inner),
         }
         rest = &tag[end..];
     }
     out.push_str(rest);
-    Cow::Owned(out)
+    found.then_some(out)
 }
 
 /// Jinja's test, to which all that has a length and items is a sequence.
@@ -98,17 +163,50 @@ fn call_method(
             pieces.reverse();
             Ok(pieces.into_iter().map(Value::from).collect())
         }
-        "partition" => {
+        "partition" | "rpartition" => {
             let (separator,): (&str,) = from_args(args)?;
-            let (head, tail) = text.split_once(separator).unwrap_or((text, ""));
-            let separator = if head.len() == text.len() {
-                ""
-            } else {
-                separator
+            let parts = match (
+                method,
+                text.split_once(separator),
+                text.rsplit_once(separator),
+            ) {
+                ("partition", Some((head, tail)), _) => [head, separator, tail],
+                ("partition", None, _) => [text, "", ""],
+                (_, _, Some((head, tail))) => [head, separator, tail],
+                (_, _, None) => ["", "", text],
             };
-            Ok(Value::from(Tuple::from(
-                [head, separator, tail].map(Value::from),
-            )))
+            Ok(Value::from(Tuple::from(parts.map(Value::from))))
+        }
+        "split" if args.last().is_some_and(Value::is_kwargs) => {
+            let options: Kwargs = from_args::<(Kwargs,)>(args)?.0;
+            let separator = options.get::<Option<Value>>("sep")?;
+            let limit = options.get::<Option<Value>>("maxsplit")?;
+            options.assert_all_used()?;
+            let by_place = [
+                separator.unwrap_or_default(),
+                limit.unwrap_or(Value::from(-1)),
+            ];
+            pycompat::unknown_method_callback(state, value, method, &by_place)
+        }
+        "index" => {
+            let (part,): (&str,) = from_args(args)?;
+            let place = text.find(part).map(|at| text[..at].chars().count());
+            let missing = || Error::new(ErrorKind::InvalidOperation, "substring not found");
+            place.map(Value::from).ok_or_else(missing)
+        }
+        "casefold" => Ok(Value::from(text.to_lowercase())),
+        "zfill" => {
+            let (width,): (usize,) = from_args(args)?;
+            Ok(Value::from(format!("{text:0>width$}")))
+        }
+        "ljust" | "rjust" => {
+            let (width, fill): (usize, Option<char>) = from_args(args)?;
+            let missing = width.saturating_sub(text.chars().count());
+            let blank = fill.unwrap_or(' ').to_string().repeat(missing);
+            Ok(Value::from(match method {
+                "ljust" => format!("{text}{blank}"),
+                _ => format!("{blank}{text}"),
+            }))
         }
         _ => pycompat::unknown_method_callback(state, value, method, args),
     }
@@ -241,6 +339,28 @@ fn python_float(float: f64) -> String {
             exponent.abs()
         ),
     }
+}
+
+/// Jinja's filter `truncate(length=255, killwords=false, end="...", leeway=5)`.
+fn truncate(text: &str, args: Rest<Value>, options: Kwargs) -> Result<String, Error> {
+    let arg = |index: usize, name: &str| match args.get(index) {
+        Some(arg) => Ok(Some(arg.clone())),
+        None => options.get::<Option<Value>>(name),
+    };
+    let number = |arg: Option<Value>, default| arg.map_or(Ok(default), usize::try_from);
+    let length = number(arg(0, "length")?, 255)?;
+    let kills_words = arg(1, "killwords")?.is_some_and(|arg| arg.is_true());
+    let end = arg(2, "end")?.map_or_else(|| "...".to_owned(), |end| end.to_string());
+    if text.chars().count() <= length + number(arg(3, "leeway")?, 5)? {
+        return Ok(text.to_owned());
+    }
+    let kept = length.saturating_sub(end.chars().count());
+    let cut: String = text.chars().take(kept).collect();
+    let whole = match cut.rsplit_once(' ') {
+        Some((words, _)) if !kills_words => words,
+        _ => &cut,
+    };
+    Ok(whole.to_owned() + &end)
 }
 
 /// The local time, in the codes of Python's `strftime`.

@@ -2,7 +2,8 @@
 
 use std::ops::Range;
 
-use super::{Message, REASONING_KEYS, Renderer, to_values};
+use super::jinja::{END, MARKED, START};
+use super::{Message, REASONING_KEYS, Renderer, TrainOn};
 use crate::error::{Error, Result};
 use crate::tokenizer::Encoding;
 
@@ -16,6 +17,51 @@ pub fn trained_tokens(encoding: &Encoding, trained: &[Range<usize>]) -> Vec<bool
             .any(|range| span.start < range.end && range.start < span.end.max(span.start + 1))
     };
     encoding.spans.iter().map(is_trained).collect()
+}
+
+/// What the `{% generation %}` blocks print, from the answer `first` on: in front of it are the
+/// prompt, and with [`TrainOn::Last`] the other answers.
+pub(super) fn generated(
+    renderer: &Renderer<'_>,
+    text: &str,
+    first: usize,
+    prompt_turns: usize,
+    train_on: TrainOn,
+) -> Result<Vec<Range<usize>>> {
+    let not_rendered = || Error::TurnNotRendered {
+        name: renderer.chat.name.clone(),
+        turn: first + 1,
+    };
+    let marked = renderer.render_with(MARKED, renderer.turns.iter().cloned(), false)?;
+    let (ranges, plain) = take_marks(&marked).ok_or_else(not_rendered)?;
+    if plain != text {
+        return Err(not_rendered()); // the template looks at what the blocks print
+    }
+    if prompt_turns == 0 && train_on == TrainOn::Assistant {
+        return Ok(ranges);
+    }
+    let head = renderer.render(renderer.turns[..first].iter().cloned(), false)?;
+    if !text.starts_with(&head) {
+        return Err(not_rendered());
+    }
+    let after = |range: Range<usize>| range.start.max(head.len())..range.end;
+    let ranges = ranges.into_iter().map(after);
+    Ok(ranges.filter(|range| !range.is_empty()).collect())
+}
+
+/// Takes the marks out of a text: where what they enclose then lies, and the text.
+fn take_marks(marked: &str) -> Option<(Vec<Range<usize>>, String)> {
+    let (mut ranges, mut text, mut rest) = (Vec::new(), String::new(), marked);
+    while let Some((before, after)) = rest.split_once(START) {
+        let (inside, after) = after.split_once(END)?;
+        text.push_str(before);
+        let start = text.len();
+        text.push_str(inside);
+        ranges.push(start..text.len());
+        rest = after;
+    }
+    text.push_str(rest);
+    Some((ranges, text))
 }
 
 /// The search for the turns of a conversation in its rendering.
@@ -55,9 +101,9 @@ impl TurnSearch<'_> {
     /// The content of a turn and its end marker.
     fn find_content(&self, turn: usize, content: &str) -> Result<Option<Range<usize>>> {
         let marker = unused_marker(self.text);
-        let mut messages = to_values(self.messages);
-        messages[turn] = self.messages[turn].with_text(&marker).for_template();
-        let marked = self.renderer.render(&messages, false)?;
+        let mut turns = self.renderer.turns.clone();
+        turns[turn] = self.messages[turn].with_text(&marker).for_template();
+        let marked = self.renderer.render(turns.into_iter(), false)?;
         let Some((before, after)) = marked.split_once(&marker) else {
             return Ok(None);
         };
@@ -79,12 +125,9 @@ impl TurnSearch<'_> {
 
     /// The whole turn, from the end of the generation prompt on.
     fn find_whole(&self, turn: usize) -> Result<Option<Range<usize>>> {
-        let head = self
-            .renderer
-            .render(&to_values(&self.messages[..turn]), true)?;
-        let upto = self
-            .renderer
-            .render(&to_values(&self.messages[..=turn]), false)?;
+        let first = |turns: usize| self.renderer.turns[..turns].iter().cloned();
+        let head = self.renderer.render(first(turn), true)?;
+        let upto = self.renderer.render(first(turn + 1), false)?;
         let fits = self.text.starts_with(&upto) && upto.starts_with(&head);
         let range = head.len()..upto.trim_end().len();
         Ok(Some(range).filter(|range| fits && !range.is_empty()))

@@ -12,6 +12,7 @@ use crate::error::{Error, Result};
 pub(super) struct HubId {
     pub(super) name: String,
     pub(super) revision: String,
+    pub(super) is_dataset: bool,
 }
 
 impl fmt::Display for HubId {
@@ -53,11 +54,24 @@ impl HubId {
         Ok(Self {
             name: name.to_string(),
             revision: revision.to_string(),
+            is_dataset: false,
         })
     }
 
+    /// The data set of this name, instead of the model.
+    pub(super) fn of_dataset(self) -> Self {
+        Self {
+            is_dataset: true,
+            ..self
+        }
+    }
+
     pub(super) fn at(&self, revision: &str) -> Repo {
-        Repo::with_revision(self.name.clone(), RepoType::Model, revision.to_string())
+        let kind = match self.is_dataset {
+            true => RepoType::Dataset,
+            false => RepoType::Model,
+        };
+        Repo::with_revision(self.name.clone(), kind, revision.to_string())
     }
 
     pub(super) fn denied(&self, has_token: bool) -> Error {

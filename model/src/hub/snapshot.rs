@@ -58,6 +58,12 @@ impl Snapshot<'_> {
         Ok(folder)
     }
 
+    /// Fetches those of some files that are missing.
+    pub(super) fn fetch_all(&mut self, files: &[String]) -> Result<PathBuf> {
+        files.iter().try_for_each(|file| self.fetch(file))?;
+        Ok(self.cache.pointer_path(&self.listing.commit))
+    }
+
     /// Brings one file into the snapshot. A broken connection is tried again for as long as bytes
     /// keep arriving.
     fn fetch(&mut self, file: &str) -> Result<()> {

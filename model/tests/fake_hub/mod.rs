@@ -19,7 +19,7 @@ pub enum Fault {
     Short,
 }
 
-/// The repository `acme/tiny`: files by commit, commits by revision.
+/// The repository `acme/tiny`, a model and a data set: files by commit, commits by revision.
 #[derive(Default)]
 pub struct Shelf {
     pub revisions: BTreeMap<&'static str, &'static str>,
@@ -114,7 +114,10 @@ fn answer(stream: &TcpStream, shelf: &Mutex<Shelf>, url: &str) {
             .find(|commit| **commit == revision)
             .copied(),
     };
-    if let Some(revision) = path.strip_prefix("/api/models/acme/tiny/revision/") {
+    let listed = ["/api/models", "/api/datasets"]
+        .iter()
+        .find_map(|api| path.strip_prefix(api)?.strip_prefix("/acme/tiny/revision/"));
+    if let Some(revision) = listed {
         let Some(commit) = known(revision.trim_end_matches("?blobs=true")) else {
             return send(404, "X-Error-Code: RevisionNotFound\r\n", 0, b"");
         };
@@ -125,6 +128,7 @@ fn answer(stream: &TcpStream, shelf: &Mutex<Shelf>, url: &str) {
         let body = json!({ "id": "acme/tiny", "sha": commit, "siblings": siblings }).to_string();
         return send(200, "", body.len(), body.as_bytes());
     }
+    let path = path.strip_prefix("/datasets").unwrap_or(&path);
     let Some((place, rest)) = path
         .strip_prefix("/acme/tiny/resolve/")
         .map(|rest| ("hub", rest))

@@ -1,27 +1,35 @@
 //! The data of a run: from the rows of a user's files to token ids and labels.
 //!
 //! [`prepare`] reads the files row by row ([`Format`] says what a row looks like), an [`Encoder`]
-//! turns each row into a [`Sample`], [`split`] decides which samples are held back, and a
-//! [`Packer`] which of the others go together and in which order they are seen.
+//! turns each row into a [`Sample`], [`Samples`] keeps them, [`split`] decides which are held back,
+//! and a [`Packer`] which of the others go together and in which order they are seen.
 
+mod columnar;
+mod files;
+mod json;
 mod order;
 mod read;
 mod rows;
 mod sample;
+mod samples;
 mod sequences;
+mod spool;
+mod table;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
 pub use order::{epoch_order, split};
-use read::Row;
+use read::RawRow;
 pub use read::{Place, RowNumber};
 pub use rows::Format;
 use sample::Encoded;
 pub use sample::{Encoder, IGNORED, Sample};
+pub use samples::Samples;
+use samples::SamplesWriter;
 pub use sequences::{Packer, Sequences};
 
 /// What happens to a row that is longer than the longest length allowed.
@@ -49,12 +57,10 @@ pub struct Settings {
 }
 
 /// The samples of some files, and what there is to report about them.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Default)]
 pub struct Prepared {
     /// The samples, in the order of their rows.
-    pub samples: Vec<Sample>,
-    /// For each sample the number of its row, from 0 over all files.
-    pub row_numbers: Vec<usize>,
+    pub samples: Samples,
     /// How many rows were read, those dropped included.
     pub rows: usize,
     /// How many rows were dropped because they are too long.
@@ -71,21 +77,27 @@ pub struct Prepared {
 
 /// Rows that are read before they are encoded, in parallel.
 const CHUNK_ROWS: usize = 1024;
+/// Fewer rows are read if they are this large together.
+const CHUNK_BYTES: usize = 8 << 20;
 
-/// Reads files and folders and turns every row into a sample.
+/// Reads files, folders and patterns and turns every row into a sample.
 ///
-/// A folder stands for all of its `.jsonl` and `.json` files, sorted by name.
+/// A folder stands for all of its data files, sorted by name. Rows are read and encoded a bounded
+/// number at a time, and samples that are too many for the memory go to disk, so that the data may
+/// be larger than the memory.
 ///
 /// # Errors
 /// The first row, in file order, that cannot be read or encoded, with its place;
 /// [`Error::NothingTrained`] when rows have no trained token; [`Error::AllDropped`] when nothing is
-/// left; and whatever keeps a file from being read.
+/// left; and whatever keeps a file from being read or the samples from being kept.
 pub fn prepare(paths: &[PathBuf], settings: &Settings, encoder: &Encoder) -> Result<Prepared> {
     let mut preparation = Preparation {
         settings,
         encoder,
         chunk: Vec::with_capacity(CHUNK_ROWS),
+        chunk_bytes: 0,
         prepared: Prepared::default(),
+        samples: SamplesWriter::new(),
         untrained_rows: 0,
         first_untrained: None,
     };
@@ -100,16 +112,19 @@ pub fn prepare(paths: &[PathBuf], settings: &Settings, encoder: &Encoder) -> Res
 struct Preparation<'a> {
     settings: &'a Settings,
     encoder: &'a Encoder,
-    chunk: Vec<Row>,
+    chunk: Vec<RawRow>,
+    chunk_bytes: usize,
     prepared: Prepared,
+    samples: SamplesWriter,
     untrained_rows: usize,
     first_untrained: Option<Place>,
 }
 
 impl Preparation<'_> {
-    fn push(&mut self, row: Row) -> Result<()> {
+    fn push(&mut self, row: RawRow) -> Result<()> {
+        self.chunk_bytes += row.bytes();
         self.chunk.push(row);
-        if self.chunk.len() < CHUNK_ROWS {
+        if self.chunk.len() < CHUNK_ROWS && self.chunk_bytes < CHUNK_BYTES {
             return Ok(());
         }
         self.encode_chunk()
@@ -117,36 +132,39 @@ impl Preparation<'_> {
 
     fn encode_chunk(&mut self) -> Result<()> {
         let (settings, encoder) = (self.settings, self.encoder);
-        let encode = |row: &Row| {
-            let content = rows::read_content(row, settings.format)?;
-            fit(encoder.encode(&row.place, content)?, &row.place, settings)
+        let encode = |row: RawRow| {
+            let place = row.place.clone();
+            let content = rows::read_content(&row.parse()?, settings.format)?;
+            let encoded = fit(encoder.encode(&place, content)?, &place, settings)?;
+            Ok((place, encoded))
         };
-        let encoded: Vec<_> = self.chunk.par_iter().map(encode).collect();
-        for (row, encoded) in self.chunk.drain(..).zip(encoded) {
-            let prepared = &mut self.prepared;
-            let number = prepared.rows;
-            prepared.rows += 1;
-            let Some(Encoded {
-                sample,
-                lacks_end_marker,
-                ..
-            }) = encoded?
-            else {
-                prepared.dropped_rows += 1;
-                continue;
-            };
-            let trained_tokens = sample.trained_tokens();
-            if trained_tokens == 0 {
-                self.untrained_rows += 1;
-                self.first_untrained.get_or_insert(row.place);
-            }
-            prepared.trained_tokens += trained_tokens as u64;
-            prepared.total_tokens += sample.input_ids.len() as u64;
-            prepared.rows_without_end_marker += usize::from(lacks_end_marker);
-            prepared.samples.push(sample);
-            prepared.row_numbers.push(number);
+        self.chunk_bytes = 0;
+        let encoded: Vec<Result<_>> = self.chunk.par_drain(..).map(encode).collect();
+        for encoded in encoded {
+            let (place, encoded) = encoded?;
+            self.add(place, encoded)?;
         }
         Ok(())
+    }
+
+    fn add(&mut self, place: Place, encoded: Option<Encoded>) -> Result<()> {
+        let prepared = &mut self.prepared;
+        let number = prepared.rows;
+        prepared.rows += 1;
+        let Some(encoded) = encoded else {
+            prepared.dropped_rows += 1;
+            return Ok(());
+        };
+        let sample = &encoded.sample;
+        let trained_tokens = sample.trained_tokens();
+        if trained_tokens == 0 {
+            self.untrained_rows += 1;
+            self.first_untrained.get_or_insert(place);
+        }
+        prepared.trained_tokens += trained_tokens as u64;
+        prepared.total_tokens += sample.input_ids.len() as u64;
+        prepared.rows_without_end_marker += usize::from(encoded.lacks_end_marker);
+        self.samples.push(sample, number)
     }
 
     fn finish(self) -> Result<Prepared> {
@@ -158,13 +176,16 @@ impl Preparation<'_> {
                 max_length,
             });
         }
-        if self.prepared.samples.is_empty() {
+        if self.samples.is_empty() {
             return Err(Error::AllDropped {
                 rows: self.prepared.rows,
                 max_length,
             });
         }
-        Ok(self.prepared)
+        Ok(Prepared {
+            samples: self.samples.finish()?,
+            ..self.prepared
+        })
     }
 }
 
@@ -186,6 +207,14 @@ fn fit(mut encoded: Encoded, place: &Place, settings: &Settings) -> Result<Optio
             encoded.cut(max_length);
             Ok(Some(encoded))
         }
+    }
+}
+
+fn unreadable(path: &Path, source: std::io::Error) -> Error {
+    Error::Io {
+        action: "read",
+        path: path.to_path_buf(),
+        source,
     }
 }
 

@@ -6,7 +6,7 @@ use rand::SeedableRng;
 use rand::seq::SliceRandom;
 use rand_chacha::ChaCha8Rng;
 
-use super::Sample;
+use super::Samples;
 use crate::error::{Error, Result};
 
 /// Holds back a share of the samples: those left to train on, and those held back.
@@ -16,7 +16,7 @@ use crate::error::{Error, Result};
 ///
 /// # Errors
 /// [`Error::EvalFraction`] when one side would be empty.
-pub fn split(samples: Vec<Sample>, fraction: f64, seed: u64) -> Result<(Vec<Sample>, Vec<Sample>)> {
+pub fn split(samples: &Samples, fraction: f64, seed: u64) -> Result<(Samples, Samples)> {
     let rows = samples.len();
     let count = ((rows as f64 * fraction).round() as usize).max(1);
     if !(fraction > 0.0 && fraction < 1.0 && count < rows) {
@@ -26,10 +26,15 @@ pub fn split(samples: Vec<Sample>, fraction: f64, seed: u64) -> Result<(Vec<Samp
     let last = PartialDataset::new(shuffled, rows - count, rows);
     let mut is_held_back = vec![false; rows];
     last.iter().for_each(|row: usize| is_held_back[row] = true);
-    let marked = samples.into_iter().zip(is_held_back);
-    let (held_back, left): (Vec<_>, Vec<_>) = marked.partition(|(_, held_back)| *held_back);
-    let samples = |part: Vec<(Sample, bool)>| part.into_iter().map(|(sample, _)| sample).collect();
-    Ok((samples(left), samples(held_back)))
+    let part = |held_back: bool| {
+        let indices = is_held_back.iter().enumerate();
+        samples.select(
+            indices
+                .filter(|(_, is)| **is == held_back)
+                .map(|(row, _)| row),
+        )
+    };
+    Ok((part(false)?, part(true)?))
 }
 
 /// The order in which an epoch sees its samples: another one for each seed and epoch, or the order
@@ -46,9 +51,10 @@ pub fn epoch_order(len: usize, seed: u64, epoch: usize, shuffle: bool) -> Vec<us
 
 #[cfg(test)]
 mod tests {
+    use super::super::Sample;
     use super::*;
 
-    fn samples(rows: u32) -> Vec<Sample> {
+    fn samples(rows: u32) -> Samples {
         let sample = |id| Sample {
             input_ids: vec![id],
             labels: vec![-100],
@@ -56,28 +62,28 @@ mod tests {
         (0..rows).map(sample).collect()
     }
 
-    fn ids(samples: &[Sample]) -> Vec<u32> {
+    fn ids(samples: &Samples) -> Vec<u32> {
         samples.iter().map(|sample| sample.input_ids[0]).collect()
     }
 
     #[test]
     fn a_split_keeps_every_sample_once_and_in_order() {
-        let (left, held_back) = split(samples(20), 0.25, 1).expect("there are enough rows");
+        let (left, held_back) = split(&samples(20), 0.25, 1).expect("there are enough rows");
         let (left, held_back) = (ids(&left), ids(&held_back));
         assert_eq!((left.len(), held_back.len()), (15, 5));
         assert!(left.is_sorted() && held_back.is_sorted());
         let mut all = [left, held_back.clone()].concat();
         all.sort_unstable();
         assert_eq!(all, (0..20).collect::<Vec<_>>());
-        let again = split(samples(20), 0.25, 1).expect("there are enough rows");
+        let again = split(&samples(20), 0.25, 1).expect("there are enough rows");
         assert_eq!(ids(&again.1), held_back);
-        let other = split(samples(20), 0.25, 2).expect("there are enough rows");
+        let other = split(&samples(20), 0.25, 2).expect("there are enough rows");
         assert_ne!(ids(&other.1), held_back);
     }
 
     #[test]
     fn a_split_leaves_a_row_on_each_side_or_is_refused() {
-        let (left, held_back) = split(samples(2), 0.01, 0).expect("there are enough rows");
+        let (left, held_back) = split(&samples(2), 0.01, 0).expect("there are enough rows");
         assert_eq!((left.len(), held_back.len()), (1, 1));
         for (rows, fraction) in [
             (1, 0.5),
@@ -88,7 +94,7 @@ mod tests {
             (3, -1.0),
             (3, f64::NAN),
         ] {
-            let message = split(samples(rows), fraction, 0)
+            let message = split(&samples(rows), fraction, 0)
                 .expect_err("one side is empty")
                 .to_string();
             assert!(

@@ -1,4 +1,4 @@
-//! From files to JSON objects, one at a time, each with its place.
+//! From files to rows, one at a time, each with its place.
 
 use std::fmt;
 use std::fs::File;
@@ -6,12 +6,14 @@ use std::io::{self, BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use serde::de::{Deserializer as _, Error as _, SeqAccess, Visitor};
+use csv::ByteRecord;
 use serde_json::{Map, Value};
 
+use super::files::{Kind, find_files, has_extension};
+use super::{columnar, json, table, unreadable};
 use crate::error::{Error, Result};
 
-/// Where a row stands; shown as `FILE:LINE` or `FILE: element N`.
+/// Where a row stands; shown as `FILE:LINE`, `FILE: element N` or `FILE: row N`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Place {
     /// The file.
@@ -23,19 +25,41 @@ pub struct Place {
 /// The number of a row in its file, counted from 1.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum RowNumber {
-    /// The line it stands in.
+    /// The line it stands in, or begins in.
     Line(usize),
     /// Its number in the file's JSON array.
     Element(usize),
+    /// Its number in a file without lines.
+    Row(usize),
 }
 
 impl fmt::Display for Place {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let path = self.path.display();
         match self.row {
-            RowNumber::Line(line) => write!(f, "{}:{line}", self.path.display()),
-            RowNumber::Element(element) => write!(f, "{}: element {element}", self.path.display()),
+            RowNumber::Line(line) => write!(f, "{path}:{line}"),
+            RowNumber::Element(element) => write!(f, "{path}: element {element}"),
+            RowNumber::Row(row) => write!(f, "{path}: row {row}"),
         }
     }
+}
+
+/// A row as it stands in its file: what is still to be parsed is parsed in parallel with others.
+#[derive(Debug)]
+pub(super) struct RawRow {
+    pub(super) place: Place,
+    pub(super) source: Source,
+}
+
+/// What a file gives for a row.
+#[derive(Debug)]
+pub(super) enum Source {
+    Line(Vec<u8>),
+    Cells {
+        header: Arc<[String]>,
+        cells: ByteRecord,
+    },
+    Columns(Map<String, Value>),
 }
 
 /// A row as it was read.
@@ -45,10 +69,44 @@ pub(super) struct Row {
     pub(super) columns: Map<String, Value>,
 }
 
-/// What takes the rows; an error of its own ends the reading.
-pub(super) type Sink<'a> = dyn FnMut(Row) -> Result<()> + 'a;
+impl RawRow {
+    /// About how much memory it takes.
+    pub(super) fn bytes(&self) -> usize {
+        match &self.source {
+            Source::Line(bytes) => bytes.len(),
+            Source::Cells { cells, .. } => cells.as_slice().len(),
+            Source::Columns(columns) => columns.values().map(value_bytes).sum(),
+        }
+    }
 
-/// Reads the rows of files and folders in order.
+    pub(super) fn parse(self) -> Result<Row> {
+        let Self { place, source } = self;
+        let columns = match source {
+            Source::Line(bytes) => json::parse_line(&place, &bytes)?,
+            Source::Cells { header, cells } => table::to_columns(&place, &header, &cells)?,
+            Source::Columns(columns) => columns,
+        };
+        Ok(Row { place, columns })
+    }
+}
+
+fn value_bytes(value: &Value) -> usize {
+    let inner = match value {
+        Value::String(text) => text.len(),
+        Value::Array(items) => items.iter().map(value_bytes).sum(),
+        Value::Object(map) => map
+            .iter()
+            .map(|(key, value)| key.len() + value_bytes(value))
+            .sum(),
+        _ => 0,
+    };
+    inner + size_of::<Value>()
+}
+
+/// What takes the rows; an error of its own ends the reading.
+pub(super) type Sink<'a> = dyn FnMut(RawRow) -> Result<()> + 'a;
+
+/// Reads the rows of files, folders and patterns in order.
 pub(super) fn read_rows(paths: &[PathBuf], sink: &mut Sink<'_>) -> Result<()> {
     if paths.is_empty() {
         return Err(Error::NoData);
@@ -61,74 +119,41 @@ pub(super) fn read_rows(paths: &[PathBuf], sink: &mut Sink<'_>) -> Result<()> {
     Ok(())
 }
 
-/// The file itself, or the data files of a folder.
-fn find_files(path: &Path) -> Result<Vec<PathBuf>> {
-    let path = path.to_path_buf();
-    match std::fs::metadata(&path) {
-        Err(e) if e.kind() == io::ErrorKind::NotFound => return Err(Error::NoSuchData { path }),
-        Err(e) => return Err(unreadable(&path, e)),
-        Ok(metadata) if !metadata.is_dir() => return Ok(vec![path]),
-        Ok(_) => {}
-    }
-    let entries = std::fs::read_dir(&path).and_then(Iterator::collect::<io::Result<Vec<_>>>);
-    let entries = entries.map_err(|e| unreadable(&path, e))?;
-    let is_data = |path: &PathBuf| has_extension(path, &["jsonl", "json"]) && path.is_file();
-    let mut files: Vec<_> = entries
-        .iter()
-        .map(|entry| entry.path())
-        .filter(is_data)
-        .collect();
-    files.sort();
-    if files.is_empty() {
-        return Err(Error::NoDataFiles { path });
-    }
-    Ok(files)
-}
-
-fn has_extension(path: &Path, extensions: &[&str]) -> bool {
-    let extension = path.extension().and_then(|extension| extension.to_str());
-    extension.is_some_and(|found| {
-        extensions
-            .iter()
-            .any(|known| found.eq_ignore_ascii_case(known))
-    })
-}
-
-/// Kinds of files that are surely neither JSONL nor JSON.
-const OTHER_KINDS: [&str; 8] = ["csv", "tsv", "parquet", "arrow", "gz", "zst", "zip", "xlsx"];
-
 fn read_file(path: &Path, sink: &mut Sink<'_>) -> Result<()> {
-    if has_extension(path, &OTHER_KINDS) {
-        return Err(Error::DataFileKind {
-            path: path.to_path_buf(),
-        });
-    }
+    let kind = Kind::of(path)?;
     let file = File::open(path).map_err(|e| unreadable(path, e))?;
-    let mut reader = BufReader::with_capacity(1 << 16, file);
-    let lines_before = skip_blank(&mut reader).map_err(|e| unreadable(path, e))?;
-    let first = reader.fill_buf().map_err(|e| unreadable(path, e))?.first();
-    let is_array = first == Some(&b'[') && !has_extension(path, &["jsonl"]);
     let mut rows = 0;
     let mut counted = |row| {
         rows += 1;
         sink(row)
     };
     let shared = Arc::from(path);
-    match is_array {
-        true => read_array(reader, &shared, lines_before, &mut counted)?,
-        false => read_lines(reader, &shared, lines_before, &mut counted)?,
+    let reader = |file| BufReader::with_capacity(1 << 16, file);
+    match kind {
+        Kind::Json => read_json(reader(file), &shared, &mut counted)?,
+        Kind::Table(separator) => {
+            table::read_table(reader(file), &shared, separator, &mut counted)?;
+        }
+        Kind::Parquet => columnar::read_parquet(file, &shared, &mut counted)?,
     }
-    if rows == 0 {
-        return Err(Error::EmptyData {
-            path: path.to_path_buf(),
-        });
+    match rows {
+        0 => Err(Error::EmptyData { path: path.into() }),
+        _ => Ok(()),
     }
-    Ok(())
+}
+
+fn read_json(mut reader: BufReader<File>, path: &Arc<Path>, sink: &mut Sink<'_>) -> Result<()> {
+    let lines_before = skip_blank(&mut reader).map_err(|e| unreadable(path, e))?;
+    let first = reader.fill_buf().map_err(|e| unreadable(path, e))?.first();
+    match first == Some(&b'[') && !has_extension(path, &["jsonl", "ndjson"]) {
+        true => json::read_array(reader, path, lines_before, sink),
+        false => json::read_lines(reader, path, lines_before, sink),
+    }
 }
 
 /// Skips the byte order mark and the white space in front of the first row; returns the number of
 /// lines that ended.
-fn skip_blank(reader: &mut impl BufRead) -> io::Result<usize> {
+pub(super) fn skip_blank(reader: &mut impl BufRead) -> io::Result<usize> {
     if reader.fill_buf()?.starts_with(b"\xef\xbb\xbf") {
         reader.consume(3);
     }
@@ -148,115 +173,6 @@ fn skip_blank(reader: &mut impl BufRead) -> io::Result<usize> {
     }
 }
 
-fn read_lines(
-    mut reader: impl BufRead,
-    path: &Arc<Path>,
-    lines_before: usize,
-    sink: &mut Sink<'_>,
-) -> Result<()> {
-    let mut bytes = Vec::new();
-    for line in lines_before + 1.. {
-        bytes.clear();
-        let read = reader
-            .read_until(b'\n', &mut bytes)
-            .map_err(|e| unreadable(path, e))?;
-        if read == 0 {
-            break;
-        }
-        if bytes.trim_ascii().is_empty() {
-            continue;
-        }
-        let place = || Place {
-            path: path.clone(),
-            row: RowNumber::Line(line),
-        };
-        let text = str::from_utf8(&bytes).map_err(|_| Error::NotUtf8 { place: place() })?;
-        let value = serde_json::from_str(text.trim_end());
-        let value = value.map_err(|cause| Error::BadJson {
-            place: place(),
-            cause,
-        })?;
-        sink(to_row(place(), value)?)?;
-    }
-    Ok(())
-}
-
-fn read_array(
-    reader: impl BufRead,
-    path: &Arc<Path>,
-    lines_before: usize,
-    sink: &mut Sink<'_>,
-) -> Result<()> {
-    let mut failed = None;
-    let mut json = serde_json::Deserializer::from_reader(reader);
-    let elements = Elements {
-        path,
-        sink,
-        failed: &mut failed,
-    };
-    let read = json.deserialize_seq(elements).and_then(|()| json.end());
-    if let Some(error) = failed {
-        return Err(error);
-    }
-    read.map_err(|cause| {
-        let place = Place {
-            path: path.clone(),
-            row: RowNumber::Line(lines_before + cause.line()),
-        };
-        if cause.is_io() {
-            unreadable(path, cause.into())
-        } else if cause.to_string().starts_with("invalid unicode code point") {
-            Error::NotUtf8 { place }
-        } else {
-            Error::BadJson { place, cause }
-        }
-    })
-}
-
-/// Hands out the elements of an array as they are parsed.
-struct Elements<'a, 's> {
-    path: &'a Arc<Path>,
-    sink: &'a mut Sink<'s>,
-    /// The error of the row that ended the reading: serde's own errors cannot carry it.
-    failed: &'a mut Option<Error>,
-}
-
-impl<'de> Visitor<'de> for Elements<'_, '_> {
-    type Value = ();
-
-    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("an array of rows")
-    }
-
-    fn visit_seq<A: SeqAccess<'de>>(self, mut elements: A) -> std::result::Result<(), A::Error> {
-        let mut number = 0;
-        while let Some(value) = elements.next_element::<Value>()? {
-            number += 1;
-            let place = Place {
-                path: self.path.clone(),
-                row: RowNumber::Element(number),
-            };
-            if let Err(error) = to_row(place, value).and_then(&mut *self.sink) {
-                *self.failed = Some(error);
-                return Err(A::Error::custom("a row is wrong"));
-            }
-        }
-        Ok(())
-    }
-}
-
-fn to_row(place: Place, value: Value) -> Result<Row> {
-    match value {
-        Value::Object(columns) => Ok(Row { place, columns }),
-        other => Err(Error::WrongType {
-            place,
-            key: "the row".to_owned(),
-            expected: "an object",
-            found: type_name(Some(&other)),
-        }),
-    }
-}
-
 /// What a value is, for messages.
 pub(super) fn type_name(value: Option<&Value>) -> &'static str {
     match value {
@@ -269,13 +185,5 @@ pub(super) fn type_name(value: Option<&Value>) -> &'static str {
         Some(Value::Array(items)) if items.is_empty() => "an empty list",
         Some(Value::Array(_)) => "a list",
         Some(Value::Object(_)) => "an object",
-    }
-}
-
-fn unreadable(path: &Path, source: io::Error) -> Error {
-    Error::Io {
-        action: "read",
-        path: path.to_path_buf(),
-        source,
     }
 }

@@ -34,7 +34,7 @@ pub enum Format {
 
 impl Format {
     /// The formats that [`Format::Auto`] chooses from; the first that fits is taken.
-    const CHOICE: [Self; 7] = [
+    pub(super) const CHOICE: [Self; 7] = [
         Self::Messages,
         Self::Sharegpt,
         Self::Alpaca,
@@ -59,7 +59,7 @@ impl Format {
     }
 
     /// The columns that a row must have.
-    fn columns(self) -> &'static [&'static str] {
+    pub(super) fn columns(self) -> &'static [&'static str] {
         match self {
             Self::Auto => &[],
             Self::Messages => &["messages"],
@@ -85,13 +85,36 @@ impl fmt::Display for Format {
     }
 }
 
+/// All columns that are read, for files that can leave the others unread.
+pub(super) const READ_COLUMNS: [&str; 17] = [
+    "messages",
+    "conversations",
+    "instruction",
+    "input",
+    "output",
+    "prompt",
+    "completion",
+    "question",
+    "answer",
+    "text",
+    "input_ids",
+    "labels",
+    "system",
+    "tools",
+    "chosen",
+    "rejected",
+    "task_id",
+];
+
 /// What a row says.
 #[derive(Debug, PartialEq)]
 pub(super) enum Content {
-    /// Turns, of which the first `prompt_turns` are a prompt and never trained as answers.
+    /// Turns, of which the first `prompt_turns` are a prompt and never trained as answers, and the
+    /// tools that may be called in them.
     Conversation {
         turns: Vec<Message>,
         prompt_turns: usize,
+        tools: Vec<Value>,
     },
     /// Plain text.
     Text(String),
@@ -235,15 +258,7 @@ impl Row {
 
     /// A conversation, with the row's system prompt in front unless it has one of its own.
     fn conversation(&self, mut turns: Vec<Message>, mut prompt_turns: usize) -> Result<Content> {
-        let tools = self.columns.get("tools");
-        let no_tools = |tools: &Value| match tools {
-            Value::Array(tools) => tools.is_empty(),
-            Value::String(tools) => matches!(tools.trim(), "" | "[]" | "null"),
-            other => other.is_null(),
-        };
-        if !tools.is_none_or(no_tools) {
-            return Err(self.unsupported("tool definitions (tools)"));
-        }
+        let tools = self.tools()?;
         if self.has("system") {
             let system = self.string("system")?;
             if !system.is_empty() && turns[0].role != "system" {
@@ -254,7 +269,29 @@ impl Row {
         Ok(Content::Conversation {
             turns,
             prompt_turns,
+            tools,
         })
+    }
+
+    /// The tools of the row: a list of definitions, or JSON text of one.
+    fn tools(&self) -> Result<Vec<Value>> {
+        let tools = match self.columns.get("tools") {
+            None | Some(Value::Null) => return Ok(Vec::new()),
+            Some(Value::String(text)) if text.trim().is_empty() => return Ok(Vec::new()),
+            Some(Value::String(text)) => {
+                serde_json::from_str(text).map_err(|cause| Error::BadCell {
+                    place: self.place.clone(),
+                    column: "tools".to_owned(),
+                    cause,
+                })?
+            }
+            Some(tools) => tools.clone(),
+        };
+        match tools {
+            Value::Null => Ok(Vec::new()),
+            Value::Array(tools) if tools.iter().all(Value::is_object) => Ok(tools),
+            other => Err(self.wrong_type("tools", "a list of tool definitions", Some(&other))),
+        }
     }
 
     /// The turns of a column, or its text as the only turn.

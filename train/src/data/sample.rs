@@ -1,10 +1,11 @@
 //! From what a row says to token ids and labels.
 
-use std::borrow::Cow;
 use std::path::PathBuf;
+use std::sync::LazyLock;
 
-use model::chat::{ChatTemplate, Message, TrainOn, trained_tokens};
+use model::chat::{ChatTemplate, Conversation, Message, TrainOn, trained_tokens};
 use model::tokenizer::Tokenizer;
+use serde_json::Value;
 
 use super::read::Place;
 use super::rows::Content;
@@ -77,7 +78,8 @@ impl Encoder {
             Content::Conversation {
                 turns,
                 prompt_turns,
-            } => self.conversation(place, &turns, prompt_turns),
+                tools,
+            } => self.conversation(place, &turns, prompt_turns, &tools),
             Content::Text(text) => self.text(place, &text),
             Content::Tokens { input_ids, labels } => {
                 self.tokens(place, &input_ids, labels.as_deref())
@@ -90,33 +92,30 @@ impl Encoder {
         place: &Place,
         turns: &[Message],
         prompt_turns: usize,
+        tools: &[Value],
     ) -> Result<Encoded> {
         let tokenizer = self.tokenizer(place)?;
-        let (prompt, answer) = turns.split_at(prompt_turns);
-        if self.train_on != TrainOn::All && count_answers(answer) == 0 {
+        let is_answer = |turn: &Message| turn.role == "assistant";
+        if self.train_on != TrainOn::All && !turns[prompt_turns..].iter().any(is_answer) {
             return Err(Error::NoAssistantTurn {
                 place: place.clone(),
             });
         }
-        let template = self.template(place, turns)?;
+        let template = self.template(place, turns, tools)?;
         let rendered = template.render_trained(
-            turns,
+            Conversation { turns, tools },
+            prompt_turns,
             self.train_on,
             tokenizer.special_tokens(),
             &self.end_markers,
         );
         let rendered = rendered.map_err(failed(place))?;
-        // Every assistant turn has one range; those of the prompt are in front.
-        let skipped = match self.train_on {
-            TrainOn::Assistant => count_answers(prompt),
-            TrainOn::Last | TrainOn::All => 0,
-        };
         // A chat template writes the special tokens itself, the alpaca form only the eos.
         let is_plain = self.template.is_none();
         let encoding = tokenizer
             .encode(&rendered.text, is_plain)
             .map_err(failed(place))?;
-        let mut trained = trained_tokens(&encoding, &rendered.trained[skipped..]);
+        let mut trained = trained_tokens(&encoding, &rendered.trained);
         let mut ids = encoding.ids;
         let eos_was_added = encoding.spans.last().is_some_and(|span| span.is_empty());
         if is_plain && eos_was_added && ends_twice_in(&ids, tokenizer.eos_token_id()) {
@@ -174,20 +173,20 @@ impl Encoder {
     }
 
     /// The template for a conversation: the model's, else the alpaca form where that can show it.
-    fn template(&self, place: &Place, turns: &[Message]) -> Result<Cow<'_, ChatTemplate>> {
+    fn template(&self, place: &Place, turns: &[Message], tools: &[Value]) -> Result<&ChatTemplate> {
         if let Some(template) = &self.template {
-            return Ok(Cow::Borrowed(template));
+            return Ok(template);
         }
-        let roles: Vec<_> = turns.iter().map(|turn| turn.role.as_str()).collect();
-        match roles[..] {
-            ["user", "assistant"] | ["system", "user", "assistant"] => {
-                let alpaca = ChatTemplate::builtin("alpaca");
-                Ok(Cow::Owned(alpaca.expect("alpaca is built in")))
-            }
+        let mut parts: Vec<_> = turns.iter().map(|turn| turn.role.as_str()).collect();
+        if !tools.is_empty() {
+            parts.insert(0, "tools");
+        }
+        match parts[..] {
+            ["user", "assistant"] | ["system", "user", "assistant"] => Ok(&ALPACA),
             _ => Err(Error::NoTemplate {
                 place: place.clone(),
                 model: self.model.clone(),
-                roles: roles.into_iter().map(str::to_owned).collect(),
+                roles: parts.into_iter().map(str::to_owned).collect(),
             }),
         }
     }
@@ -216,9 +215,8 @@ impl Encoder {
     }
 }
 
-fn count_answers(turns: &[Message]) -> usize {
-    turns.iter().filter(|turn| turn.role == "assistant").count()
-}
+static ALPACA: LazyLock<ChatTemplate> =
+    LazyLock::new(|| ChatTemplate::builtin("alpaca").expect("alpaca is built in"));
 
 /// What an [`Error::Encode`] needs to know beside the error.
 fn failed(place: &Place) -> impl FnOnce(model::Error) -> Error {

@@ -7,6 +7,9 @@ use tempfile::TempDir;
 
 use super::*;
 
+mod kinds;
+mod surprises;
+
 fn fixtures() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../model/tests/fixtures/chat")
 }
@@ -83,7 +86,7 @@ fn prepare_rows(rows: &[Value], settings: &Settings, encoder: &Encoder) -> Resul
 
 fn sample(row: Value, encoder: &Encoder) -> Sample {
     let prepared = prepare_rows(&[row], &settings(), encoder);
-    prepared.expect("the row is good").samples.remove(0)
+    prepared.expect("the row is good").samples.get(0)
 }
 
 /// The message of the error, from the file's name on, and of its causes.
@@ -451,8 +454,12 @@ fn rows_of_the_wrong_shape_are_refused() {
             "preference rows (chosen, rejected) are not supported yet",
         ),
         (
-            json!({"messages": two_answers(), "tools": [{"name": "f"}]}),
-            "tool definitions (tools) are not supported yet",
+            json!({"messages": two_answers(), "tools": [{"name": "f"}, 3]}),
+            "tools must be a list of tool definitions, found a list",
+        ),
+        (
+            json!({"messages": two_answers(), "tools": "[{"}),
+            "tools is not valid JSON: EOF while parsing an object",
         ),
     ] {
         assert_eq!(
@@ -625,9 +632,9 @@ fn broken_files_are_refused_with_the_line() {
             "rows.json: element 2: text must be a string, found an integer",
         ),
         (
-            "rows.csv",
-            b"text\na\n",
-            "rows.csv is not read: data files are .jsonl or .json",
+            "rows.arrow",
+            b"text",
+            "rows.arrow is not read: data files are .jsonl, .json, .csv, .tsv or .parquet",
         ),
     ] {
         assert_eq!(
@@ -659,7 +666,7 @@ fn files_folders_and_several_paths_are_read_in_order() {
         ("c.json", array.as_bytes()),
         ("a.json", row(0).as_bytes()),
         ("readme.txt", b"no data"),
-        ("none.csv", b"no data"),
+        ("none.xlsx", b"no data"),
     ]);
     let ids = |paths: &[PathBuf]| {
         let prepared = prepare(paths, &settings(), &bare()).expect("the rows are good");
@@ -682,7 +689,7 @@ fn files_folders_and_several_paths_are_read_in_order() {
     let empty = self::folder(&[("readme.txt", b"no data")]);
     let found = message(prepare(&[empty.path().to_path_buf()], &settings(), &bare()));
     assert!(
-        found.ends_with(" has no .jsonl and no .json file"),
+        found.ends_with(" has no .jsonl, .json, .csv, .tsv or .parquet file"),
         "{found}"
     );
     assert_eq!(
@@ -728,8 +735,8 @@ fn long_rows_are_dropped_cut_or_refused() {
     assert_eq!((found.total_tokens, found.trained_tokens), (5, 3));
     let found = prepare_rows(&rows, &with(Truncate::Right), &bare()).expect("all rows are left");
     assert_eq!(
-        (found.dropped_rows, &found.samples[1]),
-        (0, &found.samples[0])
+        (found.dropped_rows, found.samples.get(1)),
+        (0, found.samples.get(0))
     );
     let found = prepare_rows(&rows, &with(Truncate::Error), &bare());
     assert_eq!(
@@ -814,7 +821,7 @@ fn a_turn_that_only_calls_a_tool_has_no_text() {
         panic!("it is an object");
     };
     let content =
-        rows::read_content(&Row { place, columns }, Format::Auto).expect("the row is good");
+        rows::read_content(&read::Row { place, columns }, Format::Auto).expect("the row is good");
     let mut assistant = Message::new("assistant", "");
     assistant.content = Value::Null;
     assistant.extra.insert("tool_calls".to_owned(), call);
@@ -824,7 +831,8 @@ fn a_turn_that_only_calls_a_tool_has_no_text() {
         content,
         rows::Content::Conversation {
             turns,
-            prompt_turns
+            prompt_turns,
+            tools: Vec::new()
         }
     );
 }

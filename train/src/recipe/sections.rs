@@ -92,10 +92,10 @@ pub struct AdapterSection {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct DataSection {
-    /// Training file, files or folder.
+    /// Training file, files, folder, pattern, or data set of the Hub (`hf://datasets/owner/name`).
     #[serde(skip_serializing_if = "Paths::is_empty")]
     pub train: Paths,
-    /// Evaluation file, files or folder.
+    /// The same to evaluate on.
     #[serde(skip_serializing_if = "Paths::is_empty")]
     pub eval: Paths,
     /// What a row looks like.

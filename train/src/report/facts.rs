@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use model::checkpoint::write_file;
 use serde::{Deserialize, Serialize};
 
-use crate::data::Sample;
+use crate::data::Samples;
 use crate::error::{Error, Result};
 use crate::run_folder::io;
 
@@ -79,9 +79,9 @@ pub struct DataFacts {
 
 impl DataFacts {
     /// Counts samples.
-    pub fn count(files: Vec<PathBuf>, samples: &[Sample], dropped_rows: usize) -> Self {
-        let trained = samples.iter().map(|sample| sample.trained_tokens() as u64);
-        let total = samples.iter().map(|sample| sample.input_ids.len() as u64);
+    pub fn count(files: Vec<PathBuf>, samples: &Samples, dropped_rows: usize) -> Self {
+        let trained = samples.trained_tokens().map(|tokens| tokens as u64);
+        let total = samples.lengths().map(|tokens| tokens as u64);
         Self {
             files,
             rows: samples.len(),

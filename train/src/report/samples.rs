@@ -49,7 +49,8 @@ pub fn prompts(rows: &Rows, count: usize) -> Vec<Prompt> {
         true => &rows.train,
         false => &rows.eval,
     };
-    rows.iter().filter_map(prompt).take(count).collect()
+    let prompts = rows.iter().filter_map(|row| prompt(&row));
+    prompts.take(count).collect()
 }
 
 fn prompt(row: &Sample) -> Option<Prompt> {
@@ -138,7 +139,6 @@ fn continued<B: AdaptedBackend>(
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Arc;
 
     use super::*;
 
@@ -174,7 +174,7 @@ mod tests {
                 input_ids: vec![first, 1, 2, 3],
                 labels: vec![-100, -100, 2, 3],
             };
-            Arc::new((0..count).map(one).collect::<Vec<_>>())
+            (0..count).map(one).collect()
         };
         let both = Rows {
             train: rows(3, 7),

@@ -3,7 +3,6 @@
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::sync::Arc;
 
 use ::train::batch::{EvalBatches, MicroBatch};
 use ::train::data::prepare;
@@ -17,7 +16,7 @@ use serde_json::json;
 use toml::Value;
 
 use super::train::problems_of;
-use super::{Adapted, settings};
+use super::{Adapted, open_data, settings};
 use crate::cli::EvalArgs;
 use crate::device::{Device, Job};
 use crate::encoder;
@@ -38,15 +37,16 @@ pub fn run(args: EvalArgs, device: &str, output: &Output) -> Result<ExitCode> {
     adapted.choose_template(recipe.data.chat_template.as_deref())?;
     let encoder = encoder::open(&adapted.base, &recipe.data)?;
     check_folder(args.per_token.as_deref())?;
-    let rows = prepare(&args.data, &recipe.data.settings(), &encoder)?;
+    let paths = open_data(&args.data, output)?;
+    let rows = prepare(&paths, &recipe.data.settings(), &encoder)?;
     for problem in problems_of("these rows", &rows, &encoder) {
         output.note(format_args!("warning: {problem}"));
     }
-    let batches = EvalBatches::new(Arc::new(rows.samples), recipe.train.micro_batch_size);
+    let batches = EvalBatches::new(rows.samples.clone(), recipe.train.micro_batch_size);
     let job = EvalJob {
         adapted,
         batches,
-        row_numbers: rows.row_numbers,
+        row_numbers: rows.samples.row_numbers().collect(),
         per_token: args.per_token,
     };
     let Some(result) = device.run(job)? else {

@@ -21,7 +21,7 @@ use adapters::{AdaptedLlama, base_bytes, peft};
 use anyhow::Result;
 use burn::tensor::backend::Backend;
 use model::folder::ModelFolder;
-use model::hub::{self, Files};
+use model::hub::{self, Files, Hub};
 use quant::{Format, Scheme};
 use toml::Value;
 
@@ -36,6 +36,32 @@ fn open_model(name: &str, files: Files, output: &Output) -> Result<ModelFolder> 
     check_is_model(Path::new(name))?;
     let path = hub::resolve(name, files, &mut output.downloads())?;
     Ok(ModelFolder::open(&path)?)
+}
+
+/// The data files and folders of a recipe; data sets of the Hub are downloaded, and what is taken of
+/// them is said.
+fn open_data(paths: &[PathBuf], output: &Output) -> Result<Vec<PathBuf>> {
+    let mut found = Vec::new();
+    for path in paths {
+        let address = path.to_string_lossy();
+        if !address.starts_with(hub::DATASETS) {
+            found.push(path.clone());
+            continue;
+        }
+        let files = Hub::from_env().dataset(&address, &mut output.downloads())?;
+        let name = |file: &PathBuf| {
+            file.file_name()
+                .map(|name| name.to_string_lossy().into_owned())
+        };
+        let names: Vec<_> = files.iter().filter_map(name).take(5).collect();
+        let more = match files.len() - names.len() {
+            0 => String::new(),
+            more => format!(" and {more} more"),
+        };
+        output.note(format_args!("{address}: {}{more}", names.join(", ")));
+        found.extend(files);
+    }
+    Ok(found)
 }
 
 /// Refuses an adapter, or the folder of a run, in place of a model.

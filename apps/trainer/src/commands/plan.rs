@@ -86,7 +86,7 @@ fn plan_data(plan: &mut Plan, recipe: &Recipe, base: &ModelFolder, output: &Outp
     plan.data = Some(DataPlan {
         rows: rows.len(),
         dropped_rows: read.dropped_rows,
-        trained_tokens: rows.iter().map(|row| row.trained_tokens()).sum(),
+        trained_tokens: rows.trained_tokens().sum(),
         sequences: windows.num_sequences(),
         fill_ratio: windows.fill_ratio(),
         steps: windows.num_steps(),

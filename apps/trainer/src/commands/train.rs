@@ -7,7 +7,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Instant;
 
-use ::train::data::{Encoder, Prepared, prepare, split};
+use ::train::data::{Encoder, Prepared, Samples, prepare, split};
 use ::train::fit::{Event, Outcome, Run, Stopped, fit};
 use ::train::recipe::{ModelInit, Recipe, Recompute};
 use ::train::run_folder::{RECIPE_FILE, check_empty};
@@ -24,7 +24,7 @@ use toml::Value;
 pub use begin::Unfinished;
 use begin::{Begin, go_on};
 
-use super::{check_memory, gib, loaded, open_model, other_base, settings, trained};
+use super::{check_memory, gib, loaded, open_data, open_model, other_base, settings, trained};
 use crate::cli::{RecipeArgs, TrainArgs};
 use crate::device::{Device, Job};
 use crate::encoder;
@@ -375,7 +375,8 @@ pub fn read_rows(recipe: &Recipe, base: &ModelFolder, output: &Output) -> Result
     let encoder = encoder::open(base, data)?;
     let mut problems = Vec::new();
     let mut read = |what: &str, paths: &[PathBuf]| -> Result<Prepared> {
-        let prepared = prepare(paths, &data.settings(), &encoder)?;
+        let paths = open_data(paths, output)?;
+        let prepared = prepare(&paths, &data.settings(), &encoder)?;
         output.note(format_args!(
             "{what}: {} rows, {} trained of {} tokens",
             prepared.samples.len(),
@@ -389,17 +390,14 @@ pub fn read_rows(recipe: &Recipe, base: &ModelFolder, output: &Output) -> Result
     let (dropped_rows, train) = (prepared.dropped_rows, prepared.samples);
     let (train, eval) = match (data.eval.is_empty(), data.eval_fraction) {
         (false, _) => (train, read("evaluation data", &data.eval.list())?.samples),
-        (true, fraction) if fraction > 0.0 => split(train, fraction, recipe.train.seed)?,
-        (true, _) => (train, Vec::new()),
+        (true, fraction) if fraction > 0.0 => split(&train, fraction, recipe.train.seed)?,
+        (true, _) => (train, Samples::default()),
     };
     for problem in &problems {
         output.note(format_args!("warning: {problem}"));
     }
     Ok(ReadRows {
-        rows: Rows {
-            train: Arc::new(train),
-            eval: Arc::new(eval),
-        },
+        rows: Rows { train, eval },
         dropped_rows,
         problems,
     })

@@ -5,7 +5,7 @@ use std::process::Command;
 use serde_json::json;
 
 use crate::fake_hub::FakeHub;
-use crate::support::{Dir, finish, fixtures};
+use crate::support::{Dir, finish, fixtures, token_rows};
 
 /// The model `gqa` as `acme/tiny`.
 fn hub() -> FakeHub {
@@ -111,4 +111,53 @@ fn a_name_that_is_neither_folder_nor_id_is_refused() {
     }
     dir.trainer("generate --prompt-ids 5 --model rows.jsonl")
         .fails(1, &["rows.jsonl is neither"]);
+}
+
+#[test]
+fn a_data_set_is_downloaded_once_and_then_works_offline() {
+    let dir = Dir::with_tokens();
+    let hub = FakeHub::start(&[
+        ("README.md", b"rows".to_vec()),
+        ("data/test.jsonl", token_rows(5).into_bytes()),
+        ("data/train.jsonl", token_rows(8).into_bytes()),
+    ]);
+    let args = |data: &'static str| ["eval", "--json", "--model", "model", "--data", data];
+    let address = args("hf://datasets/acme/tiny");
+    let first = finish(online(&mut dir.command(&address), &hub)).succeeds();
+    let said = [
+        "downloaded data/train.jsonl",
+        "hf://datasets/acme/tiny: train.jsonl",
+    ];
+    assert!(
+        said.iter().all(|said| first.stderr.contains(said)),
+        "{first}"
+    );
+    assert_eq!(first.json()["rows"], json!(8));
+    assert_eq!(dir.run(&address).succeeds().json(), first.json());
+    let named = args("hf://datasets/acme/tiny/data/test.jsonl");
+    dir.run(&named)
+        .fails(1, &["acme/tiny is not in the cache (no data/test.jsonl)"]);
+    let test = finish(online(&mut dir.command(&named), &hub)).succeeds();
+    assert_eq!(test.json()["rows"], json!(5));
+
+    let line =
+        "train -q --json --model model --data hf://datasets/acme/tiny --output run --max-steps 1";
+    dir.trainer(line).succeeds();
+    assert!(
+        dir.read("run/recipe.toml")
+            .contains("\"hf://datasets/acme/tiny\"")
+    );
+    for (data, parts) in [
+        (
+            "hf://datasets/acme/none",
+            &["the Hub has no data set acme/none", "spelling"][..],
+        ),
+        (
+            "hf://datasets/acme/tiny/other",
+            &["acme/tiny has no", "file at other"],
+        ),
+        ("hf://datasets/acme", &["is no data set"]),
+    ] {
+        finish(online(&mut dir.command(&args(data)), &hub)).fails(1, parts);
+    }
 }

@@ -171,6 +171,9 @@ fn files_that_hold_no_text_or_no_rows() {
     dir.write("empty.json", "[]");
     dir.write("open.json", "[{\"input_ids\": [5, 6]}");
     dir.write("table.csv", "a,b\n");
+    dir.write("long.csv", "text\na,b\n");
+    dir.write("page.parquet", "PAR1");
+    dir.write("rows.arrow", "");
     dir.write("folder/notes.txt", "no rows");
     for (data, parts) in [
         ("latin.jsonl", &["latin.jsonl:"][..]),
@@ -180,7 +183,17 @@ fn files_that_hold_no_text_or_no_rows() {
         ("blank.jsonl", &["blank.jsonl is empty"]),
         ("empty.json", &["empty.json is empty"]),
         ("open.json", &["open.json:1 is not valid JSON"]),
-        ("table.csv", &["table.csv is not read", "JSONL"]),
+        ("table.csv", &["table.csv is empty"]),
+        (
+            "long.csv",
+            &["long.csv:2: the row has 2 cells", "double quotes"],
+        ),
+        (
+            "page.parquet",
+            &["page.parquet cannot be read as Parquet", "again"],
+        ),
+        ("rows.arrow", &["rows.arrow is not read", "JSONL"]),
+        ("*.jsonx", &["no file matches *.jsonx", "pattern"]),
         ("folder", &["the folder folder has no .jsonl"]),
         ("gone.jsonl", &["no data file or folder gone.jsonl"]),
     ] {
