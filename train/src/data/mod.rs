@@ -4,6 +4,7 @@
 //! turns each row into a [`Sample`], and [`split`] and [`epoch_order`] decide which samples are
 //! held back and in which order the others are seen.
 
+pub mod check;
 mod order;
 mod read;
 mod rows;
@@ -15,6 +16,7 @@ use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
+use check::Labels;
 pub use order::{epoch_order, split};
 use read::Row;
 pub use read::{Place, RowNumber};
@@ -65,6 +67,8 @@ pub struct Prepared {
     /// was cut off: a model that sees only such rows never learns to stop. Rows that come as
     /// tokens are not counted.
     pub rows_without_end_marker: usize,
+    /// What the labels look like.
+    pub labels: Labels,
 }
 
 /// Rows that are read before they are encoded, in parallel.
@@ -84,8 +88,6 @@ pub fn prepare(paths: &[PathBuf], settings: &Settings, encoder: &Encoder) -> Res
         encoder,
         chunk: Vec::with_capacity(CHUNK_ROWS),
         prepared: Prepared::default(),
-        untrained_rows: 0,
-        first_untrained: None,
     };
     let read = read::read_rows(paths, &mut |row| preparation.push(row));
     // The rows in front of one that cannot be read come first, with their own errors.
@@ -100,8 +102,6 @@ struct Preparation<'a> {
     encoder: &'a Encoder,
     chunk: Vec<Row>,
     prepared: Prepared,
-    untrained_rows: usize,
-    first_untrained: Option<Place>,
 }
 
 impl Preparation<'_> {
@@ -124,23 +124,16 @@ impl Preparation<'_> {
             let prepared = &mut self.prepared;
             let number = prepared.rows;
             prepared.rows += 1;
-            let Some(Encoded {
-                sample,
-                lacks_end_marker,
-                ..
-            }) = encoded?
-            else {
+            let Some(encoded) = encoded? else {
                 prepared.dropped_rows += 1;
+                prepared.labels.drop_row(&row.place);
                 continue;
             };
-            let trained_tokens = sample.trained_tokens();
-            if trained_tokens == 0 {
-                self.untrained_rows += 1;
-                self.first_untrained.get_or_insert(row.place);
-            }
-            prepared.trained_tokens += trained_tokens as u64;
+            prepared.labels.add(&row.place, &encoded, encoder);
+            let sample = encoded.sample;
+            prepared.trained_tokens += sample.trained_tokens() as u64;
             prepared.total_tokens += sample.input_ids.len() as u64;
-            prepared.rows_without_end_marker += usize::from(lacks_end_marker);
+            prepared.rows_without_end_marker += usize::from(encoded.lacks_end_marker);
             prepared.samples.push(sample);
             prepared.row_numbers.push(number);
         }
@@ -149,10 +142,10 @@ impl Preparation<'_> {
 
     fn finish(self) -> Result<Prepared> {
         let max_length = self.settings.max_length;
-        if let Some(first) = self.first_untrained {
+        let untrained = &self.prepared.labels.untrained;
+        if untrained.count > 0 {
             return Err(Error::NothingTrained {
-                rows: self.untrained_rows,
-                first,
+                rows: untrained.clone(),
                 max_length,
             });
         }
