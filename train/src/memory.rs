@@ -22,7 +22,14 @@ use crate::trained::Trained;
 ///
 /// Empirical, on the CPU with glibc: the peaks of SmolLM2-135M with 256 to 2,048 tokens, dense and
 /// in NF4, are 5 to 10 % of the activations above what is allocated.
-const GAPS: f64 = 0.075;
+const GAPS: f64 = 0.06;
+
+/// What computing adds to the program: pages of it that nothing touched before, threads, and the
+/// parts of matrices that `gemm` packs.
+///
+/// Empirical, on the CPU: what is left of the peaks of SmolLM2-135M with recompute, where little is
+/// kept.
+const COMPUTING: u64 = 10 << 20;
 
 /// A tile of a 4-bit weight that is decoded on the CPU, see `quant::matmul`.
 const DECODED_TILE: u64 = 4 << 20;
@@ -182,24 +189,21 @@ impl Work<'_> {
         self.predict()
     }
 
-    /// Tensors are read one after the other: its numbers, and as much of the file, mostly in 16 bits.
+    /// Tensors are read one after the other, the output layer last. While one is read, as much of the
+    /// file is there, mostly in 16 bits, and the numbers of one that is to be quantised.
     fn loading(&self) -> Memory {
-        let tensors = self.config.tensors();
-        let largest = |linear: bool| {
-            let sizes = tensors
-                .iter()
-                .filter(|(name, _)| name.ends_with("_proj.weight") == linear);
-            sizes.map(|(_, shape)| product(shape)).max().unwrap_or(0)
+        let config = self.config;
+        let head = match config.tie_word_embeddings {
+            true => 0,
+            false => bytes(product(&[config.vocab_size, config.hidden_size])),
         };
-        let quantised = match self.quantised {
-            true => bytes(largest(true)),
-            false => 0,
-        };
-        let file = bytes(largest(true).max(largest(false))) / 2;
+        let linear = bytes(self.largest_linear());
+        let numbers = if self.quantised { linear } else { 0 };
+        let last_layer = (self.weights.saturating_sub(head)) + numbers + linear / 2;
+        let last = self.weights + head / 2;
         Memory {
-            adapter: 0,
             workspace: match self.place {
-                Place::Host { .. } => quantised + file,
+                Place::Host { .. } => last.max(last_layer) - self.weights,
                 Place::Device => 0,
             },
             ..self.held(Updated::default())
@@ -210,7 +214,7 @@ impl Work<'_> {
     fn held(&self, trained: Updated) -> Memory {
         Memory {
             program: match self.place {
-                Place::Host { program } => program,
+                Place::Host { program } => program + COMPUTING,
                 Place::Device => 0,
             },
             weights: self.weights,
@@ -306,13 +310,18 @@ impl Work<'_> {
 
     /// What 4-bit weights are decoded to for a product: a tile on the CPU, else the layer.
     fn decoded_weights(&self) -> u64 {
-        let layers = self.config.projections();
-        let largest = layers.iter().map(|(_, shape, _)| product(shape)).max();
         match (self.quantised, self.place) {
             (false, _) => 0,
             (true, Place::Host { .. }) => DECODED_TILE,
-            (true, Place::Device) => bytes(largest.unwrap_or(0)),
+            (true, Place::Device) => bytes(self.largest_linear()),
         }
+    }
+
+    /// Numbers of the largest linear layer of the decoder.
+    fn largest_linear(&self) -> u128 {
+        let layers = self.config.projections();
+        let sizes = layers.iter().map(|(_, shape, _)| product(shape));
+        sizes.max().unwrap_or(0)
     }
 
     /// AdamW makes the new weights while the learner still holds the old ones; each new one takes
