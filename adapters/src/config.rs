@@ -263,7 +263,7 @@ impl LoraConfig {
 
 impl Targets {
     /// The same in the one spelling that can be compared.
-    fn sorted(&self) -> Self {
+    pub(crate) fn sorted(&self) -> Self {
         let mut names: Vec<String> = match self {
             Self::AllLinear => ALL_LINEAR.map(str::to_owned).to_vec(),
             Self::Names(names) => names.clone(),

@@ -14,7 +14,7 @@ use serde_json::{Map, Value, json};
 
 use crate::attach::{AdaptedLlama, attach};
 use crate::base::scheme;
-use crate::config::{ALL_LINEAR, LoraConfig, LoraInit, Pattern, Targets};
+use crate::config::{LoraConfig, LoraInit, Pattern, Targets};
 use crate::error::{Error, Result};
 use crate::parameters::{parameters, read_parameters, write_parameters};
 
@@ -22,6 +22,8 @@ use crate::parameters::{parameters, read_parameters, write_parameters};
 pub const CONFIG_FILE: &str = "adapter_config.json";
 /// File name of the tensors.
 pub const MODEL_FILE: &str = "adapter_model.safetensors";
+/// The version of PEFT whose format this is.
+pub const PEFT_VERSION: &str = "0.21.2";
 /// What the tensors' file says of the base model that the adapter was trained on; PEFT does not
 /// read it.
 const BASE_QUANTIZATION: &str = "base_quantization";
@@ -345,10 +347,7 @@ fn config_json(config: &LoraConfig, base_model: &str) -> Value {
         Some((id, revision)) if !Path::new(base_model).exists() => (id, Some(revision)),
         _ => (base_model, None),
     };
-    let names = |targets: &Targets| match targets {
-        Targets::AllLinear => json!(ALL_LINEAR),
-        other => json!(other),
-    };
+    let names = |targets: &Targets| json!(targets.sorted()); // sets in PEFT
     let number = |x: f64| match x.fract() == 0.0 && x.abs() < 1e15 {
         true => json!(x as i64),
         false => json!(x),
@@ -376,6 +375,7 @@ fn config_json(config: &LoraConfig, base_model: &str) -> Value {
         "lora_dropout": config.dropout,
         "modules_to_save": Some(&config.modules_to_save).filter(|all| !all.is_empty()),
         "peft_type": "LORA",
+        "peft_version": PEFT_VERSION,
         "r": config.rank,
         "rank_pattern": config.rank_pattern,
         "revision": revision,

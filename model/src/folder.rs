@@ -13,13 +13,15 @@ use crate::tokenizer::{Tokenizer, read_json};
 const CONFIG_FILE: &str = "config.json";
 const GENERATION_CONFIG_FILE: &str = "generation_config.json";
 
-/// Everything of a model folder that is not weights; the weights may differ and these stay.
-const ASSETS: [&str; 7] = [
-    CONFIG_FILE,
-    GENERATION_CONFIG_FILE,
+/// Beside the tokenizer, everything of a model folder that is not weights; the weights may differ and
+/// these stay.
+const ASSETS: [&str; 2] = [CONFIG_FILE, GENERATION_CONFIG_FILE];
+/// What turns text into tokens, a conversation into text, and back.
+const TOKENIZER: [&str; 6] = [
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
+    "tokenizer.model",
     ChatTemplate::FILE,
     "chat_template.json",
 ];
@@ -122,7 +124,21 @@ impl ModelFolder {
     /// # Errors
     /// `Io`; each file is complete or absent.
     pub fn copy_assets(&self, to: &Path) -> Result<()> {
-        for name in ASSETS {
+        self.copy(&ASSETS, to)?;
+        self.copy_tokenizer(to)
+    }
+
+    /// Copies the tokenizer and the chat template in use into the folder `to`, which must exist.
+    ///
+    /// # Errors
+    /// `Io`; each file is complete or absent.
+    pub fn copy_tokenizer(&self, to: &Path) -> Result<()> {
+        self.copy(&TOKENIZER, to)?;
+        self.template.iter().try_for_each(|own| own.save(to))
+    }
+
+    fn copy(&self, names: &[&str], to: &Path) -> Result<()> {
+        for name in names {
             let from = self.path.join(name);
             if !from.is_file() {
                 continue;
@@ -134,7 +150,7 @@ impl ModelFolder {
             })?;
             write_file(&to.join(name), &bytes)?;
         }
-        self.template.iter().try_for_each(|own| own.save(to))
+        Ok(())
     }
 }
 

@@ -56,6 +56,7 @@ impl Files {
                 "tokenizer.json",
                 "tokenizer_config.json",
                 "special_tokens_map.json",
+                "tokenizer.model",
                 "chat_template.jinja",
                 "chat_template.json",
             ],

@@ -237,6 +237,32 @@ pub enum Error {
         /// Where and why.
         source: serde_json::Error,
     },
+    /// A folder without the files of a run.
+    #[error(
+        "{} {}", path.display(),
+        if path.exists() { "is not the folder of a run: it has no metrics.jsonl" } else { "does not exist" }
+    )]
+    NotARun {
+        /// What was given.
+        path: PathBuf,
+    },
+    /// A run folder without metrics.
+    #[error("{} has no metrics: the run has not taken a step", path.display())]
+    NoMetrics {
+        /// The run folder.
+        path: PathBuf,
+    },
+    /// No line of a run's metrics can be read.
+    #[error("no line of {} is one of metrics: line {line} of it does not parse", path.display())]
+    BadMetrics {
+        /// The file.
+        path: PathBuf,
+        /// The first line that is none.
+        line: usize,
+        /// Why.
+        #[source]
+        cause: serde_json::Error,
+    },
     /// A recipe cannot be read.
     #[error("cannot read the recipe {}", path.display())]
     NoRecipe {

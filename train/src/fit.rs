@@ -21,6 +21,7 @@ use burn::train::{
 use model::folder::ModelFolder;
 
 use crate::batch::{EvalBatches, MicroBatch, Window, Windows};
+use crate::card;
 use crate::checkpoint::{Best, Checkpoints, Progress, Snapshot};
 use crate::error::{Error, Result};
 use crate::evaluate::{evaluate, sum};
@@ -28,6 +29,7 @@ use crate::memory::Memory;
 use crate::metrics::{Gauge, NoMetricFiles};
 use crate::optimizer::AdamW;
 use crate::recipe::Recipe;
+use crate::report::samples::{self, Answer, Prompt};
 use crate::run_folder::{Line, RunFolder, peak_memory_bytes, remove_folder, replace_folder};
 use crate::schedule::Schedule;
 use crate::step::{CausalLm, EvalItem, StepItem, clip_gradients};
@@ -59,6 +61,8 @@ pub struct Run<B: TrainBackend> {
     pub predicted: Option<Memory>,
     /// How the base of `adapter.init_from` was quantised, and how this one is, if they differ.
     pub other_base: Option<[String; 2]>,
+    /// What the trained model is to continue in the end, for people to read.
+    pub prompts: Vec<Prompt>,
     /// Where it computes.
     pub device: B::Device,
 }
@@ -74,6 +78,8 @@ pub struct Outcome {
     pub best: Option<Best>,
     /// Why the run ended before its last step.
     pub stopped: Option<Stopped>,
+    /// The continuations of [`Run::prompts`]; none of a run that was interrupted.
+    pub answers: Vec<Answer>,
 }
 
 /// Why a run ended before its last step.
@@ -171,15 +177,19 @@ pub fn fit<B: TrainBackend, R: MetricsRenderer + 'static>(
     if let Some(error) = state.error.take() {
         return Err(error);
     }
+    let mut answers = Vec::new();
     if state.stopped != Some(Stopped::Interrupted) {
         let name = strategy.trained.folder_name();
         strategy.save_whole(&result.model, &state, name)?;
+        let stop = &strategy.base.generation.eos_token_ids;
+        answers = samples::answer(&result.model.model, &run.prompts, stop, &strategy.device);
     }
     Ok(Outcome {
         steps: state.progress.step,
         loss: state.loss,
         best: state.progress.best,
         stopped: state.stopped,
+        answers,
     })
 }
 
@@ -463,6 +473,8 @@ impl<B: TrainBackend> StepByStep<B> {
         let saved = self
             .trained
             .save(&model.model, &self.base, &self.recipe.model.path, &part)?;
+        self.base.copy_tokenizer(&saved)?;
+        card::write(&saved, run, &self.recipe, &self.trained)?;
         replace_folder(&saved, &run.join(name))?;
         remove_folder(&part)
     }

@@ -182,6 +182,8 @@ mod tests {
             early_stopping_patience = 0
             keep_checkpoints = 2
             [output]
+            samples = 2
+            tensorboard = false
         "#
         .parse()
         .unwrap();
@@ -220,7 +222,7 @@ mod tests {
             "my.toml: train.max_steps: invalid value: integer `-1`, expected a whole number",
             "my.toml: there is no section empty",
             "the command line: data.packing: invalid type: string \"yes\", expected a boolean",
-            "the command line: output.name: unknown field `name`: expected dir",
+            "the command line: output.name: unknown field `name`: expected dir, samples, tensorboard",
             "the command line: foo.bar: there is no section foo",
             "my.toml: adapter.rank must be from 1 to 65536",
             "the command line: train.eps must be above 0",

@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 use crate::checkpoint::Progress;
 use crate::error::{Error, Result};
 use crate::recipe::Recipe;
+use crate::tensorboard::EventFile;
 
 /// File name of the resolved recipe.
 pub const RECIPE_FILE: &str = "recipe.toml";
@@ -59,6 +60,8 @@ pub enum Line {
 pub struct RunFolder {
     path: PathBuf,
     metrics: File,
+    /// What TensorBoard reads, if it is wanted.
+    events: Option<EventFile>,
 }
 
 impl RunFolder {
@@ -114,7 +117,16 @@ impl RunFolder {
         Ok(Self {
             path: path.into(),
             metrics: file.map_err(io("open", &metrics))?,
+            events: None,
         })
+    }
+
+    /// Writes TensorBoard's events, too, if the recipe asks for it; `first_step` is to be taken next.
+    pub fn with_events(mut self, recipe: &Recipe, first_step: usize) -> Result<Self> {
+        if recipe.output.tensorboard {
+            self.events = Some(EventFile::create(&self.path, first_step)?);
+        }
+        Ok(self)
     }
 
     /// The folder.
@@ -127,7 +139,8 @@ impl RunFolder {
         let mut text = serde_json::to_string(line).expect("a plain structure");
         text.push('\n');
         let failed = io("write", &self.path.join(METRICS_FILE));
-        self.metrics.write_all(text.as_bytes()).map_err(failed)
+        self.metrics.write_all(text.as_bytes()).map_err(failed)?;
+        self.events.iter_mut().try_for_each(|to| to.write(line))
     }
 }
 

@@ -154,7 +154,7 @@ pub fn start<B: TrainBackend>(
         }
         None => trained.attach(&mut model, recipe.train.seed, &device)?,
     }
-    let folder = RunFolder::create(output, &recipe)?;
+    let folder = RunFolder::create(output, &recipe)?.with_events(&recipe, 1)?;
     let optimizer = AdamW::new(&recipe.train);
     let progress = Progress {
         rows: rows.fingerprint(),
@@ -192,7 +192,7 @@ pub fn resume<B: TrainBackend>(
     let optimizer = AdamW::new(&recipe.train);
     let names = trained.parameters(&base.config)?;
     restore_optimizer(&optimizer, &names, checkpoint, &device)?;
-    let folder = RunFolder::resume(run, &progress)?;
+    let folder = RunFolder::resume(run, &progress)?.with_events(&recipe, progress.step + 1)?;
     Ok(assemble(
         recipe, trained, base, rows, device, model, optimizer, folder, progress, load_time,
     ))
@@ -233,6 +233,7 @@ fn assemble<B: TrainBackend>(
         load_time,
         predicted: None,
         other_base: None,
+        prompts: Vec::new(),
         device,
     }
 }

@@ -46,6 +46,8 @@ pub enum Command {
     Quantize(QuantizeArgs),
     /// Count parameters, rows and trained tokens without training
     Plan(RecipeArgs),
+    /// Draw the curves and facts of runs: report.html
+    Report(ReportArgs),
     /// List the devices that this build can use
     Devices,
 }
@@ -231,6 +233,16 @@ pub struct ChatArgs {
     pub max_new_tokens: u32,
     #[command(flatten)]
     pub sampling: SamplingArgs,
+}
+
+#[derive(Debug, Args)]
+pub struct ReportArgs {
+    /// Run folders; several are drawn together
+    #[arg(required = true, value_name = "RUN")]
+    pub runs: Vec<PathBuf>,
+    /// The page, in place of report.html in the first run folder
+    #[arg(long, value_name = "FILE")]
+    pub out: Option<PathBuf>,
 }
 
 /// How the next token is chosen.

@@ -65,6 +65,17 @@ impl Device {
         cuda::best().or_else(graphics::best).unwrap_or(Self::Cpu)
     }
 
+    /// As `trainer devices` lists it.
+    pub fn listed(&self) -> Listed {
+        match self {
+            Self::Cpu => processor(),
+            #[cfg(any(feature = "wgpu", feature = "vulkan", feature = "metal"))]
+            Self::Graphics(device) => graphics::listed(device),
+            #[cfg(feature = "cuda")]
+            Self::Cuda(index) => cuda::listed(*index),
+        }
+    }
+
     /// Memory for weights, where the system says so.
     pub fn memory_bytes(&self) -> Option<u64> {
         match self {
@@ -149,13 +160,7 @@ pub fn is_meant(name: &str, listed: &Listed) -> bool {
 
 /// Every device that this build can use, and what it lacks.
 pub fn list() -> (Vec<Listed>, Vec<String>) {
-    let mut devices = vec![Listed {
-        id: "cpu".into(),
-        name: processor_name(),
-        backend: "flex".into(),
-        kind: "cpu".into(),
-        memory_bytes: memory::total_bytes(),
-    }];
+    let mut devices = vec![processor()];
     let mut lacking = Vec::new();
     devices.extend(graphics::list());
     match cuda::list() {
@@ -185,6 +190,28 @@ fn not_compiled(backend: &str) -> anyhow::Error {
         format!("build with `cargo build --release -p trainer --features {backend}`"),
     )
     .into()
+}
+
+fn processor() -> Listed {
+    Listed {
+        id: "cpu".into(),
+        name: processor_name(),
+        backend: "flex".into(),
+        kind: "cpu".into(),
+        memory_bytes: memory::total_bytes(),
+    }
+}
+
+/// A device that is in use and that its driver does not list any more.
+#[allow(dead_code, reason = "the processor is always there")]
+fn unlisted(id: String, backend: &str) -> Listed {
+    Listed {
+        name: id.clone(),
+        id,
+        backend: backend.into(),
+        kind: "other".into(),
+        memory_bytes: None,
+    }
 }
 
 fn processor_name() -> String {
@@ -263,6 +290,13 @@ mod graphics {
         let all = adapters().into_iter().map(|(device, _)| device);
         let best = all.filter(|device| rank(device) < 3).min_by_key(rank)?;
         Some(Device::Graphics(best))
+    }
+
+    /// A device in use.
+    pub fn listed(device: &WgpuDevice) -> Listed {
+        let index = adapters().iter().position(|(known, _)| known == device);
+        let listed = index.and_then(|index| list().into_iter().nth(index));
+        listed.unwrap_or_else(|| super::unlisted("wgpu".into(), "wgpu"))
     }
 
     pub fn list() -> Vec<Listed> {
@@ -372,6 +406,12 @@ mod cuda {
             }
             Ok(cards)
         }
+    }
+
+    /// A card in use.
+    pub fn listed(index: usize) -> Listed {
+        let listed = list().ok().and_then(|cards| cards.into_iter().nth(index));
+        listed.unwrap_or_else(|| super::unlisted(format!("cuda:{index}"), "cuda"))
     }
 
     /// The run-time compiler and its headers, without which no kernel can be built.

@@ -6,7 +6,7 @@ use anyhow::Result;
 use model::chat::ChatTemplate;
 use model::folder::ModelFolder;
 use train::data::Encoder;
-use train::recipe::DataSection;
+use train::recipe::{DataSection, Recipe};
 
 use crate::failure::Advised;
 
@@ -39,6 +39,18 @@ pub fn choose_template(
         (None, Some(folder)) => ChatTemplate::from_folder(folder)?,
         (None, None) => None,
     };
+    Ok(())
+}
+
+/// Forgets a template that an adapter to go on from has brought if it is the model's own: the run then
+/// does not need that adapter's folder again.
+pub fn forget_same_template(base: &mut ModelFolder, recipe: &mut Recipe) -> Result<()> {
+    let own = ChatTemplate::from_folder(&base.path)?.map(|own| own.source);
+    let used = base.template.as_ref().map(|used| &used.source);
+    if used.is_some() && used == own.as_ref() && !recipe.given.contains("data.chat_template") {
+        base.template = None;
+        recipe.data.chat_template = None;
+    }
     Ok(())
 }
 

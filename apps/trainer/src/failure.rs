@@ -161,6 +161,11 @@ fn train_advice(error: &train::Error) -> &'static str {
         E::Toml { .. } => "correct the recipe; it is a TOML file",
         E::Io { .. } => "check the path, its permissions and the free space on its disk",
         E::OutputNotEmpty { .. } => "choose another --output, or go on with that run by --resume",
+        E::NotARun { .. } => {
+            "give the folder that `trainer train` wrote: it has recipe.toml and metrics.jsonl"
+        }
+        E::NoMetrics { .. } => "start the run again, or give another one",
+        E::BadMetrics { .. } => "restore metrics.jsonl, or give another run",
         E::NoCheckpoint { .. } => "start the run anew with a recipe and another --output",
         E::RowsChanged { .. } => {
             "put the rows back, or start a new run with adapter.init_from on the new ones"

@@ -12,6 +12,7 @@ mod labels;
 mod lines;
 mod memory;
 mod output;
+mod record;
 mod renderer;
 mod signals;
 
@@ -52,6 +53,7 @@ fn run(cli: Cli, output: &Output) -> anyhow::Result<ExitCode> {
         Some(Command::Merge(args)) => commands::merge::run(args, &device, output),
         Some(Command::Quantize(args)) => commands::quantize::run(args, &device, output),
         Some(Command::Plan(args)) => commands::plan::run(args, &device, output),
+        Some(Command::Report(args)) => commands::report::run(args, output),
         Some(Command::Devices) => commands::devices::run(&device, output),
     }
 }

@@ -180,7 +180,7 @@ mod tests {
         assert_eq!(train.first().unwrap(), "epochs");
         assert_eq!(train.last().unwrap(), "keep_checkpoints");
         assert!(keys("model").contains(&"path".to_owned())); // not written while it is empty
-        assert_eq!(keys("output"), ["dir"]);
+        assert_eq!(keys("output"), ["dir", "samples", "tensorboard"]);
         assert!(keys("wandb").is_empty());
     }
 
@@ -224,7 +224,7 @@ mod tests {
         }
         assert_eq!(
             unknown_key("output", "colour"),
-            "unknown field `colour`: expected dir"
+            "unknown field `colour`: expected dir, samples, tensorboard"
         );
         for (section, meant) in [
             ("trian", "train"),

@@ -205,12 +205,16 @@ pub enum LrSchedule {
 }
 
 /// `[output]`
-#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct OutputSection {
     /// The run folder.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub dir: Option<PathBuf>,
+    /// Prompts that the model continues before and after training, for the report.
+    pub samples: usize,
+    /// Whether TensorBoard's event files are written.
+    pub tensorboard: bool,
 }
 
 impl Default for QuantizationSection {
@@ -284,6 +288,16 @@ impl Default for TrainSection {
             log_every: 1,
             early_stopping_patience: 0,
             keep_checkpoints: 2,
+        }
+    }
+}
+
+impl Default for OutputSection {
+    fn default() -> Self {
+        Self {
+            dir: None,
+            samples: 2,
+            tensorboard: false,
         }
     }
 }

@@ -7,6 +7,7 @@ pub mod generate;
 pub mod merge;
 pub mod plan;
 pub mod quantize;
+pub mod report;
 pub mod train;
 
 use std::path::{Path, PathBuf};

@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
+use std::time::Instant;
 
 use ::train::checkpoint::Checkpoints;
 use ::train::data::check::Spread;
@@ -28,6 +29,7 @@ use crate::encoder;
 use crate::forecast::{Forecast, forecast};
 use crate::labels::{self, Example};
 use crate::output::Output;
+use crate::record::{Known, Record};
 use crate::renderer::Renderer;
 use crate::signals;
 
@@ -148,6 +150,7 @@ pub fn launch(
     no_tui: bool,
     output: &Output,
 ) -> Result<Finished> {
+    let start = Instant::now();
     let device = Device::find(device)?;
     let trained = match resume {
         Some(_) => session::resumed(&recipe),
@@ -167,20 +170,31 @@ pub fn launch(
     };
     let mut base = open_model(&recipe.model.path, files, output)?;
     encoder::choose_template(&mut base, None, recipe.data.chat_template.as_deref())?;
+    encoder::forget_same_template(&mut base, &mut recipe)?;
     // what does not fit is said before anything is loaded
     let trainable = session::num_params(&recipe, &trained, &base.config)?;
     check_training_memory(&recipe, &trained, &base, trainable, &device)?;
     let read = read_rows(&recipe, &base, output)?;
     read.show_examples(output);
-    let rows = read.rows;
-    let forecast = forecast(&recipe, &trained, &base, Some(&rows), &device)?;
+    let forecast = forecast(&recipe, &trained, &base, Some(&read.rows), &device)?;
     forecast.tell(output);
     recipe.make_paths_absolute(); // messages so far name paths as they were typed
     let job = TrainJob {
+        known: Known {
+            start,
+            rows: read.rows.clone(),
+            dropped_rows: read.dropped_rows,
+            warnings: read
+                .problems
+                .into_iter()
+                .chain(forecast.problem.clone())
+                .collect(),
+            device: device.clone(),
+        },
         recipe,
         trained,
         base,
-        rows,
+        rows: read.rows,
         folder: folder.clone(),
         checkpoint,
         forecast: forecast.clone(),
@@ -222,6 +236,7 @@ pub fn check_training_memory(
 }
 
 struct TrainJob {
+    known: Known,
     recipe: Recipe,
     trained: Trained,
     base: ModelFolder,
@@ -237,7 +252,7 @@ impl Job for TrainJob {
     type Output = Outcome;
 
     fn run<B: TrainBackend>(self, device: B::Device) -> Result<Outcome> {
-        let (log_every, output) = (self.recipe.train.log_every, self.output);
+        let (log_every, output, mut known) = (self.recipe.train.log_every, self.output, self.known);
         let mut run = match &self.checkpoint {
             None => session::start::<B>(
                 self.recipe,
@@ -261,7 +276,11 @@ impl Job for TrainJob {
         let interrupter = signals::interrupter(answer);
         output.note(loaded(&run.model.model, run.load_time));
         if let Some([theirs, ours]) = &run.other_base {
-            output.note(other_base("the adapter", theirs, ours));
+            let text = other_base("the adapter", theirs, ours);
+            output.note(&text);
+            known
+                .warnings
+                .extend(text.strip_prefix("warning: ").map(str::to_owned));
         }
         let trained = run.trained.num_params(&run.base.config)?;
         output.note(format_args!(
@@ -280,8 +299,11 @@ impl Job for TrainJob {
             .map(|step| schedule.at(step))
             .fold(0.0, f64::max);
         if peak < run.recipe.train.learning_rate / 2.0 {
-            output.note("warning: the run is all warm-up; set train.warmup_steps to fewer steps");
+            let text = "the run is all warm-up; set train.warmup_steps to fewer steps";
+            output.note(format_args!("warning: {text}"));
+            known.warnings.push(text.into());
         }
+        let record = Record::begin(&mut run, known)?;
         let title = self.folder.display().to_string();
         let renderer = Renderer::new(title, self.no_tui, interrupter.clone(), log_every, output);
         renderer.begin(&run.folder.lines()?, run.windows.num_steps());
@@ -289,6 +311,7 @@ impl Job for TrainJob {
         let report = Arc::new(move |event: Event<'_>| listener.tell(event));
         let outcome = fit(run, renderer, interrupter, report);
         screen.close(); // also after a failure
+        record.end(&outcome, &output);
         Ok(outcome?)
     }
 }

@@ -13,6 +13,7 @@ mod hub;
 mod merge;
 mod plan;
 mod quantize;
+mod report;
 mod train;
 mod bad_input {
     mod adapters;

@@ -20,13 +20,19 @@ fn loss(dir: &Dir, flags: &str) -> Value {
 #[test]
 fn a_quantised_folder_is_the_model_quantised_while_loading() {
     let dir = Dir::with_tokens(); // in f32
+    dir.write("model/tokenizer.model", "pieces"); // it goes along as it is
     for flags in ["", " --double-quant", " --block-size 32"] {
         let made = format!("quantize --model model --format nf4 --out small{flags} --json");
         let json = dir.trainer(&made).succeeds().json();
         assert_eq!(json["out"], json!("small"));
         assert_eq!(
             dir.names("small"),
-            ["config.json", "generation_config.json", "model.safetensors"]
+            [
+                "config.json",
+                "generation_config.json",
+                "model.safetensors",
+                "tokenizer.model"
+            ]
         );
         let config = &dir.json("small/config.json")["quantization_config"];
         assert_eq!(config["load_in_4bit"], json!(true));

@@ -165,3 +165,106 @@ fn keep_bits(x: f32, #[comptime] dropped: u32) -> f32 {
     let rounded = bits + half + ((bits >> dropped) & 1u32);
     f32::reinterpret((rounded >> dropped) << dropped)
 }
+
+/// What CubeCL makes of the kernels for CUDA compiles with NVIDIA's compiler, which needs no GPU.
+/// The launch arguments come from a wgpu device; they do not show in the source.
+#[cfg(all(test, feature = "cuda", feature = "wgpu"))]
+mod tests {
+    use burn::backend::wgpu::{WgpuDevice, WgpuRuntime};
+    use burn::tensor::DType;
+    use cubecl::prelude::*;
+    use cubecl::{CubeTask, Runtime};
+    use cudarc::nvrtc::{CompileOptions, compile_ptx_with_opts};
+
+    use super::*;
+
+    /// Turing, Ampere, Ada and Hopper; the last as CubeCL asks for it.
+    const ARCHITECTURES: [&str; 4] = ["sm_75", "sm_80", "sm_89", "sm_90a"];
+
+    fn array() -> ArrayCompilationArg {
+        ArrayCompilationArg { inplace: None }
+    }
+
+    fn weight(absmax: AbsmaxCompilationArg, precision: Precision) -> WeightCompilationArg {
+        WeightCompilationArg {
+            codes: array(),
+            code_book: array(),
+            absmax,
+            block_size: 64,
+            precision,
+        }
+    }
+
+    /// The CUDA C++ of a kernel.
+    fn source<K: CubeKernel>(kernel: K) -> String {
+        let task = KernelTask::<cubecl::cuda::CudaCompiler, _>::new(kernel);
+        let address = AddressType::U32.unsigned_type();
+        let mode = ExecutionMode::Checked;
+        let compiled = task.compile(&mut Default::default(), &Default::default(), mode, address);
+        compiled.expect("CubeCL knows how").source
+    }
+
+    /// Every kind of weight, by both kernels, in every type of the other tensors.
+    fn sources() -> Vec<(String, String)> {
+        let client = WgpuRuntime::client(&WgpuDevice::Cpu);
+        let mut all = Vec::new();
+        for precision in [Precision::F32, Precision::F16, Precision::Bf16] {
+            for nested in [false, true] {
+                for dtype in [DType::F32, DType::F16, DType::BF16] {
+                    let settings = KernelSettings::default()
+                        .cube_dim(CubeDim::new_1d(ROW_UNITS as u32))
+                        .address_type(AddressType::U32);
+                    let weight = || {
+                        let absmax = match nested {
+                            false => AbsmaxCompilationArg::Plain(array()),
+                            true => AbsmaxCompilationArg::Nested {
+                                codes: array(),
+                                code_book: array(),
+                                absmax: array(),
+                                offset: (),
+                            },
+                        };
+                        weight(absmax, precision)
+                    };
+                    let case = format!("{dtype:?}, values {precision:?}, nested {nested}");
+                    let kernel = dequantize::Dequantize::<WgpuRuntime>::new(
+                        settings.clone(),
+                        client.clone(),
+                        weight(),
+                        array(),
+                        dtype.into(),
+                    );
+                    all.push((format!("dequantize, {case}"), source(kernel)));
+                    let kernel = one_row::OneRow::<WgpuRuntime>::new(
+                        settings,
+                        client.clone(),
+                        array(),
+                        weight(),
+                        array(),
+                        dtype.into(),
+                    );
+                    all.push((format!("one_row, {case}"), source(kernel)));
+                }
+            }
+        }
+        all
+    }
+
+    #[test]
+    #[ignore = "needs NVRTC and CUDA's headers: .ci/nvrtc brings them"]
+    fn cuda_compiles_every_kernel() {
+        let include = std::env::var("CUDA_INCLUDE").expect("the folder of CUDA's headers");
+        for (name, source) in sources() {
+            for architecture in ARCHITECTURES {
+                let options = CompileOptions {
+                    options: vec![format!("--gpu-architecture={architecture}")],
+                    include_paths: vec![include.clone()],
+                    ..CompileOptions::default()
+                };
+                let ptx = compile_ptx_with_opts(&source, options);
+                let ptx = ptx.unwrap_or_else(|e| panic!("{name} for {architecture}: {e}"));
+                assert!(ptx.to_src().contains(".entry"), "{name} for {architecture}");
+            }
+        }
+    }
+}
