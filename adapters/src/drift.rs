@@ -9,6 +9,7 @@ use model::config::LlamaConfig;
 use model::load::{LinearSource, Parts};
 use model::ops::matmul;
 use model::rope::Rope;
+use model::segments::Segments;
 use rayon::prelude::*;
 
 use crate::base::{AdaptedBackend, EMBEDDINGS, HEAD, dense};
@@ -112,18 +113,17 @@ impl<B: AdaptedBackend> Probe<'_, B> {
             .iter()
             .map(row)
             .collect::<model::Result<Vec<_>>>()?;
-        let mut x = self.tensor(rows.concat(), [n, d]).reshape([1, n, d]);
+        let mut x = self.tensor(rows.concat(), [n, d]);
         let values = |name: &str, shape: &[usize]| dense(name).rows(0..shape[0]);
         let mut parts = Parts::new(self.config, self.device, values, linear);
-        let positions: Vec<usize> = (0..n).collect();
-        let rope = Rope::new(self.config, &positions, self.device);
+        let rope = Rope::new(self.config, Segments::new([n]), self.device);
         for index in 0..self.config.num_hidden_layers {
             if !(self.go_on)() {
                 return Err(Error::Interrupted);
             }
             x = parts.layer(index)?.forward(x, &rope, None);
         }
-        let x = parts.final_norm()?.forward(x.reshape([n, d]));
+        let x = parts.final_norm()?.forward(x);
         let logits = self.head(x, head)?.into_data();
         Ok(logits
             .convert::<f32>()

@@ -13,6 +13,7 @@ use model::checkpoint::{Checkpoint, MODEL_FILE, NamedTensor, write_safetensors};
 use model::config::LlamaConfig;
 use model::folder::ModelFolder;
 use model::rope::Rope;
+use model::segments::Segments;
 use quant::bitsandbytes::{Stored, parts};
 use quant::{Format, Scheme, quantize};
 use safetensors::tensor::TensorView;
@@ -75,7 +76,7 @@ fn logits_off(model: &AdaptedLlama<B>, folder: &Path) -> f32 {
     let bytes = std::fs::read(folder.join("expected.safetensors")).unwrap();
     let file = SafeTensors::deserialize(&bytes).unwrap();
     let ids = file.tensor("input_ids").unwrap();
-    let shape = [ids.shape()[0], ids.shape()[1]];
+    let [b, s] = [ids.shape()[0], ids.shape()[1]];
     let numbers = ids
         .data()
         .as_chunks()
@@ -83,12 +84,10 @@ fn logits_off(model: &AdaptedLlama<B>, folder: &Path) -> f32 {
         .iter()
         .map(|b| i64::from_le_bytes(*b));
     let device = Default::default();
-    let data = TensorData::new(numbers.collect::<Vec<_>>(), shape);
-    let ids = Tensor::<B, 2, Int>::from_data(data, &device);
-    let positions: Vec<usize> = (0..shape[0]).flat_map(|_| 0..shape[1]).collect();
-    let hidden = model.forward(ids, &Rope::new(&model.config, &positions, &device), None);
-    let [b, s, d] = hidden.dims();
-    let ours = model.logits(hidden.reshape([b * s, d])).into_data();
+    let data = TensorData::new(numbers.collect::<Vec<_>>(), [b * s]);
+    let ids = Tensor::<B, 1, Int>::from_data(data, &device);
+    let rope = Rope::new(&model.config, Segments::new(vec![s; b]), &device);
+    let ours = model.logits(model.forward(ids, &rope, None)).into_data();
     let theirs = file.tensor("logits").unwrap();
     let theirs = theirs
         .data()

@@ -14,6 +14,7 @@ use model::checkpoint::{Checkpoint, MODEL_FILE, NamedTensor, write_safetensors};
 use model::folder::ModelFolder;
 use model::load::normal;
 use model::rope::Rope;
+use model::segments::Segments;
 use quant::{Format, Scheme};
 use safetensors::SafeTensors;
 use serde_json::Value;
@@ -112,10 +113,9 @@ fn load(folder: &Path) -> AdaptedLlama<B> {
 /// Logits of the sequences `[b, s]`, row by row.
 fn logits(model: &AdaptedLlama<B>, ids: &[i64], [b, s]: [usize; 2]) -> Vec<f32> {
     let device = Default::default();
-    let ids = Tensor::from_data(TensorData::new(ids.to_vec(), [b, s]), &device);
-    let positions: Vec<usize> = (0..b).flat_map(|_| 0..s).collect();
-    let hidden = model.forward(ids, &Rope::new(&model.config, &positions, &device), None);
-    let logits = model.logits(hidden.reshape([b * s, model.config.hidden_size]));
+    let ids = Tensor::from_data(TensorData::new(ids.to_vec(), [b * s]), &device);
+    let rope = Rope::new(&model.config, Segments::new(vec![s; b]), &device);
+    let logits = model.logits(model.forward(ids, &rope, None));
     logits.into_data().into_vec().unwrap()
 }
 

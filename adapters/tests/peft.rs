@@ -10,6 +10,7 @@ use harness::{B, lora, root};
 use model::checkpoint::Checkpoint;
 use model::config::LlamaConfig;
 use model::rope::Rope;
+use model::segments::Segments;
 use safetensors::SafeTensors;
 use serde_json::Value;
 
@@ -59,14 +60,9 @@ fn max_off(model: &AdaptedLlama<B>, folder: &Path) -> f32 {
     let values: Vec<f32> = value_bytes.iter().map(|b| f32::from_le_bytes(*b)).collect();
     let expected =
         Tensor::<B, 2>::from_data(TensorData::new(values, [b * s, logits.shape()[2]]), &device);
-    let positions: Vec<usize> = (0..b).flat_map(|_| 0..s).collect();
-    let rope = Rope::new(&model.config, &positions, &device);
-    let hidden = model.forward(
-        Tensor::from_data(TensorData::new(ids, [b, s]), &device),
-        &rope,
-        None,
-    );
-    let logits = model.logits(hidden.reshape([b * s, model.config.hidden_size]));
+    let rope = Rope::new(&model.config, Segments::new(vec![s; b]), &device);
+    let ids = Tensor::from_data(TensorData::new(ids, [b * s]), &device);
+    let logits = model.logits(model.forward(ids, &rope, None));
     (logits - expected).abs().max().into_scalar()
 }
 

@@ -12,6 +12,7 @@ use model::ops::{
     AttentionBackend, AttentionState, CrossEntropyBackend, RmsNormBackend, RotaryBackend,
     SwigluBackend, reference,
 };
+use model::segments::Segments;
 
 const TOKENS: usize = 1024;
 const HIDDEN: usize = 576;
@@ -193,27 +194,40 @@ mod attention {
     const TRAINING: [[usize; 3]; 2] = [[4, 256, 256], [1, 2048, 2048]];
     const ALL: [[usize; 3]; 3] = [TRAINING[0], TRAINING[1], [1, 1, 2048]];
 
+    fn segments([b, s, t]: [usize; 3]) -> Segments {
+        Segments::new(vec![s; b]).after(t - s)
+    }
+
     fn inputs([b, s, t]: [usize; 3]) -> [FlexTensor; 4] {
-        let (q, k) = ([b, s, HEADS, HEAD_DIM], [b, t, KV_HEADS, HEAD_DIM]);
+        let (q, k) = ([b * s, HEADS, HEAD_DIM], [b * t, KV_HEADS, HEAD_DIM]);
         [random(q), random(k), random(k), random(q)]
     }
 
     fn saved(sizes: [usize; 3]) -> (AttentionState<Flex>, FlexTensor) {
-        let [q, k, v, d_out] = inputs(sizes);
-        let (out, lse) = Flex::causal_attention(q.clone(), k.clone(), v.clone());
-        (AttentionState { q, k, v, out, lse }, d_out)
+        let ([q, k, v, d_out], segments) = (inputs(sizes), segments(sizes));
+        let (out, lse) = Flex::causal_attention(q.clone(), k.clone(), v.clone(), &segments);
+        let state = AttentionState {
+            q,
+            k,
+            v,
+            out,
+            lse,
+            segments,
+        };
+        (state, d_out)
     }
 
     #[divan::bench(args = ALL)]
     fn fused(bencher: Bencher, sizes: [usize; 3]) {
-        let [q, k, v, _] = inputs(sizes);
-        bencher.bench(|| Flex::causal_attention(q.clone(), k.clone(), v.clone()));
+        let ([q, k, v, _], segments) = (inputs(sizes), segments(sizes));
+        bencher.bench(|| Flex::causal_attention(q.clone(), k.clone(), v.clone(), &segments));
     }
 
     #[divan::bench(args = ALL, max_time = 5)]
     fn plain(bencher: Bencher, sizes: [usize; 3]) {
-        let [q, k, v, _] = inputs(sizes);
-        bencher.bench(|| reference::attention::<Flex>(q.clone(), k.clone(), v.clone()));
+        let ([q, k, v, _], segments) = (inputs(sizes), segments(sizes));
+        let plain = reference::attention::<Flex>;
+        bencher.bench(|| plain(q.clone(), k.clone(), v.clone(), &segments));
     }
 
     #[divan::bench(args = TRAINING)]

@@ -18,6 +18,7 @@ use crate::linear::Projection;
 use crate::llama::Llama;
 use crate::ops::ModelBackend;
 use crate::rope::Rope;
+use crate::segments::Segments;
 
 /// How the next token is chosen.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -234,13 +235,12 @@ impl<'a, B: ModelBackend, P: Projection<B>> Generator<'a, B, P> {
     fn next_logits(&mut self, ids: &[u32]) -> Vec<f32> {
         let (start, s) = (self.read.len(), ids.len());
         self.read.extend(ids);
-        let positions: Vec<usize> = (start..start + s).collect();
-        let rope = Rope::new(&self.model.config, &positions, self.device);
+        let segments = Segments::new([s]).after(start);
+        let rope = Rope::new(&self.model.config, segments, self.device);
         let ids: Vec<i64> = ids.iter().map(|&id| id.into()).collect();
-        let ids = Tensor::<B, 2, Int>::from_data(TensorData::new(ids, [1, s]), self.device);
-        let hidden = self.model.forward(ids, &rope, Some(&mut self.cache)); // [1, s, d]
-        let [_, _, d] = hidden.dims();
-        let last = hidden.narrow(1, s - 1, 1).reshape([1, d]);
+        let ids = Tensor::<B, 1, Int>::from_data(TensorData::new(ids, [s]), self.device);
+        let hidden = self.model.forward(ids, &rope, Some(&mut self.cache)); // [s, d]
+        let last = hidden.narrow(0, s - 1, 1); // [1, d]
         self.model.logits(last).into_data().iter::<f32>().collect()
     }
 }

@@ -1,4 +1,7 @@
 //! Keys and values of the positions that a generating model has already seen.
+//!
+//! Shapes: `b` rows, of which `s` positions are new and `t` are seen in all; `n_kv` KV heads,
+//! `h_d` head dim.
 
 use burn::tensor::{Tensor, backend::Backend};
 
@@ -36,17 +39,28 @@ pub struct LayerCache<B: Backend> {
 }
 
 impl<B: Backend> LayerCache<B> {
-    /// Adds the keys and values `[b, s, n_kv, h_d]` of new positions and returns all of them.
-    pub fn extend(&mut self, k: Tensor<B, 4>, v: Tensor<B, 4>) -> (Tensor<B, 4>, Tensor<B, 4>) {
-        let all = match self.seen.take() {
+    /// Adds the keys and values `[b · s, n_kv, h_d]` of new positions of `b` rows, equally many of
+    /// each, and returns all of them, `[b · t, n_kv, h_d]`.
+    pub fn extend(
+        &mut self,
+        k: Tensor<B, 3>,
+        v: Tensor<B, 3>,
+        b: usize,
+    ) -> (Tensor<B, 3>, Tensor<B, 3>) {
+        let apart = |x: Tensor<B, 3>| {
+            let [n, n_kv, h_d] = x.dims();
+            x.reshape([b, n / b, n_kv, h_d])
+        };
+        let (k, v) = (apart(k), apart(v));
+        let (k, v) = match self.seen.take() {
             None => (k, v),
             Some((old_k, old_v)) => (
                 Tensor::cat(vec![old_k, k], 1),
                 Tensor::cat(vec![old_v, v], 1),
             ),
         };
-        self.seen = Some(all.clone());
-        all
+        self.seen = Some((k.clone(), v.clone()));
+        (k.flatten(0, 1), v.flatten(0, 1))
     }
 
     fn truncate(&mut self, length: usize) {

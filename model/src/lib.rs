@@ -20,6 +20,7 @@ pub mod llama;
 pub mod load;
 pub mod ops;
 pub mod rope;
+pub mod segments;
 pub mod tokenizer;
 pub mod weight;
 

@@ -1,7 +1,7 @@
 //! The Llama decoder. Field names are checkpoint names.
 //!
-//! Shapes: `b` batch, `s` sequence, `n = b · s` tokens, `d` hidden, `n_h` heads, `n_kv` KV heads,
-//! `h_d` head dim, `i` intermediate, `v` vocabulary.
+//! Shapes: `n` tokens, `m` keys, `d` hidden, `n_h` heads, `n_kv` KV heads, `h_d` head dim,
+//! `i` intermediate, `v` vocabulary. The tokens are those of one row or of several end to end.
 //!
 //! Source: <https://arxiv.org/abs/2302.13971>, <https://arxiv.org/abs/2407.21783>,
 //! `transformers/models/llama/modeling_llama.py`.
@@ -35,27 +35,25 @@ pub struct Llama<B: Backend, P> {
 }
 
 impl<B: ModelBackend, P: Projection<B>> Llama<B, P> {
-    /// Token ids `[b, s]` to normed hidden states `[b, s, d]`.
+    /// Token ids `[n]` to normed hidden states `[n, d]`; `rope` says where the tokens stand.
     ///
-    /// With a cache, the tokens follow those that it has seen; `rope` holds their positions.
+    /// With a cache, the tokens of a row follow those of it that the cache has seen.
     pub fn forward(
         &self,
-        ids: Tensor<B, 2, Int>,
+        ids: Tensor<B, 1, Int>,
         rope: &Rope<B>,
         cache: Option<&mut KvCache<B>>,
-    ) -> Tensor<B, 3> {
-        let x = self.decode(self.embed(ids), rope, cache); // [b, s, d]
-        let [b, s, d] = x.dims();
-        self.norm.forward(x.reshape([b * s, d])).reshape([b, s, d])
+    ) -> Tensor<B, 2> {
+        self.norm.forward(self.decode(self.embed(ids), rope, cache))
     }
 
-    /// Embeddings `[b, s, d]` through all decoder layers to hidden states `[b, s, d]`.
+    /// Embeddings `[n, d]` through all decoder layers to hidden states `[n, d]`.
     pub fn decode(
         &self,
-        mut x: Tensor<B, 3>,
+        mut x: Tensor<B, 2>,
         rope: &Rope<B>,
         mut cache: Option<&mut KvCache<B>>,
-    ) -> Tensor<B, 3> {
+    ) -> Tensor<B, 2> {
         for (index, layer) in self.layers.iter().enumerate() {
             let cache = cache.as_deref_mut().map(|cache| cache.layer(index));
             x = layer.forward(x, rope, cache);
@@ -63,12 +61,9 @@ impl<B: ModelBackend, P: Projection<B>> Llama<B, P> {
         x
     }
 
-    /// Token ids `[b, s]` to their embeddings `[b, s, d]`.
-    pub fn embed(&self, ids: Tensor<B, 2, Int>) -> Tensor<B, 3> {
-        let [b, s] = ids.dims();
-        let table = self.embed_tokens.val();
-        let [_, d] = table.dims();
-        table.select(0, ids.reshape([b * s])).reshape([b, s, d])
+    /// Token ids `[n]` to their embeddings `[n, d]`.
+    pub fn embed(&self, ids: Tensor<B, 1, Int>) -> Tensor<B, 2> {
+        self.embed_tokens.val().select(0, ids)
     }
 
     /// Normed hidden states `[n, d]` to logits `[n, v]`.
@@ -116,20 +111,17 @@ pub struct DecoderLayer<B: Backend, P> {
 }
 
 impl<B: ModelBackend, P: Projection<B>> DecoderLayer<B, P> {
-    /// `[b, s, d]` to `[b, s, d]`.
+    /// `[n, d]` to `[n, d]`.
     pub fn forward(
         &self,
-        x: Tensor<B, 3>,
+        x: Tensor<B, 2>,
         rope: &Rope<B>,
         cache: Option<&mut LayerCache<B>>,
-    ) -> Tensor<B, 3> {
-        let [b, s, d] = x.dims();
-        let x = x.reshape([b * s, d]); // [n, d]
+    ) -> Tensor<B, 2> {
         let normed = self.input_layernorm.forward(x.clone());
-        let x = x + self.self_attn.forward(normed, [b, s], rope, cache);
+        let x = x + self.self_attn.forward(normed, rope, cache);
         let normed = self.post_attention_layernorm.forward(x.clone());
-        let x = x + self.mlp.forward(normed);
-        x.reshape([b, s, d])
+        x + self.mlp.forward(normed)
     }
 }
 
@@ -151,33 +143,27 @@ pub struct SelfAttention<B: Backend, P> {
 }
 
 impl<B: ModelBackend, P: Projection<B>> SelfAttention<B, P> {
-    /// `x` `[n, d]` to `[n, d]`, where `n = b · s`.
+    /// `[n, d]` to `[n, d]`.
     pub fn forward(
         &self,
         x: Tensor<B, 2>,
-        [b, s]: [usize; 2],
         rope: &Rope<B>,
         cache: Option<&mut LayerCache<B>>,
     ) -> Tensor<B, 2> {
-        let n = b * s;
         let heads = |y: Tensor<B, 2>| {
-            let [_, width] = y.dims();
-            y.reshape([n, width / self.head_dim, self.head_dim]) // [n, heads, h_d]
+            let [n, width] = y.dims();
+            y.reshape([n, width / self.head_dim, self.head_dim])
         };
         let turned = |y| ops::rotary(heads(y), rope.cos.clone(), rope.sin.clone());
-        let batch = |y: Tensor<B, 3>| {
-            let [_, heads, h_d] = y.dims();
-            y.reshape([b, s, heads, h_d])
-        };
-        let q = batch(turned(self.q_proj.forward(x.clone()))); // [b, s, n_h, h_d]
-        let k = batch(turned(self.k_proj.forward(x.clone()))); // [b, s, n_kv, h_d]
-        let v = batch(heads(self.v_proj.forward(x))); // [b, s, n_kv, h_d]
+        let q = turned(self.q_proj.forward(x.clone())); // [n, n_h, h_d]
+        let k = turned(self.k_proj.forward(x.clone())); // [n, n_kv, h_d]
+        let v = heads(self.v_proj.forward(x)); // [n, n_kv, h_d]
         let (k, v) = match cache {
-            Some(cache) => cache.extend(k, v), // [b, t, n_kv, h_d]
+            Some(cache) => cache.extend(k, v, rope.segments.rows()), // [m, n_kv, h_d]
             None => (k, v),
         };
-        let [_, _, n_h, h_d] = q.dims();
-        let out = ops::attention(q, k, v); // [b, s, n_h, h_d]
+        let [n, n_h, h_d] = q.dims();
+        let out = ops::attention(q, k, v, &rope.segments); // [n, n_h, h_d]
         self.o_proj.forward(out.reshape([n, n_h * h_d]))
     }
 }

@@ -8,37 +8,44 @@ use std::f64::consts::PI;
 use burn::tensor::{Tensor, TensorData, backend::Backend};
 
 use crate::config::{LlamaConfig, RopeScaling};
+use crate::segments::Segments;
 
-/// Cosines and sines of every position of a batch.
+/// Where every token stands: its row, and the cosines and sines of its position in it.
 #[derive(Debug, Clone)]
 pub struct Rope<B: Backend> {
-    /// `[b · s, h_d/2]`.
+    /// `[n, h_d/2]`.
     pub cos: Tensor<B, 2>,
-    /// `[b · s, h_d/2]`.
+    /// `[n, h_d/2]`.
     pub sin: Tensor<B, 2>,
+    /// The rows of the `n` tokens.
+    pub segments: Segments,
 }
 
 impl<B: Backend> Rope<B> {
-    /// Tables for the positions of a batch, row after row.
-    pub fn new(config: &LlamaConfig, positions: &[usize], device: &B::Device) -> Self {
-        let length = positions.iter().max().map_or(0, |last| last + 1);
-        let (frequencies, factor) = frequencies(config, length);
-        let angles = positions
-            .iter()
-            .flat_map(|&at| frequencies.iter().map(move |f| at as f32 * f));
-        let (cos, sin): (Vec<f32>, Vec<f32>) = angles
-            .map(|angle| (angle.cos() * factor, angle.sin() * factor))
-            .unzip();
-        let shape = [positions.len(), frequencies.len()];
+    /// Tables for the positions of the tokens in their rows.
+    pub fn new(config: &LlamaConfig, segments: Segments, device: &B::Device) -> Self {
+        let (mut cos, mut sin) = (Vec::new(), Vec::new());
+        for row in segments.iter() {
+            let (frequencies, factor) = frequencies(config, row.keys.len());
+            let angles = row
+                .positions()
+                .flat_map(|at| frequencies.iter().map(move |f| at as f32 * f));
+            for angle in angles {
+                cos.push(angle.cos() * factor);
+                sin.push(angle.sin() * factor);
+            }
+        }
+        let shape = [segments.tokens(), config.head_dim / 2];
         let table = |values| Tensor::from_data(TensorData::new(values, shape), device);
         Self {
             cos: table(cos),
             sin: table(sin),
+            segments,
         }
     }
 }
 
-/// The `h_d/2` frequencies for sequences of `length` positions, and the factor on cos and sin.
+/// The `h_d/2` frequencies for rows of `length` positions, and the factor on cos and sin.
 fn frequencies(config: &LlamaConfig, length: usize) -> (Vec<f32>, f32) {
     let dim = config.head_dim;
     let theta = config.rope_theta;

@@ -88,7 +88,9 @@ impl<B: Backend, const D: usize> Module<B> for BaseWeight<B, D> {
 
     fn fork(self, device: &B::Device) -> Self {
         match self {
-            Self::Frozen(tensor) => Self::Frozen(tensor.to_device(device)),
+            // A leaf again, as `Param::fork` makes one: backward adds the gradients of a tensor up
+            // in the order of how far its uses are from leaves, frozen ones included.
+            Self::Frozen(tensor) => Self::Frozen(tensor.to_device(device).detach()),
             Self::Trained(param) => Self::Trained(param.fork(device)),
         }
     }

@@ -1,58 +1,49 @@
 //! From rows to what one optimizer step sees: windows of micro batches, on the host.
 //!
-//! Shapes: `b` rows, `s` positions of the longest row, `m` trained tokens.
+//! Shapes: `n` tokens, `m` trained tokens.
 
+use std::cmp::Reverse;
+use std::iter::repeat_n;
 use std::sync::Arc;
 
 use burn::data::dataloader::{DataLoader, DataLoaderIterator, Progress};
 use burn::tensor::{Int, Tensor, TensorData, backend::Backend};
+use model::segments::Segments;
 
-use crate::data::{Sample, epoch_order};
+use crate::data::{Packer, Sample, Sequences};
 use crate::recipe::{DataSection, TrainSection};
 
-/// Rows side by side, padded at their ends to the longest.
-///
-/// Causal attention never looks at what follows a token, so padding needs no mask: it is only left
-/// out of the loss.
+/// Rows end to end. There is no padding, and none of them sees another.
 #[derive(Debug, Clone, PartialEq)]
 pub struct MicroBatch {
-    /// `[b, s]`, row after row.
+    /// `[n]`.
     input_ids: Vec<i32>,
-    /// `[b, s]`.
-    shape: [usize; 2],
-    /// Where in `[b · s]` a trained token is predicted, `[m]`.
+    /// The rows.
+    segments: Segments,
+    /// Where in `[n]` a trained token is predicted, `[m]`.
     at: Vec<i32>,
     /// Which token it is, `[m]`.
     targets: Vec<i32>,
     /// Trained tokens of each row.
     trained: Vec<usize>,
-    /// Tokens without padding.
-    tokens: usize,
 }
 
 impl MicroBatch {
-    /// Puts rows side by side.
+    /// Lays rows end to end.
     pub fn new<'a>(rows: impl IntoIterator<Item = &'a Sample>) -> Self {
-        let rows: Vec<&Sample> = rows.into_iter().collect();
-        let s = rows
-            .iter()
-            .map(|row| row.input_ids.len())
-            .max()
-            .unwrap_or(0);
         let mut batch = Self {
-            input_ids: vec![0; rows.len() * s],
-            shape: [rows.len(), s],
+            input_ids: Vec::new(),
+            segments: Segments::new([]),
             at: Vec::new(),
             targets: Vec::new(),
-            trained: Vec::with_capacity(rows.len()),
-            tokens: rows.iter().map(|row| row.input_ids.len()).sum(),
+            trained: Vec::new(),
         };
-        for (index, row) in rows.iter().enumerate() {
-            let start = index * s;
-            for (slot, id) in batch.input_ids[start..].iter_mut().zip(&row.input_ids) {
-                *slot = *id as i32;
-            }
-            let before = batch.at.len();
+        let mut lengths = Vec::new();
+        for row in rows {
+            let (start, before) = (batch.input_ids.len(), batch.at.len());
+            batch
+                .input_ids
+                .extend(row.input_ids.iter().map(|id| *id as i32));
             // position `i` predicts token `i + 1`
             let next = row.labels.iter().skip(1).enumerate();
             for (i, label) in next.filter(|(_, label)| **label >= 0) {
@@ -60,27 +51,26 @@ impl MicroBatch {
                 batch.targets.push(*label);
             }
             batch.trained.push(batch.at.len() - before);
+            lengths.push(row.input_ids.len());
         }
+        batch.segments = Segments::new(lengths);
         batch
     }
 
-    /// `[b, s]`.
-    pub fn shape(&self) -> [usize; 2] {
-        self.shape
+    /// The rows.
+    pub fn segments(&self) -> &Segments {
+        &self.segments
     }
 
-    /// The position of every token in its row, `[b · s]`.
-    pub fn positions(&self) -> Vec<usize> {
-        let [b, s] = self.shape;
-        (0..b).flat_map(|_| 0..s).collect()
+    /// Token ids `[n]`.
+    pub fn input_ids<B: Backend>(&self, device: &B::Device) -> Tensor<B, 1, Int> {
+        Tensor::from_data(
+            TensorData::new(self.input_ids.clone(), [self.num_tokens()]),
+            device,
+        )
     }
 
-    /// Token ids `[b, s]`.
-    pub fn input_ids<B: Backend>(&self, device: &B::Device) -> Tensor<B, 2, Int> {
-        Tensor::from_data(TensorData::new(self.input_ids.clone(), self.shape), device)
-    }
-
-    /// Where trained tokens are predicted, `[m]`, as indices into `[b · s]`.
+    /// Where trained tokens are predicted, `[m]`, as indices into `[n]`.
     pub fn at<B: Backend>(&self, device: &B::Device) -> Tensor<B, 1, Int> {
         Tensor::from_data(TensorData::new(self.at.clone(), [self.at.len()]), device)
     }
@@ -107,9 +97,9 @@ impl MicroBatch {
         })
     }
 
-    /// Tokens without padding.
+    /// `n`.
     pub fn num_tokens(&self) -> usize {
-        self.tokens
+        self.input_ids.len()
     }
 }
 
@@ -120,7 +110,7 @@ pub struct Window {
     pub micro_batches: Vec<MicroBatch>,
     /// The optimizer step, counted from 0.
     pub step: usize,
-    /// Rows seen after this step ÷ rows in the data.
+    /// Passes over the data after this step: sequences seen ÷ sequences of an epoch.
     pub epoch: f64,
 }
 
@@ -130,7 +120,7 @@ impl Window {
         self.micro_batches.iter().map(MicroBatch::num_trained).sum()
     }
 
-    /// Tokens without padding of all micro batches.
+    /// Tokens of all micro batches.
     pub fn num_tokens(&self) -> usize {
         self.micro_batches.iter().map(MicroBatch::num_tokens).sum()
     }
@@ -138,14 +128,19 @@ impl Window {
 
 /// All windows of a run: a pure function of the rows, the seed and the step, so that a resumed run
 /// only has to know how far it was.
+///
+/// They are made of sequences: rows, or with packing several rows each.
 #[derive(Debug, Clone)]
 pub struct Windows {
     rows: Arc<Vec<Sample>>,
+    packer: Packer,
+    /// Sequences of an epoch.
+    epoch_sequences: usize,
     micro_batch_size: usize,
-    rows_per_step: usize,
-    total_rows: usize,
-    seed: u64,
-    shuffle: bool,
+    sequences_per_step: usize,
+    total_sequences: usize,
+    max_tokens: usize,
+    fill_ratio: Option<f64>,
     first_step: usize,
 }
 
@@ -160,69 +155,104 @@ impl Windows {
         train: &TrainSection,
         first_step: usize,
     ) -> Self {
-        let rows_per_step = train.micro_batch_size * train.gradient_accumulation_steps;
-        let by_epochs = ((rows.len() as f64 * train.epochs).round() as usize).max(1);
+        let lengths = rows.iter().map(|row| row.input_ids.len());
+        let packer = Packer::new(lengths, data, train);
+        let mut tokens = packer.tokens();
+        let sequences_per_step = train.micro_batch_size * train.gradient_accumulation_steps;
+        let by_epochs = ((tokens.len() as f64 * train.epochs).round() as usize).max(1);
+        let total_sequences = train
+            .max_steps
+            .map_or(by_epochs, |steps| steps * sequences_per_step);
+        tokens.sort_unstable_by_key(|tokens| Reverse(*tokens));
+        let capacity = tokens.len() * data.max_length;
+        let fill_ratio = tokens.iter().sum::<usize>() as f64 / capacity as f64;
         Self {
-            total_rows: train
-                .max_steps
-                .map_or(by_epochs, |steps| steps * rows_per_step),
             rows,
+            packer,
+            epoch_sequences: tokens.len(),
             micro_batch_size: train.micro_batch_size,
-            rows_per_step,
-            seed: train.seed,
-            shuffle: data.shuffle,
+            sequences_per_step,
+            total_sequences,
+            max_tokens: max_tokens(&tokens, train.micro_batch_size, total_sequences),
+            fill_ratio: data.packing.then_some(fill_ratio),
             first_step,
         }
     }
 
     /// Optimizer steps of the whole run.
     pub fn num_steps(&self) -> usize {
-        self.total_rows.div_ceil(self.rows_per_step)
+        self.total_sequences.div_ceil(self.sequences_per_step)
     }
 
-    /// Tokens of the largest micro batch there can be, padding included.
+    /// Sequences of an epoch: rows, or with packing several rows each.
+    pub fn num_sequences(&self) -> usize {
+        self.epoch_sequences
+    }
+
+    /// How full the sequences are, with packing: their tokens ÷ those that they could have.
+    pub fn fill_ratio(&self) -> Option<f64> {
+        self.fill_ratio
+    }
+
+    /// Tokens of the largest micro batch there can be.
     pub fn max_tokens(&self) -> usize {
-        let longest = self.rows.iter().map(|row| row.input_ids.len()).max();
-        self.micro_batch_size.min(self.total_rows) * longest.unwrap_or(0)
+        self.max_tokens
     }
 
     /// Whether step `step` (counted from 0) ends an epoch, or the run.
     pub fn ends_epoch(&self, step: usize) -> bool {
-        let seen = |steps: usize| (steps * self.rows_per_step).min(self.total_rows);
-        let epochs = |rows: usize| rows / self.rows.len();
+        let seen = |steps: usize| (steps * self.sequences_per_step).min(self.total_sequences);
+        let epochs = |sequences: usize| sequences / self.epoch_sequences;
         step + 1 == self.num_steps() || epochs(seen(step + 1)) > epochs(seen(step))
     }
 
     fn window(&self, step: usize, order: &mut Order) -> Window {
-        let start = step * self.rows_per_step;
-        let end = (start + self.rows_per_step).min(self.total_rows);
-        let picked: Vec<usize> = (start..end).map(|at| order.row(self, at)).collect();
-        let batch = |rows: &[usize]| MicroBatch::new(rows.iter().map(|&row| &self.rows[row]));
+        let start = step * self.sequences_per_step;
+        let end = (start + self.sequences_per_step).min(self.total_sequences);
+        let micro_batch = |first: usize| {
+            let last = end.min(first + self.micro_batch_size);
+            let rows = (first..last).flat_map(|at| order.rows(self, at).to_vec());
+            let rows: Vec<usize> = rows.collect();
+            MicroBatch::new(rows.iter().map(|&row| &self.rows[row]))
+        };
+        let starts = (start..end).step_by(self.micro_batch_size);
         Window {
-            micro_batches: picked.chunks(self.micro_batch_size).map(batch).collect(),
+            micro_batches: starts.map(micro_batch).collect(),
             step,
-            epoch: end as f64 / self.rows.len() as f64,
+            epoch: end as f64 / self.epoch_sequences as f64,
         }
     }
+}
+
+/// The tokens of the largest micro batch there can be, of sequences of these `tokens`, the most
+/// first.
+fn max_tokens(tokens: &[usize], micro_batch_size: usize, total_sequences: usize) -> usize {
+    // One that goes on in the next epoch can have a sequence of this one again.
+    let (epoch, size) = (tokens.len(), micro_batch_size.min(total_sequences));
+    let times = match total_sequences <= epoch || epoch.is_multiple_of(size) {
+        true => 1,
+        false => 1 + (size - 1).div_ceil(epoch),
+    };
+    let all = tokens.iter().flat_map(|tokens| repeat_n(tokens, times));
+    all.take(size).sum()
 }
 
 /// The order of the epoch at hand.
 #[derive(Debug, Default)]
 struct Order {
     epoch: usize,
-    rows: Vec<usize>,
+    sequences: Sequences,
 }
 
 impl Order {
-    /// The row that comes `at`-th in the run.
-    fn row(&mut self, windows: &Windows, at: usize) -> usize {
-        let count = windows.rows.len();
-        let epoch = at / count;
-        if self.rows.is_empty() || self.epoch != epoch {
-            self.rows = epoch_order(count, windows.seed, epoch, windows.shuffle);
+    /// The rows of the sequence that comes `at`-th in the run.
+    fn rows(&mut self, windows: &Windows, at: usize) -> &[usize] {
+        let epoch = at / windows.epoch_sequences;
+        if self.sequences.is_empty() || self.epoch != epoch {
+            self.sequences = windows.packer.epoch(epoch);
             self.epoch = epoch;
         }
-        self.rows[at % count]
+        self.sequences.get(at % windows.epoch_sequences)
     }
 }
 
@@ -272,7 +302,7 @@ impl<B: Backend> DataLoader<B, Window> for Windows {
     fn slice(&self, start: usize, end: usize) -> Arc<dyn DataLoader<B, Window>> {
         Arc::new(Self {
             first_step: self.first_step + start,
-            total_rows: (end * self.rows_per_step).min(self.total_rows),
+            total_sequences: (end * self.sequences_per_step).min(self.total_sequences),
             ..self.clone()
         })
     }
@@ -345,20 +375,35 @@ mod tests {
         Arc::new(lengths.iter().enumerate().map(row).collect())
     }
 
-    fn windows(rows: Arc<Vec<Sample>>, train: TrainSection, shuffle: bool) -> Vec<Window> {
-        let data = DataSection {
+    fn data(packing: bool, shuffle: bool) -> DataSection {
+        DataSection {
+            max_length: 10,
+            packing,
             shuffle,
             ..DataSection::default()
-        };
-        let windows = Windows::new(rows, &data, &train, 0);
-        DataLoader::<burn::backend::Flex, Window>::iter(&windows).collect()
+        }
+    }
+
+    fn windows(rows: Arc<Vec<Sample>>, train: TrainSection, data: &DataSection) -> Vec<Window> {
+        all(&Windows::new(rows, data, &train, 0))
+    }
+
+    fn all(windows: &Windows) -> Vec<Window> {
+        DataLoader::<burn::backend::Flex, Window>::iter(windows).collect()
+    }
+
+    /// The lengths of the rows of each micro batch.
+    fn lengths(window: &Window) -> Vec<Vec<usize>> {
+        let lengths =
+            |batch: &MicroBatch| batch.segments.iter().map(|row| row.queries.len()).collect();
+        window.micro_batches.iter().map(lengths).collect()
     }
 
     #[test]
-    fn padding_is_neither_seen_nor_trained() {
+    fn rows_lie_end_to_end_without_padding() {
         let batch = MicroBatch::new(rows(&[5, 3]).iter());
-        assert_eq!(batch.shape(), [2, 5]);
-        assert_eq!(batch.input_ids, [0, 1, 2, 3, 4, 10, 11, 12, 0, 0]);
+        assert_eq!(batch.segments, Segments::new([5, 3]));
+        assert_eq!(batch.input_ids, [0, 1, 2, 3, 4, 10, 11, 12]);
         assert_eq!(batch.at, [1, 2, 3, 6]);
         assert_eq!(batch.targets, [2, 3, 4, 12]);
         let by_row: Vec<_> = batch.by_row(&batch.targets).collect();
@@ -374,18 +419,24 @@ mod tests {
             gradient_accumulation_steps: 2,
             ..TrainSection::default()
         };
-        let all = windows(rows(&[3, 4, 5]), train, false);
-        let lengths = |w: &Window| {
-            w.micro_batches
-                .iter()
-                .map(|b| b.shape()[1])
-                .collect::<Vec<_>>()
-        };
-        assert_eq!(
-            all.iter().map(lengths).collect::<Vec<_>>(),
-            [[4, 5], [5, 4], [5, 5]]
-        );
-        assert_eq!(all[2].epoch, 4.0);
+        let of = |rows, packing| windows(rows, train.clone(), &data(packing, false));
+        let plain = of(rows(&[3, 4, 5]), false);
+        let expected = [
+            [vec![3, 4], vec![5, 3]],
+            [vec![4, 5], vec![3, 4]],
+            [vec![5, 3], vec![4, 5]],
+        ];
+        assert_eq!(plain.iter().map(lengths).collect::<Vec<_>>(), expected);
+        assert_eq!(plain[2].epoch, 4.0);
+        // the same with sequences of up to 10 tokens
+        let packed = of(rows(&[3, 4, 5, 4, 9]), true);
+        let expected = [
+            [vec![3, 4, 5, 4], vec![9, 3, 4]],
+            [vec![5, 4, 9], vec![3, 4, 5, 4]],
+            [vec![9, 3, 4], vec![5, 4, 9]],
+        ];
+        assert_eq!(packed.iter().map(lengths).collect::<Vec<_>>(), expected);
+        assert_eq!(packed[2].epoch, 4.0);
     }
 
     #[test]
@@ -394,14 +445,21 @@ mod tests {
             epochs: 2.0,
             ..TrainSection::default()
         };
-        let all = windows(rows(&[3; 5]), train.clone(), true);
-        let sizes: Vec<_> = all.iter().map(|w| w.micro_batches[0].shape()[0]).collect();
-        assert_eq!(sizes, [4, 4, 2]);
-        let loader = Windows::new(rows(&[3; 5]), &DataSection::default(), &train, 0);
-        assert_eq!(
-            [0, 1, 2].map(|step| loader.ends_epoch(step)),
-            [false, true, true]
-        );
+        for (packing, rows) in [(false, rows(&[3; 5])), (true, rows(&[5; 9]))] {
+            let loader = Windows::new(rows, &data(packing, true), &train, 0);
+            assert_eq!((loader.num_sequences(), loader.num_steps()), (5, 3));
+            let tokens = all(&loader).into_iter().map(|window| window.num_tokens());
+            let twice = 2 * loader
+                .rows
+                .iter()
+                .map(|row| row.input_ids.len())
+                .sum::<usize>();
+            assert_eq!(tokens.sum::<usize>(), twice);
+            assert_eq!(
+                [0, 1, 2].map(|step| loader.ends_epoch(step)),
+                [false, true, true]
+            );
+        }
     }
 
     #[test]
@@ -410,15 +468,38 @@ mod tests {
             max_steps: Some(7),
             ..TrainSection::default()
         };
-        let all = windows(rows(&[3, 4, 5, 6, 7, 8]), train.clone(), true);
-        let resumed = Windows::new(
-            rows(&[3, 4, 5, 6, 7, 8]),
-            &DataSection::default(),
-            &train,
-            3,
-        );
-        let rest: Vec<_> = DataLoader::<burn::backend::Flex, Window>::iter(&resumed).collect();
-        assert_eq!(rest, all[3..]);
-        assert_ne!(all[0].micro_batches[0].input_ids[0..4], [0, 1, 2, 0]);
+        for packing in [true, false] {
+            let (rows, data) = (rows(&[3, 4, 5, 6, 7, 8, 2, 2, 1]), data(packing, true));
+            let whole = windows(rows.clone(), train.clone(), &data);
+            let resumed = Windows::new(rows, &data, &train, 3);
+            assert_eq!(all(&resumed), whole[3..]);
+            assert_ne!(whole[0], whole[3]);
+        }
+    }
+
+    #[test]
+    fn the_largest_micro_batch_there_can_be_holds_the_longest_sequences() {
+        let train = TrainSection {
+            micro_batch_size: 2,
+            epochs: 9.0,
+            ..TrainSection::default()
+        };
+        for (packing, most) in [(false, 8 + 7), (true, 10 + 10)] {
+            let rows = rows(&[3, 7, 2, 8, 4, 5]); // 8 + 2, 7 + 3, 5 + 4
+            let windows = Windows::new(rows, &data(packing, true), &train, 0);
+            assert_eq!(windows.max_tokens(), most);
+            let batches = all(&windows)
+                .into_iter()
+                .flat_map(|window| window.micro_batches);
+            let tokens: Vec<_> = batches.map(|batch| batch.num_tokens()).collect();
+            assert_eq!(tokens.iter().max(), Some(&most));
+            if !packing {
+                assert!(tokens[..3].iter().all(|other| *other <= tokens[0]));
+            }
+        }
+        assert_eq!(max_tokens(&[9, 5, 4], 2, 3), 9 + 5);
+        assert_eq!(max_tokens(&[9, 5, 4], 2, 4), 9 + 9); // one of each epoch
+        assert_eq!(max_tokens(&[9], 4, 8), 4 * 9);
+        assert_eq!(max_tokens(&[9, 5], 4, 1), 9);
     }
 }

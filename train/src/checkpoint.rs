@@ -1,7 +1,7 @@
 //! Checkpoints: everything that a run needs to go on as if it had not stopped.
 //!
 //! `checkpoints/step-000050/` holds the trained weights, `optimizer.safetensors` (the moments by
-//! parameter name) and `state.json`. Order of the data, schedule and random numbers follow from the
+//! parameter name) and `state.json`, all in full precision. Order of the data, schedule and random numbers follow from the
 //! step and the recipe. A checkpoint is written under another name, flushed and renamed, so that it
 //! is complete or absent; `SHA256SUMS` (as `sha256sum` writes it) tells one that was damaged later.
 
@@ -18,7 +18,10 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use crate::error::{Error, Result};
+use crate::exact;
+use crate::fit::Health;
 use crate::optimizer::{AdamW, Moments};
+use crate::recipe::Recipe;
 use crate::run_folder::{io, remove_folder, replace_folder};
 use crate::trained::Trained;
 
@@ -38,8 +41,21 @@ pub struct Progress {
     /// Whether the evaluation that belongs after `step` is still to be made.
     #[serde(default)]
     pub evaluation_due: bool,
+    /// Skipped steps, and what tells a spike.
+    #[serde(default)]
+    pub health: Health,
     /// What [`Rows::fingerprint`](crate::session::Rows::fingerprint) says of the run's rows.
     pub rows: String,
+    /// The recipe of the steps so far, as TOML.
+    #[serde(default)]
+    pub recipe: String,
+}
+
+impl Progress {
+    /// The updates that the optimizer has made: none for a step that was skipped.
+    pub fn updates(&self) -> usize {
+        self.step - self.health.skipped.min(self.step)
+    }
 }
 
 /// The best evaluation of a run.
@@ -48,6 +64,7 @@ pub struct Best {
     /// Optimizer steps taken by then.
     pub step: usize,
     /// Its loss.
+    #[serde(with = "exact")]
     pub loss: f64,
 }
 
@@ -66,8 +83,8 @@ pub struct Snapshot<'a, B: Backend> {
     pub trained: &'a Trained,
     /// The base model's folder.
     pub base: &'a ModelFolder,
-    /// What the adapter calls its base.
-    pub base_name: &'a str,
+    /// The recipe of the run.
+    pub recipe: &'a Recipe,
     /// The optimizer.
     pub optimizer: &'a AdamW<B>,
     /// How far the run is.
@@ -88,28 +105,12 @@ impl Checkpoints {
     /// # Errors
     /// Files that cannot be written; what was there before stays as it was.
     pub fn save<B: Backend>(&self, snapshot: &Snapshot<'_, B>) -> Result<PathBuf> {
-        let name = format!("step-{:06}", snapshot.progress.step);
-        let (part, done) = (
-            self.folder.join(format!(".{name}.part")),
-            self.folder.join(name),
-        );
-        remove_folder(&part)?;
-        create(&part)?;
-        snapshot
-            .trained
-            .save(snapshot.model, snapshot.base, snapshot.base_name, &part)?;
-        let moments = moments_to_tensors(snapshot)?;
-        write_safetensors(&part.join(OPTIMIZER_FILE), &moments, &[])?;
-        let json = serde_json::to_vec_pretty(snapshot.progress).expect("a plain structure");
-        write_file(&part.join(STATE_FILE), &json)?;
-        let sums = checksums(&part)?;
-        let sums: String = sums
-            .iter()
-            .map(|(name, sum)| format!("{sum}  {name}\n"))
-            .collect();
-        write_file(&part.join(SUMS_FILE), sums.as_bytes())?;
-        replace_folder(&part, &done)?;
-        flush_folder(&self.folder);
+        let step = snapshot.progress.step;
+        let done = self.folder.join(format!("step-{step:06}"));
+        replace_folder(&done, |part| {
+            write_parts(snapshot, part)?;
+            Ok(part.into())
+        })?;
         self.remove_old(snapshot.progress)?;
         Ok(done)
     }
@@ -140,6 +141,11 @@ impl Checkpoints {
         Ok(None)
     }
 
+    /// Whether there is any, complete or not.
+    pub fn is_empty(&self) -> Result<bool> {
+        Ok(self.all()?.is_empty())
+    }
+
     /// The newest checkpoint of a step before `step`.
     pub fn newest_before(&self, step: usize) -> Result<Option<PathBuf>> {
         let mut all = self.all()?.into_iter();
@@ -167,6 +173,27 @@ impl Checkpoints {
         all.sort_by_key(|(step, _)| std::cmp::Reverse(*step));
         Ok(all)
     }
+}
+
+/// Everything that a checkpoint is made of, and its checksums at last.
+fn write_parts<B: Backend>(snapshot: &Snapshot<'_, B>, into: &Path) -> Result<()> {
+    let recipe = snapshot.recipe;
+    snapshot
+        .trained
+        .save(snapshot.model, snapshot.base, &recipe.model.path, into)?;
+    let moments = moments_to_tensors(snapshot)?;
+    write_safetensors(&into.join(OPTIMIZER_FILE), &moments, &[])?;
+    let progress = Progress {
+        recipe: recipe.to_toml(),
+        ..snapshot.progress.clone()
+    };
+    let json = serde_json::to_vec_pretty(&progress).expect("a plain structure");
+    write_file(&into.join(STATE_FILE), &json)?;
+    let sums: String = checksums(into)?
+        .iter()
+        .map(|(name, sum)| format!("{sum}  {name}\n"))
+        .collect();
+    Ok(write_file(&into.join(SUMS_FILE), sums.as_bytes())?)
 }
 
 /// Compares the checksums of a checkpoint and reads how far it is.
@@ -212,7 +239,7 @@ pub fn restore_optimizer<B: Backend>(
 ) -> Result<()> {
     let file = Checkpoint::open_file(&checkpoint.join(OPTIMIZER_FILE))?;
     let mut state = optimizer.state();
-    state.step = read_progress(checkpoint)?.step;
+    state.step = read_progress(checkpoint)?.updates();
     for (name, _) in names {
         let read = |part: &str| -> Result<Tensor<B, 1>> {
             let values = file.read(&format!("{name}.{part}"))?;
@@ -280,16 +307,4 @@ fn checksum(path: &Path) -> Result<String> {
 /// Bytes as `sha256sum` prints them.
 pub(crate) fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
-}
-
-fn create(folder: &Path) -> Result<()> {
-    std::fs::create_dir_all(folder).map_err(io("create", folder))
-}
-
-/// Makes a rename last through a power cut where the system can; elsewhere it is only likely to.
-fn flush_folder(folder: &Path) {
-    #[cfg(unix)]
-    if let Ok(folder) = File::open(folder) {
-        let _ = folder.sync_all();
-    }
 }

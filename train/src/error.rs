@@ -291,9 +291,15 @@ pub enum Error {
         /// The folder.
         path: PathBuf,
     },
-    /// A run folder without a checkpoint to go on from.
+    /// A run folder whose checkpoints are all damaged, or that has a result and no checkpoint.
     #[error("{} has no complete checkpoint", path.display())]
     NoCheckpoint {
+        /// The run folder.
+        path: PathBuf,
+    },
+    /// Another process trains in a run folder.
+    #[error("{} is in use: another process trains there", path.display())]
+    InUse {
         /// The run folder.
         path: PathBuf,
     },
@@ -310,12 +316,21 @@ pub enum Error {
         path: PathBuf,
     },
     /// Loss, gradients or weights are no numbers any more.
-    #[error("{what} step {step} is not a finite number ({})", last_good(checkpoint.as_deref()))]
+    #[error(
+        "{what} step {step} is not a finite number{}; {}, {}",
+        and_more(*more),
+        saved_as(saved.as_deref()),
+        last_good(checkpoint.as_deref())
+    )]
     NotFinite {
         /// What is none, as "the loss of".
-        what: &'static str,
+        what: String,
         /// The optimizer step, from 1.
         step: usize,
+        /// How many of the steps after it were no better.
+        more: usize,
+        /// Where the last good weights were saved.
+        saved: Option<PathBuf>,
         /// The newest checkpoint whose weights still gave a finite loss.
         checkpoint: Option<PathBuf>,
     },
@@ -327,6 +342,21 @@ fn json_reason(cause: &serde_json::Error) -> String {
     match reason.rsplit_once(" at line ") {
         Some((reason, _)) => reason.to_owned(),
         None => reason,
+    }
+}
+
+fn and_more(steps: usize) -> String {
+    match steps {
+        0 => String::new(),
+        1 => ", and the step after it went no better".to_owned(),
+        steps => format!(", and the {steps} steps after it went no better"),
+    }
+}
+
+fn saved_as(saved: Option<&Path>) -> String {
+    match saved {
+        Some(path) => format!("the last good weights are saved in {}", path.display()),
+        None => "no weights are saved".to_owned(),
     }
 }
 

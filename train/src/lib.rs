@@ -12,6 +12,7 @@ pub mod checkpoint;
 pub mod data;
 mod error;
 pub mod evaluate;
+mod exact;
 pub mod fit;
 pub mod memory;
 mod metrics;

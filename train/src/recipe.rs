@@ -1,5 +1,6 @@
 //! The recipe of a run: a TOML file and what the command line sets over it.
 
+mod changes;
 mod check;
 mod names;
 mod read;
@@ -14,6 +15,7 @@ use toml::Value;
 
 use crate::error::Result;
 
+pub use changes::MAY_CHANGE;
 pub use names::key_named;
 pub use read::parse_setting;
 pub use sections::*;
@@ -158,7 +160,7 @@ mod tests {
             format = "auto"
             max_length = 1024
             truncate = "drop"
-            packing = false # until it is supported
+            packing = true
             train_on = "assistant"
             shuffle = true
             eval_fraction = 0.0
@@ -266,7 +268,6 @@ mod tests {
     #[test]
     fn requests_that_cannot_be_honoured_are_errors() {
         let cases = [
-            ("data.packing=true", "data.packing = true is not supported"),
             (
                 "quantization.format=int4",
                 "quantization.format = \"int4\" is unknown: expected \"none\", \"nf4\" or \"fp4\"",
@@ -318,6 +319,8 @@ mod tests {
             ("quantization.format=none", "quantization.block_size=128"),
             ("quantization.format=none", "quantization.double_quant=true"),
             ("data.packing=false", "train.eval_every=5"),
+            ("data.eval=rows.jsonl", "data.eval_fraction=0.5"),
+            ("train.warmup_steps=5", "train.warmup_ratio=0.5"),
         ];
         for (deciding, unused) in cases {
             let key = unused.split('=').next().unwrap();
@@ -349,6 +352,7 @@ mod tests {
             "adapter.rank=65537",
             "adapter.rank_pattern={q_proj = 0}",
             "adapter.alpha=inf",
+            "adapter.alpha=0",
             "adapter.alpha_pattern={q_proj = nan}",
             "adapter.dropout=1.0",
             "adapter.dropout=-0.1",

@@ -16,23 +16,23 @@ use model::rope::Rope;
 
 /// A forward pass through the decoder layers that can be differentiated.
 ///
-/// Shapes: `b` rows, `s` positions, `d` hidden.
+/// Shapes: `n` tokens, `d` hidden.
 pub(crate) struct Blocks<'a, B: TrainBackend> {
     model: &'a AdaptedLlama<B>,
-    ids: Tensor<B, 2, Int>,
+    ids: Tensor<B, 1, Int>,
     rope: Rope<B>,
-    /// What went into the layers from the first trained one on, `[b, s, d]` each.
-    inputs: Vec<Tensor<B::InnerBackend, 3>>,
+    /// What went into the layers from the first trained one on, `[n, d]` each.
+    inputs: Vec<Tensor<B::InnerBackend, 2>>,
 }
 
 impl<'a, B: TrainBackend> Blocks<'a, B> {
-    /// Token ids `[b, s]` to hidden states `[b, s, d]`, which are tracked if anything that led to
+    /// Token ids `[n]` to hidden states `[n, d]`, which are tracked if anything that led to
     /// them is trained.
     pub fn forward(
         model: &'a AdaptedLlama<B>,
-        ids: Tensor<B, 2, Int>,
+        ids: Tensor<B, 1, Int>,
         rope: Rope<B>,
-    ) -> (Self, Tensor<B, 3>) {
+    ) -> (Self, Tensor<B, 2>) {
         let embeds = trains(&model.embed_tokens);
         let trained = |layer| embeds || trains(layer);
         let first = model.layers.iter().position(trained);
@@ -40,9 +40,10 @@ impl<'a, B: TrainBackend> Blocks<'a, B> {
         let inner_rope = Rope {
             cos: rope.cos.clone().inner(),
             sin: rope.sin.clone().inner(),
+            segments: rope.segments.clone(),
         };
         let mut inputs = Vec::new();
-        let mut x = inner.embed(ids.clone().inner()); // [b, s, d]
+        let mut x = inner.embed(ids.clone().inner()); // [n, d]
         for (index, layer) in inner.layers.iter().enumerate() {
             if first.is_some_and(|first| index >= first) {
                 inputs.push(x.clone());
@@ -59,10 +60,10 @@ impl<'a, B: TrainBackend> Blocks<'a, B> {
     }
 
     /// Adds the gradients of the layers, and of the embeddings if they are trained, from that of
-    /// the hidden states, `[b, s, d]`.
+    /// the hidden states, `[n, d]`.
     pub fn backward(
         mut self,
-        mut d_x: Tensor<B::InnerBackend, 3>,
+        mut d_x: Tensor<B::InnerBackend, 2>,
         gradients: &mut GradientsAccumulator<AdaptedLlama<B>>,
     ) {
         let embeds = trains(&self.model.embed_tokens);

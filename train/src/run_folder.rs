@@ -1,7 +1,7 @@
 //! The folder of a run: `recipe.toml`, `metrics.jsonl`, and what the other parts put into it.
 
-use std::fs::{File, OpenOptions};
-use std::io::Write;
+use std::fs::{File, OpenOptions, TryLockError};
+use std::io::{ErrorKind, Write};
 use std::path::{Path, PathBuf};
 
 use model::checkpoint::write_file;
@@ -17,8 +17,13 @@ pub const RECIPE_FILE: &str = "recipe.toml";
 /// File name of the metrics.
 pub const METRICS_FILE: &str = "metrics.jsonl";
 
+/// Folders of what was trained.
+const RESULTS: [&str; 3] = ["adapter", "model", "best"];
+/// File name of the lock: it stays, but the system lets go of it with the process that held it.
+const LOCK_FILE: &str = ".lock";
+
 /// A line of `metrics.jsonl`.
-#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(tag = "kind", rename_all = "lowercase")]
 pub enum Line {
     /// An optimizer step.
@@ -41,6 +46,22 @@ pub enum Line {
         peak_memory_bytes: u64,
         /// Wall time of this step.
         seconds: f64,
+        /// Whether the loss is over three times its running mean; left out if not.
+        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+        spike: bool,
+    },
+    /// An optimizer step that was left out, since its loss or gradient was no finite number.
+    Skipped {
+        /// From 1.
+        step: usize,
+        /// Rows seen ÷ rows in the data.
+        epoch: f64,
+        /// What was not finite: the loss, or the first such gradient.
+        reason: String,
+        /// Steps that were skipped so far, this one among them.
+        skipped: usize,
+        /// Wall time of this step.
+        seconds: f64,
     },
     /// An evaluation.
     Eval {
@@ -55,11 +76,20 @@ pub enum Line {
     },
 }
 
-/// The folder of a run, with its metrics open for appending.
+/// What decides whether a line of metrics stays, of any kind.
+#[derive(Deserialize)]
+struct Stamp {
+    kind: String,
+    step: usize,
+}
+
+/// The folder of a run, with its metrics open for appending. While it is open, no other process can
+/// train in it.
 #[derive(Debug)]
 pub struct RunFolder {
     path: PathBuf,
     metrics: File,
+    _lock: File,
     /// What TensorBoard reads, if it is wanted.
     events: Option<EventFile>,
 }
@@ -68,24 +98,50 @@ impl RunFolder {
     /// Starts a run folder.
     ///
     /// # Errors
-    /// [`Error::OutputNotEmpty`] if there is something in it already.
+    /// [`Error::OutputNotEmpty`] if there is something in it already, [`Error::InUse`] if another
+    /// process has just begun there.
     pub fn create(path: &Path, recipe: &Recipe) -> Result<Self> {
         check_empty(path)?;
         std::fs::create_dir_all(path).map_err(io("create", path))?;
+        let lock = lock(path)?;
+        check_empty(path)?; // by now nobody else can change that
+        tidy(path)?;
         write_file(&path.join(RECIPE_FILE), recipe.to_toml().as_bytes())?;
-        Self::open(path)
+        Self::with_lock(path, lock)
     }
 
-    /// Continues a run folder: lines of what comes after `progress` are dropped, since they will
-    /// be written again.
-    pub fn resume(path: &Path, progress: &Progress) -> Result<Self> {
-        let metrics = path.join(METRICS_FILE);
-        let text = std::fs::read_to_string(&metrics).map_err(io("read", &metrics))?;
-        let is_past = |line: &&str| match serde_json::from_str(line) {
-            Ok(Line::Train { step, .. }) => step <= progress.step,
-            Ok(Line::Eval { step, .. }) => {
+    /// Opens the folder of a run that goes on, and tidies up what a crash has left in it.
+    ///
+    /// # Errors
+    /// [`Error::InUse`] if a process trains there.
+    pub fn open(path: &Path) -> Result<Self> {
+        let lock = lock(path)?;
+        for folder in [path, &path.join("checkpoints")] {
+            tidy(folder)?;
+        }
+        Self::with_lock(path, lock)
+    }
+
+    fn with_lock(path: &Path, lock: File) -> Result<Self> {
+        Ok(Self {
+            metrics: open_metrics(path)?,
+            path: path.into(),
+            _lock: lock,
+            events: None,
+        })
+    }
+
+    /// Goes back to `progress`: lines of what comes after it are dropped, since they will be
+    /// written again.
+    pub fn go_back(&mut self, progress: &Progress) -> Result<()> {
+        let metrics = self.path.join(METRICS_FILE);
+        let bytes = std::fs::read(&metrics).map_err(io("read", &metrics))?;
+        let text = String::from_utf8_lossy(&bytes);
+        let is_past = |line: &&str| match serde_json::from_str::<Stamp>(line) {
+            Ok(Stamp { kind, step }) if kind == "eval" => {
                 step < progress.step || (step == progress.step && !progress.evaluation_due)
             }
+            Ok(Stamp { step, .. }) => step <= progress.step,
             Err(_) => false, // as a power cut leaves it
         };
         // the last line may lack its end
@@ -94,8 +150,25 @@ impl RunFolder {
             .filter(is_past)
             .flat_map(|line| [line, "\n"])
             .collect();
-        write_file(&metrics, kept.as_bytes())?;
-        Self::open(path)
+        if kept.as_bytes() != bytes {
+            write_file(&metrics, kept.as_bytes())?;
+            self.metrics = open_metrics(&self.path)?;
+        }
+        Ok(())
+    }
+
+    /// Writes the recipe if it is another one than is there.
+    pub fn write_recipe(&self, recipe: &Recipe) -> Result<()> {
+        let (path, text) = (self.path.join(RECIPE_FILE), recipe.to_toml());
+        if std::fs::read_to_string(&path).is_ok_and(|there| there == text) {
+            return Ok(());
+        }
+        Ok(write_file(&path, text.as_bytes())?)
+    }
+
+    /// Whether anything was saved here that a run from the beginning would overwrite.
+    pub fn has_results(&self) -> bool {
+        RESULTS.iter().any(|name| self.path.join(name).exists())
     }
 
     /// The metrics so far.
@@ -111,16 +184,6 @@ impl RunFolder {
         text.lines().map(line).collect()
     }
 
-    fn open(path: &Path) -> Result<Self> {
-        let metrics = path.join(METRICS_FILE);
-        let file = OpenOptions::new().create(true).append(true).open(&metrics);
-        Ok(Self {
-            path: path.into(),
-            metrics: file.map_err(io("open", &metrics))?,
-            events: None,
-        })
-    }
-
     /// Writes TensorBoard's events, too, if the recipe asks for it; `first_step` is to be taken next.
     pub fn with_events(mut self, recipe: &Recipe, first_step: usize) -> Result<Self> {
         if recipe.output.tensorboard {
@@ -134,44 +197,162 @@ impl RunFolder {
         &self.path
     }
 
-    /// Appends a line of metrics.
+    /// Appends a line of metrics, all of it or nothing.
     pub fn write(&mut self, line: &Line) -> Result<()> {
+        let failed = || io("write", &self.path.join(METRICS_FILE));
         let mut text = serde_json::to_string(line).expect("a plain structure");
         text.push('\n');
-        let failed = io("write", &self.path.join(METRICS_FILE));
-        self.metrics.write_all(text.as_bytes()).map_err(failed)?;
+        let before = self.metrics.metadata().map_err(failed())?.len();
+        let written = self.metrics.write_all(text.as_bytes());
+        if written.is_err() {
+            let _ = self.metrics.set_len(before); // the disk may be full in the middle of a line
+        }
+        written.map_err(failed())?;
         self.events.iter_mut().try_for_each(|to| to.write(line))
+    }
+
+    /// Makes the metrics so far last through a power cut.
+    pub fn flush(&self) -> Result<()> {
+        let failed = io("write", &self.path.join(METRICS_FILE));
+        self.metrics.sync_data().map_err(failed)
+    }
+}
+
+fn open_metrics(run: &Path) -> Result<File> {
+    let path = run.join(METRICS_FILE);
+    let file = OpenOptions::new().create(true).append(true).open(&path);
+    file.map_err(io("open", &path))
+}
+
+/// Keeps other processes out of a run folder, for as long as the file is open.
+fn lock(run: &Path) -> Result<File> {
+    let path = run.join(LOCK_FILE);
+    let mut options = OpenOptions::new();
+    let file = options.create(true).truncate(false).write(true).open(&path);
+    let file = file.map_err(io("open", &path))?;
+    match file.try_lock() {
+        Ok(()) => Ok(file),
+        Err(TryLockError::WouldBlock) => Err(Error::InUse { path: run.into() }),
+        // some network file systems know no locks
+        Err(TryLockError::Error(e)) if e.kind() == ErrorKind::Unsupported => Ok(file),
+        Err(TryLockError::Error(e)) => Err(io("lock", &path)(e)),
     }
 }
 
 /// An existing folder with something in it is not overwritten.
 pub fn check_empty(path: &Path) -> Result<()> {
-    match std::fs::read_dir(path).map(|mut entries| entries.next().is_none()) {
-        Ok(true) => Ok(()),
-        Ok(false) => Err(Error::OutputNotEmpty { path: path.into() }),
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(()),
-        Err(e) => Err(io("use", path)(e)),
+    let entries = match std::fs::read_dir(path) {
+        Ok(entries) => entries,
+        Err(e) if e.kind() == ErrorKind::NotFound => return Ok(()),
+        Err(e) => return Err(io("use", path)(e)),
+    };
+    // a run that was killed before it wrote anything leaves its lock, and half a file
+    let mut names = entries.filter_map(|entry| Some(entry.ok()?.file_name()));
+    match names.all(|name| name == LOCK_FILE || is_half(&name.to_string_lossy())) {
+        true => Ok(()),
+        false => Err(Error::OutputNotEmpty { path: path.into() }),
     }
 }
 
-/// Puts a complete folder in the place of another.
-pub(crate) fn replace_folder(from: &Path, to: &Path) -> Result<()> {
-    let name = to.file_name().unwrap_or_default().to_string_lossy();
-    let aside = to.with_file_name(format!(".{name}.old"));
-    remove_folder(&aside)?;
-    match std::fs::rename(to, &aside) {
-        Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(io("rename", to)(e)),
+/// Whether a name is that of a file that was not written to its end, see [`write_file`].
+fn is_half(name: &str) -> bool {
+    name.starts_with(".part-")
+}
+
+/// Removes what a crash has left half-written in a folder, and puts back what was set aside for a
+/// replacement that never came, see [`replace_folder`].
+fn tidy(folder: &Path) -> Result<()> {
+    let entries = match std::fs::read_dir(folder) {
+        Err(e) if e.kind() == ErrorKind::NotFound => return Ok(()),
+        entries => entries.map_err(io("read", folder))?,
+    };
+    for path in entries.filter_map(|entry| Some(entry.ok()?.path())) {
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        if is_half(&name) {
+            std::fs::remove_file(&path).map_err(io("remove", &path))?;
+            continue;
+        }
+        let Some((name, kind)) = name
+            .strip_prefix('.')
+            .and_then(|name| name.rsplit_once('.'))
+        else {
+            continue;
+        };
+        let place = folder.join(name);
+        let is_ours = name.starts_with("step-") || RESULTS.contains(&name);
+        match kind {
+            "old" if is_ours && !place.exists() => {
+                std::fs::rename(&path, &place).map_err(io("rename", &path))?;
+            }
+            "old" | "part" if is_ours => remove_folder(&path)?,
+            _ => {}
+        }
+    }
+    Ok(())
+}
+
+/// Makes a folder with `write` under another name and puts it in the place of what is there, so
+/// that it is complete or as it was before; nothing is left behind if it cannot be written.
+pub(crate) fn replace_folder(
+    folder: &Path,
+    write: impl FnOnce(&Path) -> Result<PathBuf>,
+) -> Result<()> {
+    let name = folder.file_name().unwrap_or_default().to_string_lossy();
+    let beside = |kind: &str| folder.with_file_name(format!(".{name}.{kind}"));
+    let (part, old) = (beside("part"), beside("old"));
+    let replaced = remove_folder(&part)
+        .and_then(|()| std::fs::create_dir_all(&part).map_err(io("create", &part)))
+        .and_then(|()| write(&part))
+        .and_then(|made| {
+            flush_folder(&made)?;
+            exchange(&made, folder, &old)
+        });
+    let removed = remove_folder(&part);
+    replaced?;
+    flush(folder.parent().unwrap_or(folder));
+    removed
+}
+
+/// Puts the folder `from` in the place of `to`, which is set aside as `old` for a moment.
+fn exchange(from: &Path, to: &Path, old: &Path) -> Result<()> {
+    remove_folder(old)?;
+    match std::fs::rename(to, old) {
+        Err(e) if e.kind() != ErrorKind::NotFound => return Err(io("rename", to)(e)),
         _ => {}
     }
-    std::fs::rename(from, to).map_err(io("rename", from))?;
-    remove_folder(&aside)
+    if let Err(e) = std::fs::rename(from, to) {
+        let _ = std::fs::rename(old, to);
+        return Err(io("rename", from)(e));
+    }
+    remove_folder(old)
 }
 
 /// Removes a folder that may be there.
 pub(crate) fn remove_folder(folder: &Path) -> Result<()> {
     match std::fs::remove_dir_all(folder) {
-        Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(io("remove", folder)(e)),
+        Err(e) if e.kind() != ErrorKind::NotFound => Err(io("remove", folder)(e)),
         _ => Ok(()),
+    }
+}
+
+/// Flushes the entries of a folder and of all below it; the files are flushed as they are written.
+fn flush_folder(folder: &Path) -> Result<()> {
+    for entry in std::fs::read_dir(folder).map_err(io("read", folder))? {
+        let path = entry.map_err(io("read", folder))?.path();
+        if path.is_dir() {
+            flush_folder(&path)?;
+        }
+    }
+    flush(folder);
+    Ok(())
+}
+
+/// Makes names in a folder last through a power cut where the system can; elsewhere they are only
+/// likely to.
+fn flush(folder: &Path) {
+    #[cfg(unix)]
+    if let Ok(folder) = File::open(folder) {
+        let _ = folder.sync_all();
     }
 }
 

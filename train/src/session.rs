@@ -143,6 +143,35 @@ pub fn start<B: TrainBackend>(
     output: &Path,
     device: B::Device,
 ) -> Result<Run<B>> {
+    let folder = |recipe: &Recipe| RunFolder::create(output, recipe);
+    begin(recipe, trained, base, rows, folder, device)
+}
+
+/// Prepares a run that ended before its first checkpoint to begin again.
+pub fn start_again<B: TrainBackend>(
+    recipe: Recipe,
+    trained: Trained,
+    base: ModelFolder,
+    rows: Rows,
+    mut folder: RunFolder,
+    device: B::Device,
+) -> Result<Run<B>> {
+    let folder = |recipe: &Recipe| {
+        folder.write_recipe(recipe)?;
+        folder.go_back(&Progress::default())?;
+        Ok(folder)
+    };
+    begin(recipe, trained, base, rows, folder, device)
+}
+
+fn begin<B: TrainBackend>(
+    recipe: Recipe,
+    trained: Trained,
+    base: ModelFolder,
+    rows: Rows,
+    folder: impl FnOnce(&Recipe) -> Result<RunFolder>,
+    device: B::Device,
+) -> Result<Run<B>> {
     let start = Instant::now();
     let mut model = load_base::<B>(&recipe, &base, &device)?;
     let load_time = start.elapsed();
@@ -154,7 +183,7 @@ pub fn start<B: TrainBackend>(
         }
         None => trained.attach(&mut model, recipe.train.seed, &device)?,
     }
-    let folder = RunFolder::create(output, &recipe)?.with_events(&recipe, 1)?;
+    let folder = folder(&recipe)?.with_events(&recipe, 1)?;
     let optimizer = AdamW::new(&recipe.train);
     let progress = Progress {
         rows: rows.fingerprint(),
@@ -166,13 +195,29 @@ pub fn start<B: TrainBackend>(
     Ok(Run { other_base, ..run })
 }
 
+/// Refuses a recipe that asks for another run than the one that wrote a checkpoint.
+///
+/// # Errors
+/// [`Error::Recipe`] with every key that differs and must not.
+pub fn check_recipe(recipe: &Recipe, checkpoint: &Path) -> Result<()> {
+    let began = read_progress(checkpoint)?.recipe;
+    let problems = recipe.changes(&began);
+    match problems.is_empty() {
+        true => Ok(()),
+        false => Err(Error::Recipe { problems }),
+    }
+}
+
 /// Prepares a run to go on from a checkpoint.
+///
+/// # Errors
+/// [`Error::RowsChanged`] if these are not the rows that it began with.
 pub fn resume<B: TrainBackend>(
     recipe: Recipe,
     trained: Trained,
     base: ModelFolder,
     rows: Rows,
-    run: &Path,
+    mut folder: RunFolder,
     checkpoint: &Path,
     device: B::Device,
 ) -> Result<Run<B>> {
@@ -192,7 +237,9 @@ pub fn resume<B: TrainBackend>(
     let optimizer = AdamW::new(&recipe.train);
     let names = trained.parameters(&base.config)?;
     restore_optimizer(&optimizer, &names, checkpoint, &device)?;
-    let folder = RunFolder::resume(run, &progress)?.with_events(&recipe, progress.step + 1)?;
+    folder.write_recipe(&recipe)?;
+    folder.go_back(&progress)?;
+    let folder = folder.with_events(&recipe, progress.step + 1)?;
     Ok(assemble(
         recipe, trained, base, rows, device, model, optimizer, folder, progress, load_time,
     ))

@@ -39,9 +39,9 @@ pub struct StepItem {
     pub loss: f64,
     /// Trained tokens.
     pub trained_tokens: usize,
-    /// All tokens, without padding.
+    /// All tokens.
     pub tokens: usize,
-    /// Rows seen ÷ rows in the data.
+    /// Passes over the data after this step.
     pub epoch: f64,
     /// Norm of all gradients together, before clipping.
     pub grad_norm: f64,
@@ -105,7 +105,7 @@ impl<B: TrainBackend> CausalLm<B> {
         let model = &self.model;
         let (ids, rope) = self.inputs(batch);
         let (x, blocks) = match self.recompute {
-            false => (model.decode(model.embed(ids), &rope, None), None), // [b, s, d]
+            false => (model.decode(model.embed(ids), &rope, None), None), // [n, d]
             true => {
                 let (blocks, x) = Blocks::forward(model, ids, rope);
                 (x, Some(blocks))
@@ -149,7 +149,7 @@ impl<B: AdaptedBackend> CausalLm<B> {
     /// The negative log probability of each trained token of a batch, in order.
     pub fn token_nll(&self, batch: &MicroBatch) -> Vec<f32> {
         let (ids, rope) = self.inputs(batch);
-        let x = self.model.decode(self.model.embed(ids), &rope, None); // [b, s, d]
+        let x = self.model.decode(self.model.embed(ids), &rope, None); // [n, d]
         let hidden = self.predicting(x, batch); // [m, d]
         let parts = self.parts(hidden, batch);
         let nll = parts.map(|(part, targets)| self.nll(part, targets).into_data());
@@ -157,18 +157,17 @@ impl<B: AdaptedBackend> CausalLm<B> {
             .collect()
     }
 
-    /// Token ids `[b, s]` and their positions.
-    fn inputs(&self, batch: &MicroBatch) -> (Tensor<B, 2, Int>, Rope<B>) {
+    /// Token ids `[n]` and where they stand.
+    fn inputs(&self, batch: &MicroBatch) -> (Tensor<B, 1, Int>, Rope<B>) {
         let device = self.model.norm.weight.val().device();
-        let rope = Rope::new(&self.model.config, &batch.positions(), &device);
+        let rope = Rope::new(&self.model.config, batch.segments().clone(), &device);
         (batch.input_ids(&device), rope)
     }
 
-    /// Of hidden states `[b, s, d]`, the normed ones `[m, d]` that predict the trained tokens.
-    fn predicting(&self, x: Tensor<B, 3>, batch: &MicroBatch) -> Tensor<B, 2> {
-        let ([b, s, d], device) = (x.dims(), x.device());
-        let normed = self.model.norm.forward(x.reshape([b * s, d]));
-        normed.select(0, batch.at(&device))
+    /// Of hidden states `[n, d]`, the normed ones `[m, d]` that predict the trained tokens.
+    fn predicting(&self, x: Tensor<B, 2>, batch: &MicroBatch) -> Tensor<B, 2> {
+        let at = batch.at(&x.device());
+        self.model.norm.forward(x.select(0, at)) // the others predict nothing that counts
     }
 
     /// The negative log probabilities `[n]` of `targets` `[n]` by `hidden` `[n, d]`.

@@ -150,6 +150,7 @@ fn scalars(line: &Line) -> (usize, Vec<(&'static str, f64)>) {
             ];
             (step, all)
         }
+        Line::Skipped { step, skipped, .. } => (step, vec![("skipped", skipped as f64)]),
         Line::Eval { step, loss, .. } => (step, vec![("loss/eval", loss)]),
     }
 }

@@ -3,8 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use adapters::{AdaptedLlama, LoraConfig, peft};
-use burn::module::{Module, ModuleVisitor, Param};
-use burn::tensor::{Tensor, backend::Backend};
+use burn::tensor::backend::Backend;
 use model::checkpoint::{Checkpoint, MODEL_FILE, NamedTensor, write_safetensors};
 use model::config::LlamaConfig;
 use model::folder::{ModelFolder, edit_config};
@@ -138,17 +137,4 @@ impl Trained {
             }
         }
     }
-}
-
-/// Whether every trained weight is a finite number; one tensor at a time comes to the host.
-pub(crate) fn are_finite<B: Backend>(model: &AdaptedLlama<B>) -> bool {
-    struct Finite(bool);
-    impl<B: Backend> ModuleVisitor<B> for Finite {
-        fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<B, D>>) {
-            self.0 = self.0 && param.val().into_data().iter::<f32>().all(f32::is_finite);
-        }
-    }
-    let mut finite = Finite(true);
-    model.visit(&mut finite);
-    finite.0
 }

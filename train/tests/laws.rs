@@ -20,17 +20,18 @@ use harness::{B, Silent, finish, metrics, recipe, start, tiny_model};
 use model::checkpoint::MODEL_FILE;
 use model::folder::ModelFolder;
 use model::rope::Rope;
+use model::segments::Segments;
 use serde_json::Value;
 use tempfile::{TempDir, tempdir};
 use train::Error;
 use train::batch::{EvalBatches, MicroBatch, Window, Windows};
 use train::card::CARD_FILE;
 use train::checkpoint::Checkpoints;
-use train::data::{IGNORED, Sample};
+use train::data::{IGNORED, Sample, epoch_order};
 use train::evaluate::{Evaluation, evaluate};
 use train::fit::{Event, Outcome, Run, Stopped, fit};
 use train::recipe::Recipe;
-use train::run_folder::{METRICS_FILE, RECIPE_FILE};
+use train::run_folder::{METRICS_FILE, RECIPE_FILE, RunFolder};
 use train::session::{self, Rows};
 use train::step::{CausalLm, clip_gradients};
 
@@ -99,7 +100,9 @@ fn resume(run: &Path, rows: &Rows) -> Run<B> {
     let base = ModelFolder::open(Path::new(&recipe.model.path)).unwrap();
     let newest = Checkpoints::new(run, 0).newest(|_, _| {}).unwrap().unwrap();
     let device = Default::default();
-    session::resume(recipe, trained, base, rows.clone(), run, &newest, device).unwrap()
+    session::check_recipe(&recipe, &newest).unwrap();
+    let folder = RunFolder::open(run).unwrap();
+    session::resume(recipe, trained, base, rows.clone(), folder, &newest, device).unwrap()
 }
 
 /// All lines of the metrics without what depends on the clock and the machine.
@@ -161,11 +164,9 @@ fn logits(model: &AdaptedLlama<Flex>, row: &Sample) -> Vec<f32> {
     let device = Default::default();
     let s = row.input_ids.len();
     let ids: Vec<i32> = row.input_ids.iter().map(|id| *id as i32).collect();
-    let ids = Tensor::from_data(TensorData::new(ids, [1, s]), &device);
-    let rope = Rope::new(&model.config, &(0..s).collect::<Vec<_>>(), &device);
-    let hidden = model
-        .forward(ids, &rope, None)
-        .reshape([s, model.config.hidden_size]);
+    let ids = Tensor::from_data(TensorData::new(ids, [s]), &device);
+    let rope = Rope::new(&model.config, Segments::new([s]), &device);
+    let hidden = model.forward(ids, &rope, None);
     model.logits(hidden).into_data().to_vec().unwrap()
 }
 
@@ -302,9 +303,14 @@ const EVENTFUL: &str = "train.epochs=2.6 train.micro_batch_size=2 train.gradient
     train.learning_rate=1e-2 train.weight_decay=0.01 train.eval_every=3 train.save_every=2 \
     train.keep_checkpoints=9";
 
-/// [`EVENTFUL`] with a method, `lora` or `full`.
+/// [`EVENTFUL`] with a method, `lora`, `full` or `packed`, which is LoRA with packing: 6 sequences
+/// an epoch, where there are 11 rows.
 fn eventful(method: &str) -> String {
     match method {
+        "packed" => {
+            let text = eventful("lora").replace("epochs=2.6", "epochs=5.2");
+            format!("{text} data.packing=true data.max_length=31")
+        }
         "lora" => format!("{EVENTFUL} adapter.dropout=0.2 adapter.rank=3"),
         method => format!("{EVENTFUL} adapter.method={method}"),
     }
@@ -312,7 +318,11 @@ fn eventful(method: &str) -> String {
 
 #[test]
 fn a_resumed_run_is_the_uninterrupted_one() {
-    for (method, result) in [("lora", "adapter"), ("full", "model")] {
+    for (method, result) in [
+        ("lora", "adapter"),
+        ("packed", "adapter"),
+        ("full", "model"),
+    ] {
         let text = eventful(method);
         let (whole, outcome) = run_gqa(&text);
         assert_eq!((outcome.steps, outcome.stopped), (8, None));
@@ -654,7 +664,7 @@ fn evaluation_is_the_mean_over_tokens_row_by_row() {
 }
 
 #[test]
-fn padding_changes_nothing() {
+fn rows_beside_a_row_change_nothing() {
     let lm = lm(load(&tiny_model("gqa")));
     let rows = rows().train;
     let together = lm.token_nll(&MicroBatch::new(rows.iter()));
@@ -666,6 +676,89 @@ fn padding_changes_nothing() {
     for (l, r) in together.iter().zip(&alone) {
         assert!((l - r).abs() < 1e-6 * r.max(1.0), "{l} {r}");
     }
+}
+
+#[test]
+fn packing_changes_neither_loss_nor_gradients() {
+    for (model, settings_) in [
+        ("gqa", ""),
+        ("gqa", "train.recompute=block"),
+        ("gqa", "adapter.method=full"),
+        ("tied_llama3", ""),
+    ] {
+        let text = format!("data.packing=true data.max_length=31 {settings_}");
+        let out = tempdir().unwrap();
+        let recipe = recipe(&tiny_model(model), &settings(&text));
+        let mut run = start(recipe, &rows(), out.path());
+        let mut all = windows(&run.windows);
+        step(&mut run, all.remove(0)); // so that lora_b is not zero
+        let rows = rows().train;
+        let output = |micro_batches: Vec<MicroBatch>| {
+            let window = Window {
+                micro_batches,
+                step: 0,
+                epoch: 0.0,
+            };
+            let output = run.model.step(window);
+            (output.item.loss, gradients(&run.model, &output.grads))
+        };
+        let (loss, grads) = output(rows.iter().map(|row| MicroBatch::new([row])).collect());
+        for order in 0..6 {
+            let order = epoch_order(rows.len(), 1, order, order > 0);
+            let row = |&row: &usize| &rows[row];
+            for at_a_time in [11, 4] {
+                let batches = order.chunks(at_a_time);
+                let batches = batches.map(|batch| MicroBatch::new(batch.iter().map(row)));
+                let (packed_loss, packed_grads) = output(batches.collect());
+                assert!(
+                    (packed_loss - loss).abs() < 1e-6 * loss,
+                    "{packed_loss} {loss}"
+                );
+                for (id, packed) in packed_grads {
+                    let largest = grads[&id].iter().fold(0f32, |max, x| max.max(x.abs()));
+                    for (packed, alone) in packed.iter().zip(&grads[&id]) {
+                        let off = (packed - alone).abs();
+                        assert!(off <= 1e-5 * largest, "{model}: {off} of {largest}");
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn a_packed_epoch_has_every_row_once() {
+    let out = tempdir().unwrap();
+    let text = "data.packing=true data.max_length=31 train.epochs=3 train.micro_batch_size=2";
+    let run = start_gqa(text, out.path());
+    assert_eq!(
+        (run.windows.num_sequences(), run.windows.num_steps()),
+        (6, 9)
+    );
+    let tokens: usize = rows().train.iter().map(|row| row.input_ids.len()).sum();
+    assert_eq!(run.windows.fill_ratio(), Some(tokens as f64 / (6.0 * 31.0)));
+    for epoch in windows(&run.windows).chunks(3) {
+        let batches = || epoch.iter().flat_map(|window| &window.micro_batches);
+        let lengths = batches().flat_map(|batch| batch.segments().iter());
+        let mut lengths: Vec<_> = lengths.map(|row| row.queries.len()).collect();
+        lengths.sort_unstable();
+        assert_eq!(lengths, [3, 5, 6, 8, 9, 12, 14, 18, 22, 27, 31]);
+        assert_eq!(epoch[2].epoch.fract(), 0.0);
+    }
+    finish(run, |_, _| {}).unwrap();
+    assert_eq!(checkpoints(out.path()), ["step-000006", "step-000009"]);
+    let lines = metrics(out.path(), "train");
+    let epochs = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0].map(|step| step / 3.0);
+    assert_eq!(numbers(&lines, "epoch"), epochs);
+    for line in &lines {
+        // all tokens, and nothing else
+        let all = line["tokens_per_second"].as_f64().unwrap() * line["seconds"].as_f64().unwrap();
+        assert!((all - all.round()).abs() < 1e-6 && all <= 62.0, "{line}");
+    }
+    assert_eq!(
+        numbers(&metrics(out.path(), "eval"), "step"),
+        [3.0, 6.0, 9.0]
+    );
 }
 
 #[test]
@@ -875,19 +968,17 @@ fn what_a_crash_left_half_written_does_no_harm() {
     assert!(newest.ends_with("step-000002"));
 }
 
+/// The last update gives weights that are no numbers, or that give none: what was good before it is
+/// saved, and what it left is not.
 #[test]
-fn a_loss_that_is_no_number_ends_the_run() {
+fn weights_that_are_no_numbers_are_never_saved() {
     for (text, told, good) in [
-        ("", "the loss of step 3", None),
-        ("train.save_every=1", "a weight after step 2", Some(1)),
-        (
-            "train.eval_every=1",
-            "the evaluation loss after step 2",
-            None,
-        ),
+        ("train.save_every=9", "the weight model.layers.0.", None),
+        ("train.save_every=1", "the weight model.layers.0.", Some(1)),
+        ("train.eval_every=1", "the evaluation loss after", None),
         (
             "train.eval_every=1 train.save_every=1",
-            "the evaluation loss after step 2",
+            "the evaluation loss after",
             Some(1),
         ),
     ] {
@@ -903,37 +994,82 @@ fn a_loss_that_is_no_number_ends_the_run() {
             }
             None => "there is no checkpoint from before".to_owned(),
         };
-        let expected = format!("{told} is not a finite number ({good})");
-        assert_eq!(error.to_string(), expected);
-        assert!(!out.path().join("adapter").exists());
+        let adapter = out.path().join("adapter");
+        let saved = format!("the last good weights are saved in {}", adapter.display());
+        let end = format!(" step 2 is not a finite number; {saved}, {good}");
+        let error = error.to_string();
+        assert!(error.starts_with(told) && error.ends_with(&end), "{error}");
+        // a warm-up of one step leaves the weights as they began, which is what is good here
+        let (first, _) = run_gqa("train.max_steps=1 train.warmup_steps=1");
+        let bytes = |run: &Path| adapter_bytes(&run.join("adapter"));
+        assert_eq!(bytes(out.path()), bytes(first.path()));
         let text = std::fs::read_to_string(out.path().join(METRICS_FILE)).unwrap();
         assert!(!text.contains("null"), "{text}");
     }
 }
 
-/// The last update overflows, after a loss and a gradient that are numbers.
+/// The same where no copy of the weights is kept.
 #[test]
-fn weights_that_are_no_numbers_are_never_saved() {
+fn a_model_that_is_no_numbers_is_never_saved() {
     let text = "train.learning_rate=1e30 train.weight_decay=1e30 train.warmup_steps=0 \
-                train.lr_schedule=constant train.save_every=1 train.max_steps=1";
+                train.lr_schedule=constant train.save_every=1 train.max_steps=1 adapter.method=full";
     let none = Rows {
         eval: Arc::new(Vec::new()),
         ..rows()
     };
-    for method in ["lora", "full"] {
-        let out = tempdir().unwrap();
-        let settings = settings(&format!("{text} adapter.method={method}"));
-        let run = start(recipe(&tiny_model("gqa"), &settings), &none, out.path());
-        let error = finish(run, |_, _| {}).unwrap_err().to_string();
-        assert!(
-            error.starts_with("a weight after step 1 is not a finite"),
-            "{error}"
-        );
-        assert_eq!(metrics(out.path(), "train").len(), 1);
-        for folder in ["adapter", "model", "best", "checkpoints"] {
-            assert!(!out.path().join(folder).exists(), "{folder}");
-        }
+    let out = tempdir().unwrap();
+    let run = start(
+        recipe(&tiny_model("gqa"), &settings(text)),
+        &none,
+        out.path(),
+    );
+    let error = finish(run, |_, _| {}).unwrap_err().to_string();
+    let expected = "the weight model.embed_tokens.weight after step 1 is not a finite number; no \
+                    weights are saved, there is no checkpoint from before";
+    assert_eq!(error, expected);
+    assert_eq!(metrics(out.path(), "train").len(), 1);
+    for folder in ["model", "best", "checkpoints"] {
+        assert!(!out.path().join(folder).exists(), "{folder}");
     }
+}
+
+#[test]
+fn one_run_at_a_time_trains_in_a_folder() {
+    let out = tempdir().unwrap();
+    let run = start_gqa("train.max_steps=2 train.save_every=1", out.path());
+    let second = || RunFolder::open(out.path()).map(|_| ());
+    assert!(matches!(second(), Err(Error::InUse { .. })));
+    finish(run, |_, _| {}).unwrap();
+    second().unwrap();
+    second().unwrap(); // it was let go of
+}
+
+/// A crash between the two renames that put a folder in the place of another.
+#[test]
+fn what_was_set_aside_is_put_back() {
+    let text = "train.max_steps=2 train.save_every=1 train.eval_every=1";
+    let (out, _) = run_gqa(text);
+    let at = |name: &str| out.path().join(name);
+    let before = files(out.path());
+    for (there, aside) in [
+        ("best", ".best.old"),
+        ("checkpoints/step-000002", "checkpoints/.step-000002.old"),
+    ] {
+        std::fs::rename(at(there), at(aside)).unwrap();
+        std::fs::create_dir_all(at(aside).with_extension("part")).unwrap();
+    }
+    std::fs::create_dir(at(".adapter.old")).unwrap(); // its successor is there
+    std::fs::write(at(".mine.old"), "mine").unwrap();
+    std::fs::write(at(".part-x1"), "half a").unwrap();
+    drop(RunFolder::open(out.path()).unwrap());
+    std::fs::remove_file(at(".mine.old")).unwrap();
+    assert!(files(out.path()) == before);
+    let names = std::fs::read_dir(out.path()).unwrap();
+    let hidden = names.filter(|name| {
+        let name = name.as_ref().unwrap().file_name();
+        name.to_string_lossy().starts_with('.')
+    });
+    assert_eq!(hidden.count(), 1, "the lock");
 }
 
 #[test]
@@ -986,6 +1122,7 @@ fn runs_report_what_they_do() {
         let count = match event {
             Event::Saved { .. } => &counts.0,
             Event::Evaluated { .. } => &counts.1,
+            other => panic!("{other:?}"),
         };
         count.fetch_add(1, Ordering::Relaxed);
     });

@@ -93,10 +93,10 @@ pub struct RecipeArgs {
 pub struct TrainArgs {
     #[command(flatten)]
     pub recipe: RecipeArgs,
-    /// Go on with the run in this folder, from its newest checkpoint
+    /// Go on with the run in this folder, from its newest checkpoint; --max-steps, --epochs and --set
+    /// may change how long it is and what is kept of it
     #[arg(long, value_name = "RUN", conflicts_with_all = [
-        "recipe", "model", "data", "eval_data", "output", "quant", "method", "rank", "max_steps",
-        "print_recipe", "epochs", "set",
+        "recipe", "model", "data", "eval_data", "output", "quant", "method", "rank", "print_recipe",
     ])]
     pub resume: Option<PathBuf>,
     /// Print the resolved recipe and stop

@@ -165,6 +165,7 @@ impl State {
                 Metrics::Eval { step, loss, .. } => {
                     self.series("Loss").eval.push((step as f64, loss))
                 }
+                Metrics::Skipped { step, .. } => self.step = step,
             }
         }
     }
@@ -519,6 +520,7 @@ mod tests {
             tokens_per_second: 321.0,
             peak_memory_bytes: 0,
             seconds: 0.1,
+            spike: false,
         };
         let eval = Metrics::Eval {
             step: 2,

@@ -5,6 +5,7 @@ use std::process::ExitCode;
 use clap::error::{ContextKind, ContextValue, ErrorKind};
 use serde_json::json;
 
+use crate::commands::train::Unfinished;
 use crate::output::{self, Output};
 
 /// A failure, in words.
@@ -126,6 +127,11 @@ fn advice(error: &anyhow::Error) -> (String, u8) {
         if let Some(advised) = cause.downcast_ref::<Advised>() {
             return (advised.help.clone(), advised.code);
         }
+        if let Some(Unfinished { run, source }) = cause.downcast_ref::<Unfinished>() {
+            let (advice, run) = (train_advice(source), run.display());
+            let help = format!("{advice}; then go on with: trainer train --resume {run}");
+            return (help, train_code(source));
+        }
         if let Some(error) = cause.downcast_ref::<train::Error>() {
             return (train_advice(error).into(), train_code(error));
         }
@@ -161,19 +167,20 @@ fn train_advice(error: &train::Error) -> &'static str {
         E::Toml { .. } => "correct the recipe; it is a TOML file",
         E::Io { .. } => "check the path, its permissions and the free space on its disk",
         E::OutputNotEmpty { .. } => "choose another --output, or go on with that run by --resume",
+        E::NoCheckpoint { .. } => "start a new run with its recipe.toml and another --output",
+        E::InUse { .. } => "wait until it has ended, or stop it; or choose another --output",
         E::NotARun { .. } => {
             "give the folder that `trainer train` wrote: it has recipe.toml and metrics.jsonl"
         }
         E::NoMetrics { .. } => "start the run again, or give another one",
         E::BadMetrics { .. } => "restore metrics.jsonl, or give another run",
-        E::NoCheckpoint { .. } => "start the run anew with a recipe and another --output",
         E::RowsChanged { .. } => {
             "put the rows back, or start a new run with adapter.init_from on the new ones"
         }
         E::Damaged { .. } | E::Json { .. } => "remove this checkpoint, or resume from an older one",
         E::NotFinite { .. } => {
             "check the data, or begin a new run with a lower train.learning_rate; adapter.init_from \
-             takes the adapter of a checkpoint"
+             takes the adapter that was saved, or that of a checkpoint"
         }
         E::NoData | E::NoSuchData { .. } => {
             "give a .jsonl or .json file, or a folder of them, by --data"

@@ -26,6 +26,7 @@ use crate::output::Output;
 
 fn main() -> ExitCode {
     keep_freed_memory();
+    signals::take_file_size_limits_as_errors();
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(error) if !error.use_stderr() => {

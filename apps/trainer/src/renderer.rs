@@ -2,6 +2,8 @@
 
 use std::collections::HashMap;
 use std::io::IsTerminal;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use burn::train::metric::{MetricDefinition, MetricId, NumericEntry};
@@ -38,6 +40,8 @@ struct Lines {
     values: HashMap<String, f64>,
     /// When the first step was done, and which.
     first: Option<(Instant, usize)>,
+    /// The last step whose loss was a spike, 0 if there is none.
+    spike: Arc<AtomicUsize>,
 }
 
 impl Renderer {
@@ -60,6 +64,7 @@ impl Renderer {
                 log_every,
                 values: HashMap::new(),
                 first: None,
+                spike: Arc::new(AtomicUsize::new(0)),
             }),
         };
         Self {
@@ -85,6 +90,14 @@ impl Renderer {
                 )
             }
             Event::Saved { checkpoint } => format!("saved {}", checkpoint.display()),
+            Event::Spike { step, loss, mean } => {
+                format!("step {step}  spike: loss {loss:.4} after a mean of {mean:.4}")
+            }
+            Event::Skipped {
+                step,
+                reason,
+                in_a_row,
+            } => format!("warning: step {step} is skipped ({in_a_row} in a row): {reason}"),
         };
         match (&self.view, event) {
             (View::Dashboard(dashboard), event) => {
@@ -94,7 +107,12 @@ impl Renderer {
                 dashboard.message(text);
             }
             (View::Lines(lines), Event::Saved { .. }) => lines.output.detail(text),
-            (View::Lines(lines), Event::Evaluated { .. }) => lines.output.note(text),
+            (View::Lines(lines), Event::Spike { step, .. }) => {
+                lines.spike.store(step, Ordering::Relaxed);
+            }
+            (View::Lines(lines), Event::Evaluated { .. } | Event::Skipped { .. }) => {
+                lines.output.note(text);
+            }
         }
     }
 
@@ -115,11 +133,13 @@ impl Lines {
                 .elapsed()
                 .mul_f64((total - step) as f64 / taken as f64)
         });
-        if step.is_multiple_of(self.log_every) || step == total {
+        let is_spike = self.spike.load(Ordering::Relaxed) == step;
+        if step.is_multiple_of(self.log_every) || step == total || is_spike {
             let value = |name: &str| self.values.get(name).copied().unwrap_or(f64::NAN);
             self.output.note(format_args!(
-                "step {step}/{total}  loss {:.4}  lr {:.3e}  grad norm {:.3}  {:.0} tokens/s{}",
+                "step {step}/{total}  loss {:.4}{}  lr {:.3e}  grad norm {:.3}  {:.0} tokens/s{}",
                 value("Loss"),
+                if is_spike { " (spike)" } else { "" },
                 value("Learning rate"),
                 value("Gradient norm"),
                 value("Tokens/s"),

@@ -1,7 +1,7 @@
 //! The decoder's operations, one file each: a trait method whose default body is the readable
 //! reference in plain tensor operations, its backward, and faster versions for single backends.
 //!
-//! Shapes: `n` tokens (`b · s`), `d` hidden, `n_h` heads, `n_kv` KV heads, `h_d` head dim,
+//! Shapes: `n` tokens, `d` hidden, `n_h` heads, `n_kv` KV heads, `h_d` head dim,
 //! `i` intermediate, `v` vocabulary.
 
 mod attention;

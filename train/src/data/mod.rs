@@ -1,14 +1,15 @@
 //! The data of a run: from the rows of a user's files to token ids and labels.
 //!
 //! [`prepare`] reads the files row by row ([`Format`] says what a row looks like), an [`Encoder`]
-//! turns each row into a [`Sample`], and [`split`] and [`epoch_order`] decide which samples are
-//! held back and in which order the others are seen.
+//! turns each row into a [`Sample`], [`split`] decides which samples are held back, and a
+//! [`Packer`] which of the others go together and in which order they are seen.
 
 pub mod check;
 mod order;
 mod read;
 mod rows;
 mod sample;
+mod sequences;
 
 use std::path::PathBuf;
 
@@ -23,6 +24,7 @@ pub use read::{Place, RowNumber};
 pub use rows::Format;
 use sample::Encoded;
 pub use sample::{Encoder, IGNORED, Sample};
+pub use sequences::{Packer, Sequences};
 
 /// What happens to a row that is longer than the longest length allowed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]

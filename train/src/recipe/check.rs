@@ -6,7 +6,7 @@ use adapters::{LoraConfig, LoraInit};
 use serde::Serialize;
 use toml::Table;
 
-use super::{ModelInit, Recipe};
+use super::{ModelInit, Recipe, TrainSection};
 
 /// Numbers beyond these are slips, and would be allocated.
 const MAX_ROWS_PER_STEP: usize = 1 << 20;
@@ -46,6 +46,20 @@ pub(super) fn unused(recipe: &Recipe) -> Vec<Unused> {
             &recipe.quantization,
             reason,
         ));
+    }
+    if !recipe.data.eval.is_empty() {
+        all.push(Unused {
+            key: "data.eval_fraction".into(),
+            reason: "data.eval has the rows to evaluate",
+            is_default: recipe.data.eval_fraction == 0.0,
+        });
+    }
+    if recipe.train.warmup_steps.is_some() {
+        all.push(Unused {
+            key: "train.warmup_ratio".into(),
+            reason: "train.warmup_steps says how long the warm-up is",
+            is_default: recipe.train.warmup_ratio == TrainSection::default().warmup_ratio,
+        });
     }
     if !evaluates(recipe) {
         all.push(Unused {
@@ -134,12 +148,12 @@ fn adapter(recipe: &Recipe, problems: &mut Problems) {
     let mut ranks = adapter.rank_pattern.0.iter().map(|(_, rank)| *rank);
     let range = format_args!("has a rank that {range}");
     problems.unless(ranks.all(fits), "adapter.rank_pattern", range);
-    let finite = |alpha: f64| (alpha as f32).is_finite(); // computed in f32
-    let text = "must be a finite number";
-    problems.unless(finite(adapter.alpha), "adapter.alpha", text);
+    let fits = |alpha: f64| (alpha as f32).is_finite() && alpha as f32 != 0.0; // computed in f32
+    let text = "must be a finite number other than 0";
+    problems.unless(fits(adapter.alpha), "adapter.alpha", text);
     let mut alphas = adapter.alpha_pattern.0.iter().map(|(_, alpha)| *alpha);
     let text = format_args!("has an alpha that {text}");
-    problems.unless(alphas.all(finite), "adapter.alpha_pattern", text);
+    problems.unless(alphas.all(fits), "adapter.alpha_pattern", text);
     let share = (0.0..1.0).contains(&adapter.dropout);
     problems.unless(share, "adapter.dropout", "must be from 0 to below 1");
     let text = "= true is not supported";
@@ -155,8 +169,6 @@ fn data(recipe: &Recipe, problems: &mut Problems) {
     let data = &recipe.data;
     let text = "must be at least 2";
     problems.unless(data.max_length >= 2, "data.max_length", text);
-    let text = "= true is not supported";
-    problems.unless(!data.packing, "data.packing", text);
     let share = (0.0..1.0).contains(&data.eval_fraction);
     problems.unless(share, "data.eval_fraction", "must be from 0 to below 1");
 }

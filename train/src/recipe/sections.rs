@@ -108,11 +108,11 @@ pub struct DataSection {
     pub max_length: usize,
     /// What happens to longer rows.
     pub truncate: Truncate,
-    /// Several rows in one sequence.
+    /// Several rows in one sequence of up to `max_length` tokens; none of them sees another.
     pub packing: bool,
     /// Which part of a conversation is trained.
     pub train_on: TrainOn,
-    /// Another order each epoch; off: file order, wrapping round.
+    /// Another order each epoch; off: file order, wrapping round, also within packed sequences.
     pub shuffle: bool,
     /// Share of the training rows held back when `eval` is not given.
     pub eval_fraction: f64,
@@ -141,7 +141,7 @@ pub struct TrainSection {
     /// Optimizer steps; wins over `epochs`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub max_steps: Option<usize>,
-    /// Rows at a time.
+    /// Rows at a time; with packing, sequences of rows.
     pub micro_batch_size: usize,
     /// Micro batches for each optimizer step.
     pub gradient_accumulation_steps: usize,
@@ -257,7 +257,7 @@ impl Default for DataSection {
             chat_template: None,
             max_length: 1024,
             truncate: Truncate::Drop,
-            packing: false,
+            packing: true,
             train_on: TrainOn::Assistant,
             shuffle: true,
             eval_fraction: 0.0,

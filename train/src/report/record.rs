@@ -51,12 +51,18 @@ pub struct Entry {
     pub peak_memory_bytes: Option<f64>,
     /// Wall time.
     pub seconds: Option<f64>,
-    /// Whether the step was skipped.
-    #[serde(default)]
+    /// Whether the step was skipped; in the metrics, how many were so far.
+    #[serde(default, deserialize_with = "is_set")]
     pub skipped: bool,
     /// Whether the loss is far above the ones before.
     #[serde(default)]
     pub spike: bool,
+}
+
+/// Whether a mark or a count is there.
+fn is_set<'de, D: serde::Deserializer<'de>>(mark: D) -> std::result::Result<bool, D::Error> {
+    let mark = serde_json::Value::deserialize(mark)?;
+    Ok(mark.as_bool().unwrap_or(mark.as_u64() > Some(0)))
 }
 
 impl RunRecord {
@@ -97,7 +103,9 @@ impl RunRecord {
         let count = text.lines().count();
         for (index, line) in text.lines().enumerate().filter(|(_, l)| !l.is_empty()) {
             match serde_json::from_str::<Entry>(line) {
-                Ok(entry) if entry.kind == "train" => push(&mut self.steps, entry),
+                Ok(entry) if entry.kind == "train" || entry.kind == "skipped" => {
+                    push(&mut self.steps, entry);
+                }
                 Ok(entry) if entry.kind == "eval" => push(&mut self.evals, entry),
                 Ok(_) => {}
                 // as a kill leaves it, or a run that is writing it now
@@ -251,7 +259,7 @@ mod tests {
 
     #[test]
     fn numbers_that_are_none_are_gaps() {
-        let run = read("{\"kind\":\"train\",\"step\":1,\"loss\":null,\"skipped\":true}\n").unwrap();
+        let run = read("{\"kind\":\"skipped\",\"step\":1,\"skipped\":1}\n").unwrap();
         assert_eq!((run.steps[0].loss, run.steps[0].skipped), (None, true));
     }
 

@@ -33,12 +33,14 @@ pub fn tiny_model(name: &str) -> PathBuf {
         .join(name)
 }
 
-/// The recipe for a base model with `section.key=value` settings.
+/// The recipe for a base model with `section.key=value` settings; rows are not packed unless these
+/// say so, since steps are counted in rows.
 pub fn recipe(base: &Path, settings: &[String]) -> Recipe {
     let given = [
         format!("model.path={}", base.display()),
         "data.train=given as rows".into(),
         "data.eval=given as rows".into(),
+        "data.packing=false".into(),
     ];
     let all = given.iter().chain(settings);
     let all: Vec<_> = all.map(|text| parse_setting(text).unwrap()).collect();

@@ -44,6 +44,10 @@ struct DataPlan {
     dropped_rows: usize,
     trained_tokens: usize,
     trained_tokens_per_row: Option<Spread>,
+    /// What an epoch is made of: rows, or with packing several rows each.
+    sequences: usize,
+    /// How full they are with packing.
+    fill_ratio: Option<f64>,
     steps: usize,
     samples: Vec<Value>,
     #[serde(skip)]
@@ -102,12 +106,15 @@ pub fn run(args: RecipeArgs, device: &str, output: &Output) -> Result<ExitCode> 
 
 fn plan_data(recipe: &Recipe, read: ReadRows) -> DataPlan {
     let rows = read.rows.train;
+    let windows = Windows::new(rows.clone(), &recipe.data, &recipe.train, 0);
     DataPlan {
         rows: rows.len(),
         dropped_rows: read.dropped_rows,
         trained_tokens: rows.iter().map(|row| row.trained_tokens()).sum(),
         trained_tokens_per_row: read.spread,
-        steps: Windows::new(rows, &recipe.data, &recipe.train, 0).num_steps(),
+        sequences: windows.num_sequences(),
+        fill_ratio: windows.fill_ratio(),
+        steps: windows.num_steps(),
         samples: read.examples.iter().map(Example::json).collect(),
         examples: read.examples,
     }
@@ -139,6 +146,13 @@ fn text(plan: &Plan) -> String {
             "trained tokens        {}{spread}",
             data.trained_tokens
         ));
+        if let Some(fill_ratio) = data.fill_ratio {
+            let full = 100.0 * fill_ratio;
+            lines.push(format!(
+                "packed sequences      {} ({full:.1} % full)",
+                data.sequences
+            ));
+        }
         lines.push(format!("optimizer steps       {}", data.steps));
     }
     let recompute = if plan.recompute {

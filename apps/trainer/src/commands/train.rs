@@ -1,11 +1,12 @@
 //! `trainer train`
 
+mod begin;
+
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Instant;
 
-use ::train::checkpoint::Checkpoints;
 use ::train::data::check::Spread;
 use ::train::data::{Encoder, Prepared, prepare, split};
 use ::train::fit::{Event, Outcome, Stopped, fit};
@@ -22,10 +23,14 @@ use model::hub::Files;
 use serde_json::json;
 use toml::Value;
 
+pub use begin::Unfinished;
+use begin::{Begin, go_on};
+
 use super::{check_memory, gib, loaded, open_model, other_base, settings, trained};
 use crate::cli::{RecipeArgs, TrainArgs};
 use crate::device::{Device, Job};
 use crate::encoder;
+use crate::failure::Advised;
 use crate::forecast::{Forecast, forecast};
 use crate::labels::{self, Example};
 use crate::output::Output;
@@ -35,11 +40,15 @@ use crate::signals;
 
 /// Trains, or goes on training.
 pub fn run(args: TrainArgs, device: &str, no_tui: bool, output: &Output) -> Result<ExitCode> {
+    let over = settings_of(&args.recipe)?;
     if let Some(run) = &args.resume {
-        let recipe = Recipe::read(Some(&run.join(RECIPE_FILE)), &[])?;
+        if over.iter().any(|(key, _)| key == "output.dir") {
+            let help = "leave output.dir out, or copy the folder first and resume the copy";
+            return Err(Advised::usage("--resume goes on in its own folder", help).into());
+        }
+        let recipe = Recipe::read(Some(&run.join(RECIPE_FILE)), &over)?;
         return launch(recipe, Some(run), device, no_tui, output)?.announce(output);
     }
-    let over = settings_of(&args.recipe)?;
     let mut recipe = Recipe::read(args.recipe.recipe.as_deref(), &over)?;
     if args.print_recipe {
         trained(&mut recipe)?;
@@ -100,7 +109,7 @@ impl Finished {
             "run": folder,
             "steps": outcome.steps,
             "loss": outcome.loss,
-            "best": outcome.best,
+            "best": outcome.best.map(|best| json!({"step": best.step, "loss": best.loss})),
             "interrupted": interrupted,
             "memory": memory,
             kind: (!interrupted).then_some(result), // an interrupted run has only checkpoints
@@ -152,17 +161,17 @@ pub fn launch(
 ) -> Result<Finished> {
     let start = Instant::now();
     let device = Device::find(device)?;
-    let trained = match resume {
-        Some(_) => session::resumed(&recipe),
-        None => trained(&mut recipe)?,
+    let begin = match resume {
+        Some(run) => go_on(run, &mut recipe, output)?,
+        None => Begin::New,
+    };
+    let trained = match begin {
+        Begin::Checkpoint(..) => session::resumed(&recipe),
+        Begin::Again(_) | Begin::New => trained(&mut recipe)?,
     };
     let folder = match resume {
         Some(run) => run.clone(),
         None => output_folder(&mut recipe)?,
-    };
-    let checkpoint = match resume {
-        Some(run) => Some(newest_checkpoint(run, &recipe, output)?),
-        None => None,
     };
     let files = match recipe.model.init {
         ModelInit::Random => Files::Config,
@@ -196,7 +205,7 @@ pub fn launch(
         base,
         rows: read.rows,
         folder: folder.clone(),
-        checkpoint,
+        begin,
         forecast: forecast.clone(),
         no_tui,
         output: *output,
@@ -242,7 +251,7 @@ struct TrainJob {
     base: ModelFolder,
     rows: Rows,
     folder: PathBuf,
-    checkpoint: Option<PathBuf>,
+    begin: Begin,
     forecast: Forecast,
     no_tui: bool,
     output: Output,
@@ -253,24 +262,15 @@ impl Job for TrainJob {
 
     fn run<B: TrainBackend>(self, device: B::Device) -> Result<Outcome> {
         let (log_every, output, mut known) = (self.recipe.train.log_every, self.output, self.known);
-        let mut run = match &self.checkpoint {
-            None => session::start::<B>(
-                self.recipe,
-                self.trained,
-                self.base,
-                self.rows,
-                &self.folder,
-                device,
-            )?,
-            Some(checkpoint) => session::resume::<B>(
-                self.recipe,
-                self.trained,
-                self.base,
-                self.rows,
-                &self.folder,
-                checkpoint,
-                device,
-            )?,
+        let (recipe, trained, base, rows) = (self.recipe, self.trained, self.base, self.rows);
+        let mut run = match self.begin {
+            Begin::New => session::start::<B>(recipe, trained, base, rows, &self.folder, device)?,
+            Begin::Again(folder) => {
+                session::start_again::<B>(recipe, trained, base, rows, folder, device)?
+            }
+            Begin::Checkpoint(folder, checkpoint) => {
+                session::resume::<B>(recipe, trained, base, rows, folder, &checkpoint, device)?
+            }
         };
         let answer = "saving and stopping (again: at once, unsaved)";
         let interrupter = signals::interrupter(answer);
@@ -291,8 +291,16 @@ impl Job for TrainJob {
         ));
         run.model.recompute = self.forecast.recompute;
         run.predicted = Some(self.forecast.memory);
+        if let Some(fill_ratio) = run.windows.fill_ratio() {
+            output.note(format_args!(
+                "an epoch is packed into {} sequences of up to {} tokens, {:.1} % full",
+                run.windows.num_sequences(),
+                run.recipe.data.max_length,
+                100.0 * fill_ratio,
+            ));
+        }
         if run.progress.step >= run.windows.num_steps() && !run.progress.evaluation_due {
-            output.note("the run has taken all its steps");
+            output.note("the run has taken all its steps; --max-steps makes it longer");
         }
         let schedule = Schedule::new(&run.recipe.train, run.windows.num_steps(), 0);
         let peak = (0..run.windows.num_steps())
@@ -303,7 +311,14 @@ impl Job for TrainJob {
             output.note(format_args!("warning: {text}"));
             known.warnings.push(text.into());
         }
-        let record = Record::begin(&mut run, known)?;
+        let unfinished = |source| Unfinished {
+            run: self.folder.clone(),
+            source,
+        };
+        let record = Record::begin(&mut run, known).map_err(|error| match error.downcast() {
+            Ok(source) => unfinished(source).into(),
+            Err(error) => error,
+        })?;
         let title = self.folder.display().to_string();
         let renderer = Renderer::new(title, self.no_tui, interrupter.clone(), log_every, output);
         renderer.begin(&run.folder.lines()?, run.windows.num_steps());
@@ -312,7 +327,10 @@ impl Job for TrainJob {
         let outcome = fit(run, renderer, interrupter, report);
         screen.close(); // also after a failure
         record.end(&outcome, &output);
-        Ok(outcome?)
+        outcome.map_err(|error| match error {
+            error @ ::train::Error::NotFinite { .. } => error.into(),
+            source => unfinished(source).into(),
+        })
     }
 }
 
@@ -341,17 +359,6 @@ fn output_folder(recipe: &mut Recipe) -> Result<PathBuf> {
     check_empty(&folder)?;
     recipe.output.dir = Some(folder.clone());
     Ok(folder)
-}
-
-fn newest_checkpoint(run: &Path, recipe: &Recipe, output: &Output) -> Result<PathBuf> {
-    let checkpoints = Checkpoints::new(run, recipe.train.keep_checkpoints);
-    let newest = checkpoints.newest(|path, error| {
-        output.note(format_args!(
-            "warning: {} is skipped: {error}",
-            path.display()
-        ));
-    })?;
-    Ok(newest.ok_or_else(|| ::train::Error::NoCheckpoint { path: run.into() })?)
 }
 
 /// The rows of a recipe, and what there is to say about them.

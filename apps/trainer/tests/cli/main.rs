@@ -4,6 +4,8 @@
 #[path = "../../../../model/tests/fake_hub/mod.rs"]
 mod fake_hub;
 mod support;
+#[cfg(unix)]
+mod survive;
 
 mod chat;
 mod devices;

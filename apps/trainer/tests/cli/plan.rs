@@ -8,7 +8,9 @@ fn a_plan_counts_and_needs_no_weights() {
     std::fs::remove_file(dir.path("model/model.safetensors")).unwrap();
     let line = "plan --json --model model --data rows.jsonl --rank 4 --output run";
     let run = dir
-        .trainer(&format!("{line} --set train.micro_batch_size=3"))
+        .trainer(&format!(
+            "{line} --set train.micro_batch_size=3 --set data.packing=false"
+        ))
         .succeeds();
     let json = run.json();
     // q, k, v, o are 32×32, 16×32, 16×32, 32×32; gate, up, down have 32 and 56 at their ends
@@ -20,6 +22,10 @@ fn a_plan_counts_and_needs_no_weights() {
     assert!((json["trainable_percent"].as_f64().unwrap() - percent).abs() < 1e-9);
     assert_eq!(json["adapter_bytes"], json!(4 * 2 * per_layer));
     assert_eq!((&json["rows"], &json["steps"]), (&json!(8), &json!(3)));
+    assert_eq!(
+        (&json["sequences"], &json["fill_ratio"]),
+        (&json!(8), &Value::Null)
+    );
     let tokens: usize = (0..8).map(|row| 5 + row % 5).sum();
     assert_eq!(json["trained_tokens"], json!(tokens));
     assert!(!dir.has("run"));
@@ -27,6 +33,39 @@ fn a_plan_counts_and_needs_no_weights() {
         .trainer("plan --model model --data rows.jsonl")
         .succeeds();
     assert!(text.stdout.contains("trainable parameters"), "{text}");
+}
+
+#[test]
+fn packing_makes_few_full_sequences() {
+    let dir = Dir::with_tokens(); // 61 tokens in rows of 6 to 10
+    let line = "--model model --data rows.jsonl --set data.max_length=20 \
+                --set train.micro_batch_size=3";
+    let plan = dir
+        .trainer(&format!("plan --json {line}"))
+        .succeeds()
+        .json();
+    assert_eq!((&plan["rows"], &plan["sequences"]), (&json!(8), &json!(4)));
+    assert_eq!(plan["fill_ratio"], json!(61.0 / 80.0));
+    assert_eq!(plan["steps"], json!(2));
+    let text = dir.trainer(&format!("plan {line}")).succeeds();
+    assert!(
+        text.stdout.contains("packed sequences      4 (76."),
+        "{text}"
+    );
+    let run = dir
+        .trainer(&format!("train {line} --output run"))
+        .succeeds();
+    let told = "an epoch is packed into 4 sequences of up to 20 tokens, 76.";
+    assert!(run.stderr.contains(told), "{run}");
+    let steps = dir.lines("run/metrics.jsonl");
+    assert_eq!(steps.len(), 2);
+    assert_eq!(steps[1]["epoch"], json!(1.0));
+    // every row is trained once: all of its tokens but the first
+    let tokens: u64 = steps
+        .iter()
+        .map(|step| step["tokens"].as_u64().unwrap())
+        .sum();
+    assert_eq!(tokens, 61 - 8);
 }
 
 #[test]

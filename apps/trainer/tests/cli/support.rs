@@ -182,6 +182,14 @@ impl Dir {
     }
 }
 
+/// Sends a signal to a child that has not been waited for.
+#[cfg(unix)]
+pub fn send(child: &Child, signal: i32) {
+    let pid = i32::try_from(child.id()).unwrap();
+    // SAFETY: `kill` only sends a signal.
+    assert_eq!(unsafe { libc::kill(pid, signal) }, 0);
+}
+
 /// Sends Ctrl-C to a program that has said `word` on stderr, and waits for its end.
 #[cfg(unix)]
 pub fn interrupt(child: &mut Child, word: &str) -> Run {
@@ -191,9 +199,7 @@ pub fn interrupt(child: &mut Child, word: &str) -> Run {
         let read = stderr.read_line(&mut said).unwrap();
         assert_ne!(read, 0, "{word:?} was never said: {said}");
     }
-    let pid = i32::try_from(child.id()).unwrap();
-    // SAFETY: `kill` only sends a signal, to a child that has not been waited for.
-    assert_eq!(unsafe { libc::kill(pid, libc::SIGINT) }, 0);
+    send(child, libc::SIGINT);
     stderr.read_to_string(&mut said).unwrap();
     let mut stdout = String::new();
     let out = child.stdout.as_mut().unwrap();
@@ -204,6 +210,17 @@ pub fn interrupt(child: &mut Child, word: &str) -> Run {
         stdout,
         stderr: said,
     }
+}
+
+/// What does not depend on the time: metrics without their times and memory.
+pub fn timeless(lines: Vec<Value>) -> Vec<Value> {
+    let strip = |mut line: Value| {
+        for key in ["seconds", "tokens_per_second", "peak_memory_bytes"] {
+            line.as_object_mut().unwrap().remove(key);
+        }
+        line
+    };
+    lines.into_iter().map(strip).collect()
 }
 
 /// The words of a command line.

@@ -1,5 +1,5 @@
-//! Attention on Flex in FlashAttention-2's tiles: no `[s, t]` matrix, and no tile above the
-//! diagonal.
+//! Attention on Flex in FlashAttention-2's tiles: no matrix of all queries and keys, and no tile
+//! above the diagonal or between segments.
 //!
 //! The rows of a tile are the `groups` query heads of each of its queries, next to each other as
 //! in memory: each tile of keys and values serves its whole group, and the products themselves sum
@@ -13,6 +13,7 @@ use std::ops::Range;
 use burn::backend::flex::FlexTensor;
 
 use crate::ops::cpu::{self, exp, vectorized};
+use crate::segments::{Segment, Segments};
 use matrix::{
     Heads, Matrix, Old, gather, inner_contiguous, multiply, scalar_products, scale, weighted_sums,
 };
@@ -28,47 +29,51 @@ const KEYS: usize = 64;
 const FEW_ROWS: usize = 4;
 
 /// See [`super::AttentionBackend::causal_attention`].
-pub(super) fn forward(q: FlexTensor, k: FlexTensor, v: FlexTensor) -> (FlexTensor, FlexTensor) {
-    let sizes = Sizes::of(&q, &k);
-    let Sizes { b, s, n_h, h_d, .. } = sizes;
+pub(super) fn forward(
+    q: FlexTensor,
+    k: FlexTensor,
+    v: FlexTensor,
+    segments: &Segments,
+) -> (FlexTensor, FlexTensor) {
+    let sizes = Sizes::of(&q, &k, segments);
+    let Sizes { n, n_h, h_d, .. } = sizes;
     let (q, k, v) = (cpu::contiguous(q), inner_contiguous(k), inner_contiguous(v));
     let (q, k, v) = (cpu::slice(&q), Heads::of(&k), Heads::of(&v));
 
-    let mut out = vec![0.0; b * s * n_h * h_d];
-    let mut lse = vec![0.0; b * s * n_h]; // [b, s, n_h]
+    let mut out = vec![0.0; n * n_h * h_d];
+    let mut lse = vec![0.0; n * n_h];
     // Tiles of queries are shared out with all their heads, a lone query by KV heads.
-    let (queries, kv_heads) = match s {
-        1 => (1, 1),
-        _ => (sizes.queries_of_tile(), sizes.n_kv),
-    };
-    let heads = kv_heads * sizes.groups;
+    let kv_heads = if n == 1 { 1 } else { sizes.n_kv };
+    let (mut outs, mut lses) = (&mut out[..], &mut lse[..]);
     let mut tasks = Vec::new();
-    let batches = out.chunks_mut(s * n_h * h_d).zip(lse.chunks_mut(s * n_h));
-    for (batch, (out, lse)) in batches.enumerate() {
-        let pieces = lse.chunks_mut(queries * heads);
-        for (i, (out, lse)) in out
-            .chunks_mut(queries * heads * h_d)
-            .zip(pieces)
-            .enumerate()
-        {
-            let (query, kv_head) = if s == 1 { (0, i) } else { (i * queries, 0) };
+    let queries = sizes.queries_of_tile();
+    for piece in segments.iter().flat_map(|segment| segment.pieces(queries)) {
+        for kv_head in (0..sizes.n_kv).step_by(kv_heads) {
+            let length = piece.queries.len() * kv_heads * sizes.groups;
             tasks.push(ForwardTask {
-                batch,
-                queries: query..s.min(query + queries),
+                piece: piece.clone(),
                 kv_heads: kv_head..kv_head + kv_heads,
-                out,
-                lse,
+                out: take(&mut outs, length * h_d),
+                lse: take(&mut lses, length),
             });
         }
     }
     cpu::for_each(tasks, |_, task| task.run(sizes, q, k, v));
-    let lse = cpu::from_vec(lse, [b, s, n_h]).transpose(1, 2); // [b, n_h, s]
-    (cpu::from_vec(out, [b, s, n_h, h_d]), lse)
+    (
+        cpu::from_vec(out, [n, n_h, h_d]),
+        cpu::from_vec(lse, [n, n_h]),
+    )
+}
+
+/// Takes so many elements off the front.
+fn take<'a>(rest: &mut &'a mut [f32], length: usize) -> &'a mut [f32] {
+    rest.split_off_mut(..length)
+        .expect("the pieces are no longer than the whole")
 }
 
 struct ForwardTask<'a> {
-    batch: usize,
-    queries: Range<usize>,
+    /// Part of a segment.
+    piece: Segment,
     kv_heads: Range<usize>,
     /// `[queries, kv_heads · groups, h_d]`.
     out: &'a mut [f32],
@@ -79,25 +84,24 @@ struct ForwardTask<'a> {
 impl ForwardTask<'_> {
     fn run(self, sizes: Sizes, q: &[f32], k: Heads, v: Heads) {
         let Sizes { groups, h_d, .. } = sizes;
-        let rows = self.queries.len() * groups;
-        let seen = sizes.seen_by(self.queries.start);
-        let all_seen = sizes.seen_by(self.queries.end - 1);
+        let rows = self.piece.queries.len() * groups;
+        let all_seen = self.piece.keys.len();
         let mut q_rows = vec![0.0; rows * h_d];
         let mut scores = vec![0.0; rows * KEYS];
         let mut tile = Tile::new(rows, h_d);
         for kv_head in self.kv_heads.clone() {
-            let at = sizes.places(self.batch, kv_head, self.queries.clone());
+            let at = sizes.places(kv_head, self.piece.queries.clone());
             gather(&mut q_rows, q, at, groups, h_d);
             scale(&mut q_rows, sizes.scale());
             tile.clear();
             for start in (0..all_seen).step_by(KEYS) {
-                let keys = start..all_seen.min(start + KEYS);
+                let keys = KEYS.min(all_seen - start);
                 let (k, v) = (
-                    k.matrix(self.batch, kv_head, &keys),
-                    v.matrix(self.batch, kv_head, &keys),
+                    k.matrix(kv_head, self.piece.keys.start + start, keys),
+                    v.matrix(kv_head, self.piece.keys.start + start, keys),
                 );
-                let scores = &mut scores[..rows * keys.len()];
-                let diagonal = Diagonal::new(seen, start, keys.len(), groups);
+                let scores = &mut scores[..rows * keys];
+                let diagonal = Diagonal::new(self.piece.seen_by(0), start, keys, groups);
                 if rows <= FEW_ROWS {
                     scalar_products(scores, &q_rows, k.data, k.row_stride, h_d);
                     weigh(&mut tile, scores, diagonal);
@@ -110,12 +114,7 @@ impl ForwardTask<'_> {
                         Old::Forget,
                     );
                     weigh(&mut tile, scores, diagonal);
-                    multiply(
-                        &mut tile.out,
-                        Matrix::rows(scores, keys.len()),
-                        v,
-                        Old::Keep,
-                    );
+                    multiply(&mut tile.out, Matrix::rows(scores, keys), v, Old::Keep);
                 }
             }
             let heads = self.kv_heads.len() * groups;
@@ -160,9 +159,8 @@ impl Tile {
 
 #[derive(Clone, Copy)]
 struct Sizes {
-    b: usize,
-    s: usize,
-    t: usize,
+    n: usize,
+    m: usize,
     n_h: usize,
     n_kv: usize,
     groups: usize,
@@ -170,14 +168,15 @@ struct Sizes {
 }
 
 impl Sizes {
-    fn of(q: &FlexTensor, k: &FlexTensor) -> Self {
-        let ([b, s, n_h, h_d], [_, t, n_kv, _]) = (cpu::dims(q), cpu::dims(k));
-        assert!(s <= t, "the {s} queries are the last of {t} positions");
+    fn of(q: &FlexTensor, k: &FlexTensor, segments: &Segments) -> Self {
+        let ([n, n_h, h_d], [m, n_kv, _]) = (cpu::dims(q), cpu::dims(k));
+        let end = segments.iter().last();
+        let end = end.map_or((0, 0), |last| (last.queries.end, last.keys.end));
+        assert_eq!(end, (n, m), "the segments are all queries and keys");
         assert_eq!(n_h % n_kv, 0, "{n_h} heads in groups for {n_kv}");
         Self {
-            b,
-            s,
-            t,
+            n,
+            m,
             n_h,
             n_kv,
             groups: n_h / n_kv,
@@ -193,41 +192,19 @@ impl Sizes {
         (ROWS / self.groups).max(1)
     }
 
-    /// Long rows are cut into several tasks if there are few heads, but only so many: each costs a
-    /// copy of the queries' gradients.
-    fn keys_of_task(&self) -> usize {
-        let wanted = 16_usize.div_ceil(self.b * self.n_kv);
-        let parts = wanted.min(self.t / 512).clamp(1, 4);
-        self.t.div_ceil(parts).next_multiple_of(KEYS)
-    }
-
-    /// How many keys a query sees.
-    fn seen_by(&self, query: usize) -> usize {
-        self.t - self.s + query + 1
-    }
-
-    fn first_that_sees(&self, key: usize) -> usize {
-        (key + self.s).saturating_sub(self.t)
-    }
-
-    /// Where, in `[b, s, n_h]`, the group of each of these queries begins.
-    fn places(
-        &self,
-        batch: usize,
-        kv_head: usize,
-        queries: Range<usize>,
-    ) -> impl Iterator<Item = usize> {
-        let Self { s, n_h, groups, .. } = *self;
-        queries.map(move |query| (batch * s + query) * n_h + kv_head * groups)
+    /// Where, in `[n, n_h]`, the group of each of these queries begins.
+    fn places(&self, kv_head: usize, queries: Range<usize>) -> impl Iterator<Item = usize> {
+        let Self { n_h, groups, .. } = *self;
+        queries.map(move |query| query * n_h + kv_head * groups)
     }
 }
 
 /// Which scores of a tile are of keys that the row's query sees.
 #[derive(Clone, Copy)]
 struct Diagonal {
-    /// How many of all keys the first query sees.
+    /// How many keys of the segment the first query sees.
     seen: usize,
-    /// The first key of the tile.
+    /// The first key of the tile, counted in the segment.
     start: usize,
     keys: usize,
     groups: usize,

@@ -66,11 +66,17 @@ fn resuming_what_is_no_run() {
         .trainer("train --print-recipe --model model --data rows.jsonl")
         .succeeds();
     dir.write("run/recipe.toml", &recipe.stdout);
-    dir.trainer("train --resume run")
-        .fails(1, &["run has no complete checkpoint"]);
     let line = "train --resume run --rank 3";
     dir.trainer(line).fails(2, &["--resume", "--rank"]);
+    let line = "train --resume run --set output.dir=there";
+    dir.trainer(line)
+        .fails(2, &["--resume goes on in its own folder"]);
     assert_eq!(dir.names("run"), ["recipe.toml"]);
+    // a result without the checkpoints that led to it is not overwritten
+    dir.write("run/adapter/adapter_config.json", "mine");
+    dir.trainer("train --resume run")
+        .fails(1, &["run has no complete checkpoint", "recipe.toml"]);
+    assert_eq!(dir.read("run/adapter/adapter_config.json"), "mine");
 }
 
 /// Order and split of the rows follow from the rows themselves.

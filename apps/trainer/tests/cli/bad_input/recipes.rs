@@ -67,6 +67,8 @@ fn values_that_cannot_be() {
         ),
         ("adapter.alpha=nan", "adapter.alpha must be"),
         ("adapter.alpha=1e200", "adapter.alpha must be"),
+        ("adapter.alpha=0", "adapter.alpha must be"),
+        ("adapter.alpha_pattern={q_proj=0}", "adapter.alpha_pattern"),
         ("train.eps=1e-200", "train.eps must be"),
         ("train.learning_rate=1e200", "train.learning_rate must be"),
         ("adapter.dropout=1", "adapter.dropout"),
@@ -82,7 +84,6 @@ fn values_that_cannot_be() {
             "quantization.format=int8",
             "quantization.format = \"int8\" is unknown: expected \"none\", \"nf4\" or \"fp4\"",
         ),
-        ("data.packing=true", "data.packing = true is not supported"),
         (
             "data.packing=maybe",
             "data.packing: invalid type: string \"maybe\"",

@@ -6,9 +6,10 @@ use burn::backend::Flex;
 use burn::backend::flex::FlexTensor;
 
 use super::matrix::{Heads, Matrix, Old, gather, inner_contiguous, multiply, scale};
-use super::{Diagonal, KEYS, ROWS, Sizes};
+use super::{Diagonal, KEYS, Sizes, take};
 use crate::ops::attention::AttentionState;
 use crate::ops::cpu::{self, exp, vectorized};
+use crate::segments::{Segment, Segments};
 
 /// Positions of a chunk when results are put in order.
 const POSITIONS: usize = 32;
@@ -18,22 +19,22 @@ pub(in super::super) fn backward(
     saved: AttentionState<Flex>,
     d_out: FlexTensor,
 ) -> [FlexTensor; 3] {
-    let sizes = Sizes::of(&saved.q, &saved.k);
+    let segments = &saved.segments;
+    let sizes = Sizes::of(&saved.q, &saved.k, segments);
     let Sizes {
-        b,
-        s,
-        t,
+        n,
+        m,
         n_h,
         n_kv,
         h_d,
         ..
     } = sizes;
-    let (q, out, d_out) = (
+    let (q, out, d_out, lse) = (
         cpu::contiguous(saved.q),
         cpu::contiguous(saved.out),
         cpu::contiguous(d_out),
+        cpu::contiguous(saved.lse),
     );
-    let lse = cpu::contiguous(saved.lse.transpose(1, 2)); // [b, s, n_h]
     let (k, v) = (inner_contiguous(saved.k), inner_contiguous(saved.v));
     let inputs = BackwardInputs {
         q: cpu::slice(&q),
@@ -44,34 +45,43 @@ pub(in super::super) fn backward(
         d_out: cpu::slice(&d_out),
     };
 
-    // A task has all queries for its keys, so that nobody else adds to their gradients; those of
-    // the queries come in one part a task.
-    let keys = sizes.keys_of_task();
-    let parts = t.div_ceil(keys);
-    let mut dq = vec![0.0; b * n_kv * parts * s * sizes.groups * h_d]; // [b, n_kv, parts, s, ...]
-    let mut dk = vec![0.0; b * n_kv * t * h_d]; // [b, n_kv, t, h_d]
-    let mut dv = vec![0.0; b * n_kv * t * h_d];
-    let mut dq_parts = dq.chunks_mut(s * sizes.groups * h_d);
+    // A task has all queries of a segment for its keys, so that nobody else adds to their
+    // gradients; those of the queries come in one part a task.
+    let keys_of_task = |segment: &Segment| {
+        // Long segments are cut into several tasks if there are few, but only so many: each costs
+        // a copy of the queries' gradients.
+        let wanted = 16_usize.div_ceil(segments.rows() * n_kv);
+        let parts = wanted.min(segment.keys.len() / 512).clamp(1, 4);
+        segment.keys.len().div_ceil(parts).next_multiple_of(KEYS)
+    };
+    let parts = |segment: &Segment| segment.keys.len().div_ceil(keys_of_task(segment));
+    let width = sizes.groups * h_d;
+    let of_queries = |segment: Segment| parts(&segment) * segment.queries.len() * width;
+    let mut dq = vec![0.0; n_kv * segments.iter().map(of_queries).sum::<usize>()];
+    let mut dk = vec![0.0; n_kv * m * h_d]; // [n_kv, m, h_d]
+    let mut dv = vec![0.0; n_kv * m * h_d];
+    let (mut dqs, mut dks, mut dvs) = (&mut dq[..], &mut dk[..], &mut dv[..]);
     let mut tasks = Vec::new();
-    let heads = dk.chunks_mut(t * h_d).zip(dv.chunks_mut(t * h_d));
-    for (head, (dk, dv)) in heads.enumerate() {
-        let pieces = dk.chunks_mut(keys * h_d).zip(dv.chunks_mut(keys * h_d));
-        for (part, (dk, dv)) in pieces.enumerate() {
-            tasks.push(BackwardTask {
-                batch: head / n_kv,
-                kv_head: head % n_kv,
-                keys: part * keys..t.min((part + 1) * keys),
-                dq: dq_parts.next().expect("one a task"),
-                dk,
-                dv,
-            });
+    for kv_head in 0..n_kv {
+        for segment in segments.iter() {
+            for start in (0..segment.keys.len()).step_by(keys_of_task(&segment)) {
+                let end = segment.keys.len().min(start + keys_of_task(&segment));
+                tasks.push(BackwardTask {
+                    segment: segment.clone(),
+                    kv_head,
+                    keys: start..end,
+                    dq: take(&mut dqs, segment.queries.len() * width),
+                    dk: take(&mut dks, (end - start) * h_d),
+                    dv: take(&mut dvs, (end - start) * h_d),
+                });
+            }
         }
     }
     cpu::for_each(tasks, |_, task| task.run(sizes, &inputs));
     [
-        cpu::from_vec(sum_parts(&dq, sizes, parts), [b, s, n_h, h_d]),
-        cpu::from_vec(positions_first(&dk, sizes), [b, t, n_kv, h_d]),
-        cpu::from_vec(positions_first(&dv, sizes), [b, t, n_kv, h_d]),
+        cpu::from_vec(sum_parts(&dq, sizes, segments, parts), [n, n_h, h_d]),
+        cpu::from_vec(positions_first(&dk, sizes), [m, n_kv, h_d]),
+        cpu::from_vec(positions_first(&dv, sizes), [m, n_kv, h_d]),
     ]
 }
 
@@ -80,16 +90,17 @@ struct BackwardInputs<'a> {
     k: Heads<'a>,
     v: Heads<'a>,
     out: &'a [f32],
-    /// `[b, s, n_h]`.
+    /// `[n, n_h]`.
     lse: &'a [f32],
     d_out: &'a [f32],
 }
 
 struct BackwardTask<'a> {
-    batch: usize,
+    segment: Segment,
     kv_head: usize,
+    /// Counted in the segment, as all keys and queries here.
     keys: Range<usize>,
-    /// `[s, groups, h_d]`, before the scaling.
+    /// `[queries, groups, h_d]`, before the scaling.
     dq: &'a mut [f32],
     /// `[keys, h_d]`, as `dv`.
     dk: &'a mut [f32],
@@ -98,11 +109,12 @@ struct BackwardTask<'a> {
 
 impl BackwardTask<'_> {
     fn run(self, sizes: Sizes, inputs: &BackwardInputs) {
-        let Sizes { s, groups, h_d, .. } = sizes;
-        let first_query = sizes.first_that_sees(self.keys.start);
-        let queries = first_query..s;
-        let rows = queries.len() * groups;
-        let at = || sizes.places(self.batch, self.kv_head, queries.clone());
+        let Sizes { groups, h_d, .. } = sizes;
+        let Segment { queries, keys } = &self.segment;
+        let first_that_sees = |key: usize| (key + queries.len()).saturating_sub(keys.len());
+        let first_query = first_that_sees(self.keys.start);
+        let rows = (queries.len() - first_query) * groups;
+        let at = || sizes.places(self.kv_head, queries.start + first_query..queries.end);
         let (mut q, mut d_out) = (vec![0.0; rows * h_d], vec![0.0; rows * h_d]);
         let mut along = vec![0.0; rows]; // Σ out · d_out
         let mut lse = vec![0.0; rows];
@@ -113,30 +125,27 @@ impl BackwardTask<'_> {
         scale(&mut q, sizes.scale());
         gather(&mut lse, inputs.lse, at(), groups, 1);
 
-        let mut p = vec![0.0; ROWS.max(groups) * KEYS];
+        let queries_of_tile = sizes.queries_of_tile().min(queries.len());
+        let mut p = vec![0.0; queries_of_tile * groups * KEYS.min(self.keys.len())];
         let mut ds = p.clone();
         for start in self.keys.clone().step_by(KEYS) {
-            let keys = start..self.keys.end.min(start + KEYS);
-            let k = inputs.k.matrix(self.batch, self.kv_head, &keys);
-            let v = inputs.v.matrix(self.batch, self.kv_head, &keys);
-            let here = (start - self.keys.start) * h_d..(keys.end - self.keys.start) * h_d;
+            let tile = KEYS.min(self.keys.end - start); // keys
+            let k = inputs.k.matrix(self.kv_head, keys.start + start, tile);
+            let v = inputs.v.matrix(self.kv_head, keys.start + start, tile);
+            let here = (start - self.keys.start) * h_d..(start - self.keys.start + tile) * h_d;
             let (dk, dv) = (&mut self.dk[here.clone()], &mut self.dv[here]);
-            let tiles = sizes.first_that_sees(start)..s;
-            for query in tiles.step_by(sizes.queries_of_tile()) {
-                let end = s.min(query + sizes.queries_of_tile());
+            for query in (first_that_sees(start)..queries.len()).step_by(queries_of_tile) {
+                let end = queries.len().min(query + queries_of_tile);
                 let rows = (query - first_query) * groups..(end - first_query) * groups;
                 let elements = rows.start * h_d..rows.end * h_d;
-                let (p, ds) = (
-                    &mut p[..rows.len() * keys.len()],
-                    &mut ds[..rows.len() * keys.len()],
-                );
+                let (p, ds) = (&mut p[..rows.len() * tile], &mut ds[..rows.len() * tile]);
                 let q = Matrix::rows(&q[elements.clone()], h_d);
                 let d_out = Matrix::rows(&d_out[elements], h_d);
                 multiply(p, q, k.transposed(), Old::Forget);
                 multiply(ds, d_out, v.transposed(), Old::Forget);
-                let diagonal = Diagonal::new(sizes.seen_by(query), start, keys.len(), groups);
+                let diagonal = Diagonal::new(self.segment.seen_by(query), start, tile, groups);
                 score_gradients(p, ds, &lse[rows.clone()], &along[rows], diagonal);
-                let (p, ds) = (Matrix::rows(p, keys.len()), Matrix::rows(ds, keys.len()));
+                let (p, ds) = (Matrix::rows(p, tile), Matrix::rows(ds, tile));
                 let dq = &mut self.dq[query * groups * h_d..end * groups * h_d];
                 multiply(dv, p.transposed(), d_out, Old::Keep);
                 multiply(dk, ds.transposed(), q, Old::Keep);
@@ -146,19 +155,35 @@ impl BackwardTask<'_> {
     }
 }
 
-/// `[b, n_kv, parts, s, groups, h_d]` to the scaled sum of the parts, `[b, s, n_h, h_d]`.
-fn sum_parts(dq: &[f32], sizes: Sizes, parts: usize) -> Vec<f32> {
-    let Sizes { s, n_kv, .. } = sizes;
+/// `[n_kv, segments, parts, queries, groups, h_d]` to the scaled sum of the parts, `[n, n_h, h_d]`.
+fn sum_parts(
+    dq: &[f32],
+    sizes: Sizes,
+    segments: &Segments,
+    parts: impl Fn(&Segment) -> usize,
+) -> Vec<f32> {
+    let Sizes { n, n_h, n_kv, .. } = sizes;
     let width = sizes.groups * sizes.h_d;
-    let mut out = vec![0.0; dq.len() / parts];
-    let chunks = out.chunks_mut(POSITIONS * n_kv * width).collect();
-    cpu::for_each(chunks, |chunk, out: &mut [f32]| {
+    let mut out = vec![0.0; n * n_h * sizes.h_d];
+    let mut outs = &mut out[..];
+    let mut tasks = Vec::new();
+    let mut first = 0; // element of the segment, of each KV head
+    for segment in segments.iter() {
+        let (part, parts) = (segment.queries.len() * width, parts(&segment));
+        for start in (0..segment.queries.len()).step_by(POSITIONS) {
+            let queries = POSITIONS.min(segment.queries.len() - start);
+            let to = take(&mut outs, queries * n_kv * width);
+            tasks.push((to, first + start * width, part, parts));
+        }
+        first += parts * part;
+    }
+    let head = dq.len() / n_kv;
+    cpu::for_each(tasks, |_, (out, start, part, parts)| {
         for (i, row) in out.chunks_exact_mut(width).enumerate() {
-            let (position, kv_head) = (chunk * POSITIONS + i / n_kv, i % n_kv);
-            let first = (position / s * n_kv + kv_head) * parts * s + position % s;
-            row.copy_from_slice(&dq[first * width..][..width]);
-            for part in 1..parts {
-                let other = &dq[(first + part * s) * width..][..width];
+            let at = i % n_kv * head + start + i / n_kv * width;
+            row.copy_from_slice(&dq[at..][..width]);
+            for other in 1..parts {
+                let other = &dq[at + other * part..][..width];
                 row.iter_mut().zip(other).for_each(|(to, x)| *to += x);
             }
         }
@@ -167,16 +192,15 @@ fn sum_parts(dq: &[f32], sizes: Sizes, parts: usize) -> Vec<f32> {
     out
 }
 
-/// `[b, n_kv, t, h_d]` to `[b, t, n_kv, h_d]`.
+/// `[n_kv, m, h_d]` to `[m, n_kv, h_d]`.
 fn positions_first(x: &[f32], sizes: Sizes) -> Vec<f32> {
-    let Sizes { t, n_kv, h_d, .. } = sizes;
+    let Sizes { m, n_kv, h_d, .. } = sizes;
     let mut out = vec![0.0; x.len()];
     let chunks = out.chunks_mut(POSITIONS * n_kv * h_d).collect();
     cpu::for_each(chunks, |chunk, out: &mut [f32]| {
         for (i, row) in out.chunks_exact_mut(h_d).enumerate() {
             let (position, kv_head) = (chunk * POSITIONS + i / n_kv, i % n_kv);
-            let from = (position / t * n_kv + kv_head) * t + position % t;
-            row.copy_from_slice(&x[from * h_d..][..h_d]);
+            row.copy_from_slice(&x[(kv_head * m + position) * h_d..][..h_d]);
         }
     });
     out

@@ -1,16 +1,13 @@
 //! Views of the operands, and products of them.
 
-use std::ops::Range;
-
 use burn::backend::flex::FlexTensor;
 
 use crate::ops::cpu::{self, vectorized};
 
-/// `[b, t, n_kv, h_d]` with adjacent elements in each head: a part of a longer buffer, for one.
+/// `[m, n_kv, h_d]` with adjacent elements in each head: a part of a longer buffer, for one.
 #[derive(Clone, Copy)]
 pub(super) struct Heads<'a> {
     data: &'a [f32],
-    batch_stride: usize,
     position_stride: usize,
     head_stride: usize,
     h_d: usize,
@@ -18,9 +15,9 @@ pub(super) struct Heads<'a> {
 
 /// Copies only if [`Heads`] cannot stand for the tensor as it is.
 pub(super) fn inner_contiguous(x: FlexTensor) -> FlexTensor {
-    let [_, _, _, h_d] = cpu::dims(&x);
+    let [_, _, h_d] = cpu::dims(&x);
     let strides = x.layout().strides();
-    if strides[3] == 1 && strides[1] >= h_d as isize && strides.iter().all(|x| *x >= 0) {
+    if strides[2] == 1 && strides[0] >= h_d as isize && strides.iter().all(|x| *x >= 0) {
         return x;
     }
     x.to_contiguous()
@@ -30,24 +27,21 @@ impl<'a> Heads<'a> {
     pub(super) fn of(x: &'a FlexTensor) -> Self {
         let layout = x.layout();
         let stride = |i: usize| layout.strides()[i] as usize;
-        let [_, _, _, h_d] = cpu::dims(x);
+        let [_, _, h_d] = cpu::dims(x);
         Self {
             data: &x.storage()[layout.start_offset()..],
-            batch_stride: stride(0),
-            position_stride: stride(1),
-            head_stride: stride(2),
+            position_stride: stride(0),
+            head_stride: stride(1),
             h_d,
         }
     }
 
-    /// `[positions, h_d]`.
-    pub(super) fn matrix(&self, batch: usize, head: usize, positions: &Range<usize>) -> Matrix<'a> {
-        let start = batch * self.batch_stride
-            + positions.start * self.position_stride
-            + head * self.head_stride;
+    /// `[positions, h_d]`, the positions from `first` on.
+    pub(super) fn matrix(&self, head: usize, first: usize, positions: usize) -> Matrix<'a> {
+        let start = first * self.position_stride + head * self.head_stride;
         Matrix {
             data: &self.data[start..],
-            rows: positions.len(),
+            rows: positions,
             columns: self.h_d,
             row_stride: self.position_stride,
             column_stride: 1,
