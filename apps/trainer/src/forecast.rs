@@ -333,13 +333,13 @@ mod tests {
             "{text}"
         );
         assert_eq!(problem(&[], 0.8), None); // "auto" has chosen it
-        let text = problem(&["train.recompute=block"], 0.6).unwrap();
+        let text = problem(&["train.recompute=block"], 0.75).unwrap();
         let half = "set train.micro_batch_size = 2 with train.gradient_accumulation_steps = 2 (";
         assert!(text.contains(half), "{text}");
         let one = ["train.recompute=block", "train.micro_batch_size=1"];
-        let text = problem(&one, 0.7).unwrap();
+        let text = problem(&one, 0.8).unwrap();
         assert!(text.contains("set data.max_length = 512 ("), "{text}");
-        let text = problem(&plain, 0.02).unwrap();
+        let text = problem(&plain, 0.1).unwrap();
         assert!(
             text.contains("block\" and --quant nf4 and train.micro"),
             "{text}"
