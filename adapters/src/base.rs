@@ -91,6 +91,31 @@ pub fn load<B: Backend>(
     build(config, device, values, |source| base.linear(source))
 }
 
+/// Checks the weights of a base model by their headers: what [`load`] would refuse.
+///
+/// # Errors
+/// Those of [`load`] that need no weight to be read.
+pub fn check(base: &ModelFolder, scheme: Option<Scheme>) -> Result<()> {
+    let checkpoint = base.checkpoint()?;
+    let found = Base::new(&base.config, &checkpoint, scheme)?;
+    let names = base.config.tensors().into_iter().map(|(name, _)| name);
+    let dense = names.filter(|name| !found.has_stored(name));
+    let problems: Vec<_> = dense
+        .filter_map(|name| checkpoint.float_dtype(&name).err())
+        .map(|error| match error {
+            model::Error::Safetensors { reason, .. } => reason,
+            other => other.to_string(),
+        })
+        .collect();
+    match problems.is_empty() {
+        true => Ok(()),
+        false => Err(Error::File(model::Error::Tensors {
+            path: checkpoint.path().into(),
+            problems,
+        })),
+    }
+}
+
 /// The weights of a base model, checked as a whole and not read yet.
 pub(crate) struct Base<'a> {
     pub(crate) checkpoint: &'a Checkpoint,

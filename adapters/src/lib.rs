@@ -17,7 +17,7 @@ pub mod peft;
 mod quantize;
 
 pub use attach::{AdaptedLlama, attach, set_dropout, train_all};
-pub use base::{AdaptedBackend, BaseLinear, TrainBackend, base_bytes, init, load, scheme};
+pub use base::{AdaptedBackend, BaseLinear, TrainBackend, base_bytes, check, init, load, scheme};
 pub use config::{LoraConfig, LoraInit, LoraLayer, Pattern, Targets};
 pub use drift::{Drift, drift};
 pub use error::{Error, Result};

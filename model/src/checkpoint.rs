@@ -54,6 +54,14 @@ impl Checkpoint {
     /// [`Error::MissingFile`] without weights, [`Error::Safetensors`] for a file that lies about
     /// its contents, [`Error::Io`] for a missing shard.
     pub fn open_folder(folder: &Path) -> Result<Self> {
+        Self::open(folder, Self::files(folder)?)
+    }
+
+    /// The files of a model folder's weights: one, or the shards that its index lists.
+    ///
+    /// # Errors
+    /// [`Error::MissingFile`] without weights, and what is wrong with an index.
+    pub fn files(folder: &Path) -> Result<Vec<PathBuf>> {
         let index = folder.join(INDEX_FILE);
         let single = folder.join(MODEL_FILE);
         let files = match (index.exists(), single.exists()) {
@@ -72,7 +80,7 @@ impl Checkpoint {
                 });
             }
         };
-        Self::open(folder, files.iter().map(|file| folder.join(file)))
+        Ok(files.iter().map(|file| folder.join(file)).collect())
     }
 
     /// Opens one safetensors file.

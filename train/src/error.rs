@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
+use crate::data::check::Found;
 use crate::data::{Format, Place};
 
 /// The result of this crate's fallible functions.
@@ -269,14 +270,12 @@ pub enum Error {
     },
     /// Rows without a trained token.
     #[error(
-        "{rows} of the rows have no trained token within data.max_length = {max_length}; \
-         the first is {first}"
+        "{} of the rows have no trained token within data.max_length = {max_length}: {rows}",
+        rows.count
     )]
     NothingTrained {
-        /// How many.
-        rows: usize,
-        /// The first of them.
-        first: Place,
+        /// These.
+        rows: Found,
         /// The longest length allowed.
         max_length: usize,
     },

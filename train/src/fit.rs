@@ -21,6 +21,7 @@ pub use guard::{Bad, Health, MOST_IN_A_ROW, SPIKE};
 use crate::batch::{EvalBatches, Windows};
 use crate::checkpoint::{Best, Checkpoints, Progress};
 use crate::error::Result;
+use crate::memory::Memory;
 use crate::metrics::{Gauge, NoMetricFiles};
 use crate::optimizer::AdamW;
 use crate::recipe::Recipe;
@@ -54,6 +55,8 @@ pub struct Run<B: TrainBackend> {
     pub progress: Progress,
     /// How long it took to load the base model.
     pub load_time: Duration,
+    /// What it was predicted to hold, if somebody did.
+    pub predicted: Option<Memory>,
     /// How the base of `adapter.init_from` was quantised, and how this one is, if they differ.
     pub other_base: Option<[String; 2]>,
     /// What the trained model is to continue in the end, for people to read.

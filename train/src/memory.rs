@@ -1,4 +1,8 @@
-//! What a training step holds beside the weights: an estimate from the shapes alone.
+//! What a run holds when it holds the most: a prediction from the shapes alone.
+//!
+//! A run has five moments at which it may hold the most: while it loads, at the loss, at both ends
+//! of the backward pass, and when the weights are updated. Each is one function of [`Work`] that
+//! says what is there then; numbers are f32.
 //!
 //! Shapes: `n` tokens of a micro batch, `d` hidden, `n_h` heads, `n_kv` KV heads, `h_d` head dim,
 //! `i` intermediate, `v` vocabulary, `r` rank.
@@ -6,66 +10,353 @@
 use std::collections::BTreeMap;
 
 use model::config::LlamaConfig;
+use serde::{Deserialize, Serialize};
 
 use crate::error::Result;
+use crate::recipe::Recompute;
 use crate::step::LOGITS_AT_A_TIME;
 use crate::trained::Trained;
 
-/// Bytes that a step holds when it holds the most, by part; everything is f32.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct StepMemory {
+/// Gaps between the buffers of the heap, as a share of what is kept for backward: a layer frees
+/// buffers of several sizes between those that it keeps, and what comes next does not fill them.
+///
+/// Empirical, on the CPU with glibc: the peaks of SmolLM2-135M with 256 to 2,048 tokens, dense and
+/// in NF4, are 5 to 10 % of the activations above what is allocated.
+const GAPS: f64 = 0.06;
+
+/// What computing adds to the program: pages of it that nothing touched before, threads, and the
+/// parts of matrices that `gemm` packs.
+///
+/// Empirical, on the CPU: what is left of the peaks of SmolLM2-135M with recompute, where little is
+/// kept.
+const COMPUTING: u64 = 10 << 20;
+
+/// A tile of a 4-bit weight that is decoded on the CPU, see `quant::matmul`.
+const DECODED_TILE: u64 = 4 << 20;
+
+/// What a run holds when it holds the most, in bytes, by part.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct Memory {
+    /// The program itself, its tokenizer and the rows.
+    pub program: u64,
+    /// The base model.
+    pub weights: u64,
+    /// What is trained beside it.
+    pub adapter: u64,
     /// Gradients of what is trained.
     pub gradients: u64,
     /// AdamW's two moments of what is trained.
     pub optimizer: u64,
     /// What backward needs of the forward pass.
     pub activations: u64,
-    /// What exists for a moment only: logits, or the graph of a layer that is computed again.
-    pub transient: u64,
+    /// What exists for a moment only, but the logits: buffers inside of a layer, or all that the
+    /// layer keeps which is computed again; a tensor that is being read or updated.
+    pub workspace: u64,
+    /// Logits and their gradient.
+    pub logits: u64,
+    /// Between the buffers.
+    pub gaps: u64,
 }
 
-impl StepMemory {
-    /// An estimate for micro batches of `tokens` tokens, padding included, with or without
-    /// activation recompute.
+impl Memory {
+    /// All parts together.
+    pub fn total(&self) -> u64 {
+        self.parts().iter().map(|(_, bytes)| bytes).sum()
+    }
+
+    /// Whether a run that holds no more than this, of which the program is there already, fits into
+    /// the memory available: a tenth of that is for what a prediction may be off. Memory that nobody
+    /// knows suffices.
+    pub fn fits(&self, available_bytes: Option<u64>) -> bool {
+        let needed = self.total() - self.program;
+        available_bytes.is_none_or(|there| needed <= there / 10 * 9)
+    }
+
+    /// The parts with their names.
+    pub fn parts(&self) -> [(&'static str, u64); 9] {
+        [
+            ("program", self.program),
+            ("weights", self.weights),
+            ("adapter", self.adapter),
+            ("gradients", self.gradients),
+            ("optimizer", self.optimizer),
+            ("activations", self.activations),
+            ("workspace", self.workspace),
+            ("logits", self.logits),
+            ("gaps", self.gaps),
+        ]
+    }
+}
+
+/// A prediction beside what was measured.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Compared {
+    /// What [`Work::predict`] said before the run.
+    pub predicted: Memory,
+    /// The sum of its parts.
+    pub predicted_bytes: u64,
+    /// Most memory that the process has held, see
+    /// [`peak_memory_bytes`](crate::run_folder::peak_memory_bytes); on a GPU, whose own memory it
+    /// does not count, nothing.
+    pub measured_bytes: Option<u64>,
+}
+
+/// Where a run computes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Place {
+    /// In the memory of this process, which holds `program` bytes before anything is loaded.
+    Host {
+        /// The program, its tokenizer and the rows.
+        program: u64,
+    },
+    /// In the memory of a graphics card.
+    Device,
+}
+
+/// What decides how much memory a run takes.
+#[derive(Debug, Clone, Copy)]
+pub struct Work<'a> {
+    /// What is trained.
+    pub trained: &'a Trained,
+    /// The shape of the model.
+    pub config: &'a LlamaConfig,
+    /// Whether the linear layers of the decoder are in 4 bits.
+    pub quantised: bool,
+    /// Bytes of the base model's weights, see `adapters::base_bytes`.
+    pub weights: u64,
+    /// Tokens of the largest micro batch.
+    pub tokens: usize,
+    /// Tokens of its longest row.
+    pub longest: usize,
+    /// Whether an optimizer step is more than one micro batch.
+    pub accumulates: bool,
+    /// Whether decoder layers are computed again.
+    pub recompute: bool,
+    /// Where.
+    pub place: Place,
+}
+
+impl Work<'_> {
+    /// What the run holds at the moment when it holds the most.
     ///
     /// # Errors
     /// [`crate::Error::Adapter`] if the adapter does not fit the model.
-    pub fn estimate(
-        trained: &Trained,
-        config: &LlamaConfig,
-        tokens: usize,
-        recompute: bool,
-    ) -> Result<Self> {
-        let trained_bytes = bytes(trained.num_params(config)?);
-        let layers = Kept::of(trained, config)?.layers();
-        let (d, n) = (config.hidden_size as u64, tokens as u64);
-        let logits = (n * config.vocab_size as u64).min(LOGITS_AT_A_TIME as u64);
-        let largest = layers.iter().max().map_or(0, |largest| n * largest);
-        // Gradients inside of a layer; with dropout, a mask and what it leaves of an input, too.
-        let dropout = matches!(trained, Trained::Lora(lora) if lora.dropout > 0.0);
-        let wide = if dropout { 4 } else { 2 };
-        let backward = wide * n * config.intermediate_size as u64;
-        let ends = 3 * n * d; // hidden states before and after the norm, and their gradient
-        let (activations, transient) = match recompute {
-            false => (n * layers.iter().sum::<u64>(), logits.max(backward)),
-            true => (n * d * layers.len() as u64, logits.max(largest + backward)),
-        };
-        Ok(Self {
-            gradients: trained_bytes,
-            optimizer: 2 * trained_bytes,
-            activations: bytes(activations + ends),
-            transient: bytes(transient),
+    pub fn predict(&self) -> Result<Memory> {
+        let trained = self.updated()?;
+        let moments = [self.loading(), self.step()?, self.update(trained)];
+        Ok(most(moments))
+    }
+
+    /// What it holds when it holds the most between the beginning of a step and its update.
+    ///
+    /// # Errors
+    /// As [`Work::predict`].
+    pub fn step(&self) -> Result<Memory> {
+        let layers = Kept::of(self.trained, self.config)?.layers();
+        let trained = self.updated()?;
+        Ok(most([
+            self.loss(&layers, trained),
+            self.backward(&layers, trained),
+            self.end_of_backward(&layers, trained),
+        ]))
+    }
+
+    fn updated(&self) -> Result<Updated> {
+        let sizes = self.trained.parameters(self.config)?;
+        let sizes = sizes.iter().map(|(_, shape)| product(shape));
+        Ok(Updated {
+            all: bytes(sizes.clone().sum()),
+            largest: bytes(sizes.max().unwrap_or(0)),
         })
     }
 
-    /// All that is held together: backward lets activations go as it makes gradients.
-    pub fn total(&self) -> u64 {
-        self.optimizer + self.activations.max(self.gradients) + self.transient
+    /// Settles whether layers are computed again, by the memory available if the recipe leaves it to
+    /// that, and predicts.
+    ///
+    /// # Errors
+    /// As [`Work::predict`].
+    pub fn settle_recompute(
+        &mut self,
+        asked: Recompute,
+        available_bytes: Option<u64>,
+    ) -> Result<Memory> {
+        self.recompute = asked == Recompute::Block;
+        let memory = self.predict()?;
+        if asked != Recompute::Auto || memory.fits(available_bytes) {
+            return Ok(memory);
+        }
+        self.recompute = true;
+        self.predict()
+    }
+
+    /// Tensors are read one after the other, the output layer last. While one is read, as much of the
+    /// file is there, mostly in 16 bits, and the numbers of one that is to be quantised.
+    fn loading(&self) -> Memory {
+        let config = self.config;
+        let head = match config.tie_word_embeddings {
+            true => 0,
+            false => bytes(product(&[config.vocab_size, config.hidden_size])),
+        };
+        let linear = bytes(self.largest_linear());
+        let numbers = if self.quantised { linear } else { 0 };
+        let last_layer = (self.weights.saturating_sub(head)) + numbers + linear / 2;
+        let last = self.weights + head / 2;
+        Memory {
+            workspace: match self.place {
+                Place::Host { .. } => last.max(last_layer) - self.weights,
+                Place::Device => 0,
+            },
+            ..self.held(Updated::default())
+        }
+    }
+
+    /// What is there from the first step to the last.
+    fn held(&self, trained: Updated) -> Memory {
+        Memory {
+            program: match self.place {
+                Place::Host { program } => program + COMPUTING,
+                Place::Device => 0,
+            },
+            weights: self.weights,
+            adapter: match self.trained {
+                Trained::Full => 0, // they are the weights
+                Trained::Lora(_) => trained.all,
+            },
+            optimizer: 2 * trained.all,
+            gradients: match self.accumulates {
+                true => trained.all, // of the micro batches before
+                false => 0,
+            },
+            ..Memory::default()
+        }
+    }
+
+    /// What the layers keep from forward to backward, with the gaps between it.
+    fn kept(&self, layers: &[u64], memory: Memory) -> Memory {
+        let (n, d) = (self.tokens as u128, self.config.hidden_size as u128);
+        let ends = 3 * n * d; // hidden states before and after the norm, and those that predict
+        let layers = match self.recompute {
+            true => d * layers.len() as u128, // their inputs
+            false => layers.iter().map(|layer| u128::from(*layer)).sum(),
+        };
+        let activations = bytes(n * layers + ends);
+        Memory {
+            activations,
+            gaps: match self.place {
+                Place::Host { .. } => (activations as f64 * GAPS) as u64,
+                Place::Device => 0,
+            },
+            ..memory
+        }
+    }
+
+    /// Everything is kept, and logits exist for a part of the tokens: twice, since their gradient
+    /// is made beside them.
+    fn loss(&self, layers: &[u64], trained: Updated) -> Memory {
+        let (n, d) = (self.tokens as u128, self.config.hidden_size as u128);
+        let logits = (n * self.config.vocab_size as u128).min(LOGITS_AT_A_TIME as u128);
+        Memory {
+            logits: bytes(2 * logits),
+            workspace: bytes(n * d), // their gradients so far
+            ..self.kept(layers, self.held(trained))
+        }
+    }
+
+    /// The last layer is differentiated, and the others wait.
+    fn backward(&self, layers: &[u64], trained: Updated) -> Memory {
+        Memory {
+            workspace: self.inside_of_a_layer(layers),
+            ..self.kept(layers, self.held(trained))
+        }
+    }
+
+    /// The first layer is differentiated, and all gradients are there.
+    fn end_of_backward(&self, layers: &[u64], trained: Updated) -> Memory {
+        let held = self.held(trained);
+        Memory {
+            gradients: held.gradients + trained.all,
+            workspace: self.inside_of_a_layer(layers),
+            ..held
+        }
+    }
+
+    /// Gradients inside of a layer; those of the gate, of the up projection and of their input, with
+    /// dropout a mask and what it leaves of an input, too, and with recompute all that the layer keeps.
+    fn inside_of_a_layer(&self, layers: &[u64]) -> u64 {
+        let n = self.tokens as u128;
+        let (d, i) = (
+            self.config.hidden_size as u128,
+            self.config.intermediate_size as u128,
+        );
+        let again = match self.recompute {
+            true => layers.iter().copied().max().unwrap_or(0).into(),
+            false => 0,
+        };
+        let dropout = matches!(self.trained, Trained::Lora(lora) if lora.dropout > 0.0);
+        let wide = if dropout { 4 } else { 2 };
+        let linear = n * (wide * i + 2 * d + again);
+        bytes(linear) + self.attention_scores() + self.decoded_weights()
+    }
+
+    /// On a graphics card, the scores of a row with itself exist: probabilities, their gradients, and
+    /// one more. On the CPU they come in tiles.
+    fn attention_scores(&self) -> u64 {
+        let heads = self.config.num_attention_heads as u128;
+        match self.place {
+            Place::Host { .. } => 0,
+            Place::Device => {
+                bytes((3 * heads * self.tokens as u128).saturating_mul(self.longest as u128))
+            }
+        }
+    }
+
+    /// What 4-bit weights are decoded to for a product: a tile on the CPU, else the layer.
+    fn decoded_weights(&self) -> u64 {
+        match (self.quantised, self.place) {
+            (false, _) => 0,
+            (true, Place::Host { .. }) => DECODED_TILE,
+            (true, Place::Device) => bytes(self.largest_linear()),
+        }
+    }
+
+    /// Numbers of the largest linear layer of the decoder.
+    fn largest_linear(&self) -> u128 {
+        let layers = self.config.projections();
+        let sizes = layers.iter().map(|(_, shape, _)| product(shape));
+        sizes.max().unwrap_or(0)
+    }
+
+    /// AdamW makes the new weights while the learner still holds the old ones; each new one takes
+    /// the place of its gradient, and there are three temporaries of the tensor at hand.
+    fn update(&self, trained: Updated) -> Memory {
+        Memory {
+            gradients: trained.all,
+            workspace: 3 * trained.largest,
+            ..self.held(trained)
+        }
     }
 }
 
-fn bytes(numbers: u64) -> u64 {
-    numbers * size_of::<f32>() as u64
+/// Bytes of what is trained.
+#[derive(Debug, Clone, Copy, Default)]
+struct Updated {
+    all: u64,
+    largest: u64,
+}
+
+fn most<const N: usize>(moments: [Memory; N]) -> Memory {
+    let most = moments.into_iter().max_by_key(Memory::total);
+    most.expect("there is one")
+}
+
+fn product(shape: &[usize]) -> u128 {
+    shape.iter().map(|n| *n as u128).product()
+}
+
+/// Bytes of numbers in f32; of more than there can be, a lot, which can still be added up.
+fn bytes(numbers: u128) -> u64 {
+    let most = u128::from(u64::MAX / 32);
+    numbers.saturating_mul(size_of::<f32>() as u128).min(most) as u64
 }
 
 /// What the decoder layers keep of each token for backward.

@@ -16,7 +16,6 @@ use crate::checkpoint::{Progress, hex, read_progress, restore_optimizer};
 use crate::data::Samples;
 use crate::error::{Error, Result};
 use crate::fit::Run;
-use crate::memory::StepMemory;
 use crate::optimizer::AdamW;
 use crate::recipe::{ModelInit, Recipe, Recompute};
 use crate::run_folder::RunFolder;
@@ -183,22 +182,6 @@ fn begin<B: TrainBackend>(
     Ok(Run { other_base, ..run })
 }
 
-/// Settles `train.recompute = "auto"` of a run by the memory that is there now, the weights being
-/// loaded: layers are computed again if a step that keeps their activations would take more than
-/// four fifths of it. The rest is for gaps between buffers and for other programs. Memory that
-/// nobody knows is taken to suffice.
-///
-/// Returns the bytes of a step that keeps its activations.
-pub fn choose_recompute<B: TrainBackend>(
-    run: &mut Run<B>,
-    available_bytes: Option<u64>,
-) -> Result<u64> {
-    let (config, tokens) = (&run.base.config, run.windows.max_tokens());
-    let needed = StepMemory::estimate(&run.trained, config, tokens, false)?.total();
-    run.model.recompute = available_bytes.is_some_and(|there| needed > there / 5 * 4);
-    Ok(needed)
-}
-
 /// Refuses a recipe that asks for another run than the one that wrote a checkpoint.
 ///
 /// # Errors
@@ -282,6 +265,7 @@ fn assemble<B: TrainBackend>(
         folder,
         progress,
         load_time,
+        predicted: None,
         other_base: None,
         prompts: Vec::new(),
         device,

@@ -498,20 +498,6 @@ fn layers_that_are_computed_again_change_nothing() {
 }
 
 #[test]
-fn the_memory_decides_whether_layers_are_computed_again() {
-    let out = tempdir().unwrap();
-    let mut run = start_gqa("train.max_steps=1", out.path());
-    let mut choose = |available| {
-        let needed = session::choose_recompute(&mut run, available).unwrap();
-        (needed, run.model.recompute)
-    };
-    let (needed, recompute) = choose(None);
-    assert!(!recompute, "unknown memory is enough");
-    assert_eq!(choose(Some(2 * needed)), (needed, false));
-    assert_eq!(choose(Some(needed)), (needed, true));
-}
-
-#[test]
 fn the_seed_decides_the_run() {
     let text = eventful("lora");
     let (first, _) = run_gqa(&text);

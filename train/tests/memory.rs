@@ -10,10 +10,11 @@ use burn::train::TrainStep;
 use model::config::LlamaConfig;
 use train::batch::{MicroBatch, Window};
 use train::data::Sample;
-use train::memory::StepMemory;
-use train::recipe::{Recipe, parse_setting};
+use train::memory::{Memory, Place, Work};
+use train::recipe::{Recipe, Recompute, parse_setting};
 use train::session;
 use train::step::CausalLm;
+use train::trained::Trained;
 
 /// The system's allocator, with a count of the bytes that are held.
 struct Counting;
@@ -66,6 +67,12 @@ fn window([rows, length]: [usize; 2]) -> Window {
     }
 }
 
+fn recipe(settings: &[&str]) -> Recipe {
+    let given = ["model.path=m", "data.train=d"].iter().chain(settings);
+    let given: Vec<_> = given.map(|text| parse_setting(text).unwrap()).collect();
+    Recipe::read(None, &given).unwrap()
+}
+
 /// Most bytes that a step adds to what is held before it, and the estimate of them.
 fn measure(
     settings: &[&str],
@@ -73,9 +80,7 @@ fn measure(
     config: &LlamaConfig,
     shape: [usize; 2],
 ) -> (u64, u64) {
-    let given = ["model.path=m", "data.train=d"].iter().chain(settings);
-    let given: Vec<_> = given.map(|text| parse_setting(text).unwrap()).collect();
-    let recipe = Recipe::read(None, &given).unwrap();
+    let recipe = recipe(settings);
     let (trained, device) = (session::resumed(&recipe), Default::default());
     let mut model = adapters::init(config, 1, &device);
     trained.attach(&mut model, 1, &device).unwrap();
@@ -91,9 +96,34 @@ fn measure(
     let output = TrainStep::step(&lm, window);
     let most = MOST.load(Relaxed) - before;
     drop(output);
-    let [rows, length] = shape;
-    let estimate = StepMemory::estimate(&trained, config, rows * length, recompute).unwrap();
-    (most as u64, estimate.total() - estimate.optimizer)
+    let held = Memory {
+        program: 0, // only what the step adds is counted
+        weights: 0,
+        adapter: 0,
+        optimizer: 0, // there are no moments before the first update
+        gaps: 0,      // nor gaps in what is counted
+        ..work(&trained, config, recompute, shape).step().unwrap()
+    };
+    (most as u64, held.total())
+}
+
+fn work<'a>(
+    trained: &'a Trained,
+    config: &'a LlamaConfig,
+    recompute: bool,
+    [rows, length]: [usize; 2],
+) -> Work<'a> {
+    Work {
+        trained,
+        config,
+        quantised: false,
+        weights: 4 * config.num_params(),
+        tokens: rows * length,
+        longest: length,
+        accumulates: false,
+        recompute,
+        place: Place::Host { program: 0 },
+    }
 }
 
 /// One test, because the allocator counts what all of them hold.
@@ -153,4 +183,70 @@ fn dropout_keeps_nothing() {
     let [without, with] = ["adapter.dropout=0", "adapter.dropout=0.1"]
         .map(|dropout| most(dropout, false, VOCABULARY, SHAPE));
     assert!(with < 1.1 * without, "{with} of {without}");
+}
+
+#[test]
+fn the_memory_decides_whether_layers_are_computed_again() {
+    let (config, recipe) = (config(VOCABULARY), recipe(&[]));
+    let trained = session::resumed(&recipe);
+    let mut work = work(&trained, &config, false, SHAPE);
+    let plain = work.predict().unwrap();
+    let mut settle = |asked, available| {
+        let memory = work.settle_recompute(asked, available).unwrap();
+        (memory.total(), work.recompute)
+    };
+    let needed = plain.total() - plain.program; // the program is there already
+    let enough = needed / 9 * 10 + 20;
+    assert_eq!(settle(Recompute::Auto, None), (plain.total(), false)); // unknown memory
+    assert_eq!(
+        settle(Recompute::Auto, Some(enough)),
+        (plain.total(), false)
+    );
+    let (again, recompute) = settle(Recompute::Auto, Some(needed));
+    assert!(recompute && again < plain.total());
+    assert!(!settle(Recompute::None, Some(1)).1);
+    assert_eq!(settle(Recompute::Block, None), (again, true));
+}
+
+#[test]
+fn the_parts_are_those_of_the_model() {
+    let (config, recipe) = (config(VOCABULARY), recipe(&["adapter.rank=8"]));
+    let trained = session::resumed(&recipe);
+    let plain = work(&trained, &config, false, SHAPE);
+    let memory = plain.predict().unwrap();
+    let adapter = 4 * trained.num_params(&config).unwrap();
+    assert_eq!(memory.weights, 4 * config.num_params());
+    assert_eq!((memory.adapter, memory.optimizer), (adapter, 2 * adapter));
+    assert_eq!(
+        memory.total(),
+        memory.parts().iter().map(|(_, bytes)| bytes).sum::<u64>()
+    );
+    let more = |work: Work| work.predict().unwrap().total() > memory.total();
+    assert!(more(Work {
+        tokens: 2 * plain.tokens,
+        ..plain
+    }));
+    assert!(more(Work {
+        accumulates: true,
+        ..plain
+    }));
+    assert!(more(Work {
+        place: Place::Host { program: 1 << 20 },
+        ..plain
+    }));
+    // a card has the scores of whole rows
+    let card = Work {
+        place: Place::Device,
+        tokens: 4096,
+        longest: 4096,
+        ..plain
+    };
+    assert!(card.predict().unwrap().workspace > 4 * 4096 * 4096);
+    // numbers beyond all memory can still be added up
+    let vast = Work {
+        tokens: usize::MAX,
+        weights: u64::MAX / 32,
+        ..plain
+    };
+    assert!(vast.predict().unwrap().total() > u64::MAX / 32);
 }

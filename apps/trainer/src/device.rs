@@ -4,6 +4,7 @@ use adapters::TrainBackend;
 use anyhow::Result;
 use burn::backend::{Autodiff, Flex};
 use serde::Serialize;
+use train::memory::Place;
 
 use crate::failure::Advised;
 use crate::memory;
@@ -82,18 +83,34 @@ impl Device {
             #[cfg(any(feature = "wgpu", feature = "vulkan", feature = "metal"))]
             Self::Graphics(_) => None,
             #[cfg(feature = "cuda")]
-            Self::Cuda(_) => None,
+            Self::Cuda(index) => cuda::memory_bytes(*index),
         }
     }
 
-    /// Memory that is free now, where the system says so.
+    /// Memory that is free now, where the system says so; of a card all that it has.
     pub fn available_bytes(&self) -> Option<u64> {
         match self {
             Self::Cpu => memory::available_bytes(),
             #[cfg(any(feature = "wgpu", feature = "vulkan", feature = "metal"))]
             Self::Graphics(_) => None,
             #[cfg(feature = "cuda")]
-            Self::Cuda(_) => None,
+            Self::Cuda(index) => cuda::memory_bytes(*index),
+        }
+    }
+
+    /// Where a run on this device holds its tensors.
+    pub fn place(&self) -> Place {
+        match self {
+            Self::Cpu => Place::Host {
+                program: memory::held_bytes(),
+            },
+            #[cfg(any(
+                feature = "wgpu",
+                feature = "vulkan",
+                feature = "metal",
+                feature = "cuda"
+            ))]
+            _ => Place::Device,
         }
     }
 
@@ -440,6 +457,11 @@ mod cuda {
 
     pub fn best() -> Option<Device> {
         find(0).ok()
+    }
+
+    /// What the driver says that a card has.
+    pub fn memory_bytes(index: usize) -> Option<u64> {
+        list().ok()?.get(index)?.memory_bytes
     }
 }
 

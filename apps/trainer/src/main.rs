@@ -7,6 +7,8 @@ mod demo;
 mod device;
 mod encoder;
 mod failure;
+mod forecast;
+mod labels;
 mod lines;
 mod memory;
 mod output;

@@ -5,14 +5,13 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use ::train::fit::{Outcome, Run, Stopped};
-use ::train::memory::StepMemory;
-use ::train::recipe::{ModelInit, Recipe};
+use ::train::recipe::Recipe;
 use ::train::report::facts::{DataFacts, DeviceFacts, End, Facts, SampleFacts, Session, TextFacts};
 use ::train::report::samples::{self, Answer, Prompt};
 use ::train::report::{self, REPORT_FILE, RunRecord};
 use ::train::session::Rows;
 use ::train::trained::Trained;
-use adapters::{TrainBackend, base_bytes, peft};
+use adapters::{TrainBackend, peft};
 use anyhow::Result;
 use burn::module::AutodiffModule;
 use model::config::LlamaConfig;
@@ -126,7 +125,8 @@ fn write_report(folder: &Path) -> ::train::Result<PathBuf> {
 fn facts_of<B: TrainBackend>(run: &Run<B>, known: &Known) -> Result<Facts> {
     let config = &run.base.config;
     let trainable = run.trained.num_params(config)?;
-    let (memory, peak) = predicted(run)?;
+    let memory = run.predicted.unwrap_or_default();
+    let parts = memory.parts().into_iter().filter(|(_, size)| *size > 0);
     Ok(Facts {
         versions: versions(&run.trained),
         device: device(&known.device),
@@ -137,8 +137,8 @@ fn facts_of<B: TrainBackend>(run: &Run<B>, known: &Known) -> Result<Facts> {
         data: data(&run.recipe, known),
         steps: run.windows.num_steps(),
         recompute: run.model.recompute,
-        predicted_memory: memory,
-        predicted_peak_bytes: peak,
+        predicted_memory: parts.map(|(name, size)| (name.to_owned(), size)).collect(),
+        predicted_peak_bytes: memory.total(),
         warnings: known.warnings.clone(),
         sessions: Vec::new(),
         samples: Vec::new(),
@@ -203,31 +203,6 @@ fn data(recipe: &Recipe, known: &Known) -> BTreeMap<String, DataFacts> {
         all.insert("eval".to_owned(), counted);
     }
     all
-}
-
-/// Bytes by part, and the most that is held at a time.
-fn predicted<B: TrainBackend>(run: &Run<B>) -> Result<(BTreeMap<String, u64>, u64)> {
-    let (config, f32_bytes) = (&run.base.config, size_of::<f32>() as u64);
-    let weights = match run.recipe.model.init {
-        ModelInit::Random => config.num_params() * f32_bytes,
-        ModelInit::Pretrained => base_bytes(&run.base, run.recipe.quantization.scheme())?,
-    };
-    let adapter = match run.trained {
-        Trained::Full => 0, // the weights themselves
-        Trained::Lora(_) => run.trained.num_params(config)? * f32_bytes,
-    };
-    let (tokens, recompute) = (run.windows.max_tokens(), run.model.recompute);
-    let step = StepMemory::estimate(&run.trained, config, tokens, recompute)?;
-    let parts = [
-        ("weights", weights),
-        ("adapter", adapter),
-        ("gradients", step.gradients),
-        ("optimizer", step.optimizer),
-        ("activations", step.activations),
-        ("transient", step.transient),
-    ];
-    let parts = parts.map(|(name, size)| (name.to_owned(), size));
-    Ok((parts.into(), weights + adapter + step.total()))
 }
 
 /// What the model says before training.

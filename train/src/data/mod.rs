@@ -4,6 +4,7 @@
 //! turns each row into a [`Sample`], [`Samples`] keeps them, [`split`] decides which are held back,
 //! and a [`Packer`] which of the others go together and in which order they are seen.
 
+pub mod check;
 mod columnar;
 mod files;
 mod json;
@@ -22,6 +23,7 @@ use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
+use check::Labels;
 pub use order::{epoch_order, split};
 use read::RawRow;
 pub use read::{Place, RowNumber};
@@ -73,6 +75,8 @@ pub struct Prepared {
     /// was cut off: a model that sees only such rows never learns to stop. Rows that come as
     /// tokens are not counted.
     pub rows_without_end_marker: usize,
+    /// What the labels look like.
+    pub labels: Labels,
 }
 
 /// Rows that are read before they are encoded, in parallel.
@@ -98,8 +102,6 @@ pub fn prepare(paths: &[PathBuf], settings: &Settings, encoder: &Encoder) -> Res
         chunk_bytes: 0,
         prepared: Prepared::default(),
         samples: SamplesWriter::new(),
-        untrained_rows: 0,
-        first_untrained: None,
     };
     let read = read::read_rows(paths, &mut |row| preparation.push(row));
     // The rows in front of one that cannot be read come first, with their own errors.
@@ -116,8 +118,6 @@ struct Preparation<'a> {
     chunk_bytes: usize,
     prepared: Prepared,
     samples: SamplesWriter,
-    untrained_rows: usize,
-    first_untrained: Option<Place>,
 }
 
 impl Preparation<'_> {
@@ -153,15 +153,12 @@ impl Preparation<'_> {
         prepared.rows += 1;
         let Some(encoded) = encoded else {
             prepared.dropped_rows += 1;
+            prepared.labels.drop_row(&place);
             return Ok(());
         };
+        prepared.labels.add(&place, &encoded, self.encoder);
         let sample = &encoded.sample;
-        let trained_tokens = sample.trained_tokens();
-        if trained_tokens == 0 {
-            self.untrained_rows += 1;
-            self.first_untrained.get_or_insert(place);
-        }
-        prepared.trained_tokens += trained_tokens as u64;
+        prepared.trained_tokens += sample.trained_tokens() as u64;
         prepared.total_tokens += sample.input_ids.len() as u64;
         prepared.rows_without_end_marker += usize::from(encoded.lacks_end_marker);
         self.samples.push(sample, number)
@@ -169,10 +166,10 @@ impl Preparation<'_> {
 
     fn finish(self) -> Result<Prepared> {
         let max_length = self.settings.max_length;
-        if let Some(first) = self.first_untrained {
+        let untrained = &self.prepared.labels.untrained;
+        if untrained.count > 0 {
             return Err(Error::NothingTrained {
-                rows: self.untrained_rows,
-                first,
+                rows: untrained.clone(),
                 max_length,
             });
         }

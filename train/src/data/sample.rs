@@ -56,18 +56,22 @@ pub(super) struct Encoded {
     pub(super) sample: Sample,
     /// Whether the end marker of what is trained last is missing; false where that is not known.
     pub(super) lacks_end_marker: bool,
-    /// How many tokens the row has up to its last trained one, if it is text.
-    trained_length: Option<usize>,
+    /// Whether it is text, and not tokens.
+    pub(super) is_text: bool,
+    /// Whether a conversation is in the alpaca form for lack of a template.
+    pub(super) is_alpaca: bool,
+    /// Whether trained tokens were cut off.
+    pub(super) loses_trained: bool,
 }
 
 impl Encoded {
     /// Cuts off the end.
     pub(super) fn cut(&mut self, max_length: usize) {
+        let mut lost = self.sample.labels.drain(max_length..);
+        self.loses_trained = lost.any(|label| label != IGNORED);
+        drop(lost);
         self.sample.input_ids.truncate(max_length);
-        self.sample.labels.truncate(max_length);
-        self.lacks_end_marker |= self
-            .trained_length
-            .is_some_and(|length| length > max_length);
+        self.lacks_end_marker |= self.is_text && self.loses_trained;
     }
 }
 
@@ -128,7 +132,10 @@ impl Encoder {
             .zip(trained)
             .filter(|(_, trained)| !trained);
         masked.for_each(|(label, _)| *label = IGNORED);
-        Ok(text_sample(ids, labels, rendered.ends_with_marker))
+        Ok(Encoded {
+            is_alpaca: is_plain,
+            ..text_sample(ids, labels, rendered.ends_with_marker)
+        })
     }
 
     fn text(&self, place: &Place, text: &str) -> Result<Encoded> {
@@ -161,7 +168,9 @@ impl Encoder {
         Ok(Encoded {
             sample: Sample { input_ids, labels },
             lacks_end_marker: false,
-            trained_length: None,
+            is_text: false,
+            is_alpaca: false,
+            loses_trained: false,
         })
     }
 
@@ -231,10 +240,11 @@ fn ends_twice_in(ids: &[u32], eos: Option<u32>) -> bool {
 }
 
 fn text_sample(input_ids: Vec<u32>, labels: Vec<i32>, ends_with_marker: bool) -> Encoded {
-    let last = labels.iter().rposition(|&label| label != IGNORED);
     Encoded {
         sample: Sample { input_ids, labels },
         lacks_end_marker: !ends_with_marker,
-        trained_length: Some(last.map_or(0, |last| last + 1)),
+        is_text: true,
+        is_alpaca: false,
+        loses_trained: false,
     }
 }

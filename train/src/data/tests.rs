@@ -763,10 +763,11 @@ fn rows_without_a_trained_token_are_refused() {
         truncate: Truncate::Right,
         ..settings()
     };
-    let expected = "3 of the rows have no trained token within data.max_length = 2; the first is ";
+    let expected = "3 of the rows have no trained token within data.max_length = 2: ";
     let error = prepare_rows(&rows, &right, &bare()).expect_err("three rows are not trained");
     assert!(error.to_string().starts_with(expected), "{error}");
-    assert!(error.to_string().ends_with("rows.jsonl:2"), "{error}");
+    assert!(error.to_string().contains("rows.jsonl:2, "), "{error}");
+    assert!(error.to_string().ends_with("rows.jsonl:4"), "{error}");
     // An answer that is cut off whole.
     let found = prepare_rows(
         &[json!({"question": "a long question", "answer": "b"})],
@@ -774,7 +775,7 @@ fn rows_without_a_trained_token_are_refused() {
         &smollm2(),
     );
     assert!(
-        matches!(found, Err(Error::NothingTrained { rows: 1, .. })),
+        matches!(&found, Err(Error::NothingTrained { rows, .. }) if rows.count == 1),
         "{found:?}"
     );
 }
@@ -835,4 +836,118 @@ fn a_turn_that_only_calls_a_tool_has_no_text() {
             tools: Vec::new()
         }
     );
+}
+
+#[test]
+fn labels_are_looked_at_while_rows_are_read() {
+    let rows = [
+        json!({"question": "a", "answer": "b"}),
+        json!({"question": "a", "answer": "b"}),
+        json!({"question": "a", "answer": "a much longer answer than the others"}),
+    ];
+    let prepared = prepare_rows(&rows, &settings(), &smollm2()).expect("the rows are good");
+    let labels = &prepared.labels;
+    let spread = labels.spread().expect("there are rows");
+    assert_eq!((spread.min, spread.median), (2, 2)); // the answer and its end
+    assert_eq!(
+        spread.max as usize,
+        prepared.samples.get(2).trained_tokens()
+    );
+    let line = |place: &Place| place.row;
+    let repeated = labels.repeated().expect("the second row is the first");
+    assert_eq!(repeated.count, 1);
+    assert_eq!(
+        (line(&repeated.row), line(&repeated.of)),
+        (RowNumber::Line(2), RowNumber::Line(1))
+    );
+    let part = |rows: &[usize]| prepared.samples.select(rows.iter().copied()).unwrap();
+    let (train, eval) = (part(&[0]), part(&[1, 2]));
+    let shared = labels
+        .shared(&train, labels, &eval)
+        .expect("a row is on both sides");
+    assert_eq!((shared.count, line(&shared.row)), (1, RowNumber::Line(2)));
+    assert_eq!(labels.shared(&train, labels, &part(&[2])), None);
+    let smollm2 = smollm2();
+    let tokenizer = smollm2.tokenizer.as_ref().expect("there is a tokenizer");
+    let end = tokenizer.token_to_id("<|im_end|>").expect("it is a token");
+    assert_eq!(labels.ends.iter().collect::<Vec<_>>(), [(&end, &3)]);
+    for found in [
+        &labels.cut,
+        &labels.endless,
+        &labels.double_bos,
+        &labels.alpaca,
+    ] {
+        assert_eq!(found.count, 0);
+    }
+    // an answer that is cut, and one that is left out
+    let short = |truncate| Settings {
+        max_length: prepared.samples.get(0).input_ids.len(),
+        truncate,
+        ..settings()
+    };
+    let cut = prepare_rows(&rows, &short(Truncate::Right), &smollm2).expect("the rows are good");
+    assert_eq!(cut.labels.cut.count, 1);
+    assert!(cut.labels.cut.to_string().ends_with("rows.jsonl:3"));
+    let left_out = prepare_rows(&rows, &short(Truncate::Drop), &smollm2).expect("two are left");
+    assert_eq!(
+        left_out.labels.dropped.first,
+        cut.labels
+            .cut
+            .first
+            .iter()
+            .map(|place| Place {
+                path: left_out.labels.dropped.first[0].path.clone(),
+                row: place.row,
+            })
+            .collect::<Vec<_>>()
+    );
+    assert_eq!(left_out.labels.cut.count, 0);
+    // the alpaca form and two BOS tokens
+    let alpaca = prepare_rows(&rows[..1], &settings(), &llama2_base()).expect("the row is good");
+    assert_eq!(alpaca.labels.alpaca.count, 1);
+    let bos = json!({"input_ids": [1, 1, 5]});
+    let twice = prepare_rows(&[bos], &settings(), &llama2_base()).expect("the row is good");
+    assert_eq!(twice.labels.double_bos.count, 1);
+}
+
+#[test]
+fn a_sample_is_shown_as_text_with_its_trained_parts() {
+    let encoder = smollm2();
+    let row = json!({"question": "Wie geht's?", "answer": "Gut, größer 🦀!"});
+    let sample = sample(row, &encoder);
+    let shown = check::show(&sample, encoder.tokenizer.as_ref()).expect("it decodes");
+    let (text, parts) = show(&sample, &encoder);
+    assert_eq!(shown.text, text);
+    let trained = shown
+        .trained
+        .iter()
+        .map(|range| shown.text[range.clone()].to_owned());
+    assert_eq!(trained.collect::<Vec<_>>(), parts);
+    let ids = Sample {
+        input_ids: vec![7, 8, 90],
+        labels: vec![7, IGNORED, 90],
+    };
+    let shown = check::show(&ids, None).expect("there is nothing to decode");
+    assert_eq!(shown.text, "7 8 90");
+    assert_eq!(shown.trained.first(), Some(&(3..6)));
+}
+
+#[test]
+fn markers_that_are_no_tokens_are_found() {
+    let encoder = smollm2();
+    let tokenizer = encoder.tokenizer.as_ref().expect("there is a tokenizer");
+    let find = |text: &str| check::unknown_markers(text, tokenizer);
+    assert_eq!(find("<|im_start|>user\na <| b |> <|im_end|>"), [""; 0]);
+    assert_eq!(
+        find("<|user|>\n<|user|> <|turn_2|> <|"),
+        ["<|user|>", "<|turn_2|>"]
+    );
+}
+
+#[test]
+fn many_places_are_told_by_the_first_few() {
+    let rows = vec![json!({"input_ids": [1, 2], "labels": [1, -100]}); 9];
+    let told = message(prepare_rows(&rows, &settings(), &bare()));
+    assert!(told.starts_with("rows.jsonl:1, "), "{told}");
+    assert!(told.ends_with("rows.jsonl:3 and 6 more"), "{told}");
 }

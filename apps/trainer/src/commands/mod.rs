@@ -302,6 +302,7 @@ fn check_memory(needed: u64, device: &Device) -> Result<()> {
     Err(Advised::failed(message, help).into())
 }
 
-fn gib(bytes: u64) -> f64 {
+/// In the unit that memory is told in.
+pub fn gib(bytes: u64) -> f64 {
     bytes as f64 / (1u64 << 30) as f64
 }

@@ -7,10 +7,12 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Instant;
 
+use ::train::data::check::Spread;
 use ::train::data::{Encoder, Prepared, Samples, prepare, split};
-use ::train::fit::{Event, Outcome, Run, Stopped, fit};
-use ::train::recipe::{ModelInit, Recipe, Recompute};
-use ::train::run_folder::{RECIPE_FILE, check_empty};
+use ::train::fit::{Event, Outcome, Stopped, fit};
+use ::train::memory::Compared;
+use ::train::recipe::{ModelInit, Recipe};
+use ::train::run_folder::{RECIPE_FILE, check_empty, peak_memory_bytes};
 use ::train::schedule::Schedule;
 use ::train::session::{self, Rows};
 use ::train::trained::Trained;
@@ -29,6 +31,8 @@ use crate::cli::{RecipeArgs, TrainArgs};
 use crate::device::{Device, Job};
 use crate::encoder;
 use crate::failure::Advised;
+use crate::forecast::{Forecast, forecast};
+use crate::labels::{self, Example};
 use crate::output::Output;
 use crate::record::{Known, Record};
 use crate::renderer::Renderer;
@@ -86,6 +90,8 @@ pub struct Finished {
     pub result: PathBuf,
     /// How it went.
     pub outcome: Outcome,
+    /// The most memory it held, predicted and measured.
+    pub memory: Compared,
 }
 
 impl Finished {
@@ -95,6 +101,7 @@ impl Finished {
             folder,
             result,
             outcome,
+            memory,
         } = self;
         let interrupted = outcome.stopped == Some(Stopped::Interrupted);
         let kind = result.file_name().unwrap_or_default().to_string_lossy();
@@ -104,6 +111,7 @@ impl Finished {
             "loss": outcome.loss,
             "best": outcome.best.map(|best| json!({"step": best.step, "loss": best.loss})),
             "interrupted": interrupted,
+            "memory": memory,
             kind: (!interrupted).then_some(result), // an interrupted run has only checkpoints
         });
         let text = match outcome.stopped {
@@ -126,6 +134,13 @@ impl Finished {
             output.note(format_args!(
                 "best evaluation: loss {:.4} after step {}",
                 best.loss, best.step
+            ));
+        }
+        if let Some(measured) = memory.measured_bytes {
+            output.note(format_args!(
+                "peak memory  {:.2} GiB (predicted {:.2} GiB)",
+                gib(measured),
+                gib(memory.predicted_bytes)
             ));
         }
         output.result(&json, &text)?;
@@ -169,13 +184,20 @@ pub fn launch(
     let trainable = session::num_params(&recipe, &trained, &base.config)?;
     check_training_memory(&recipe, &trained, &base, trainable, &device)?;
     let read = read_rows(&recipe, &base, output)?;
+    read.show_examples(output);
+    let forecast = forecast(&recipe, &trained, &base, Some(&read.rows), &device)?;
+    forecast.tell(output);
     recipe.make_paths_absolute(); // messages so far name paths as they were typed
     let job = TrainJob {
         known: Known {
             start,
             rows: read.rows.clone(),
             dropped_rows: read.dropped_rows,
-            warnings: read.problems,
+            warnings: read
+                .problems
+                .into_iter()
+                .chain(forecast.problem.clone())
+                .collect(),
             device: device.clone(),
         },
         recipe,
@@ -184,6 +206,7 @@ pub fn launch(
         rows: read.rows,
         folder: folder.clone(),
         begin,
+        forecast: forecast.clone(),
         no_tui,
         output: *output,
     };
@@ -193,6 +216,11 @@ pub fn launch(
         folder,
         result,
         outcome,
+        memory: Compared {
+            predicted: forecast.memory,
+            predicted_bytes: forecast.memory.total(),
+            measured_bytes: forecast.is_measured().then(peak_memory_bytes),
+        },
     })
 }
 
@@ -224,6 +252,7 @@ struct TrainJob {
     rows: Rows,
     folder: PathBuf,
     begin: Begin,
+    forecast: Forecast,
     no_tui: bool,
     output: Output,
 }
@@ -260,6 +289,8 @@ impl Job for TrainJob {
             run.windows.num_steps(),
             self.folder.display(),
         ));
+        run.model.recompute = self.forecast.recompute;
+        run.predicted = Some(self.forecast.memory);
         if let Some(fill_ratio) = run.windows.fill_ratio() {
             output.note(format_args!(
                 "an epoch is packed into {} sequences of up to {} tokens, {:.1} % full",
@@ -268,7 +299,6 @@ impl Job for TrainJob {
                 100.0 * fill_ratio,
             ));
         }
-        choose_recompute(&mut run, &known.device, &output)?;
         if run.progress.step >= run.windows.num_steps() && !run.progress.evaluation_due {
             output.note("the run has taken all its steps; --max-steps makes it longer");
         }
@@ -303,33 +333,6 @@ impl Job for TrainJob {
             source => unfinished(source).into(),
         })
     }
-}
-
-/// Settles `train.recompute = "auto"`, and says how and why.
-fn choose_recompute<B: TrainBackend>(
-    run: &mut Run<B>,
-    device: &Device,
-    output: &Output,
-) -> Result<()> {
-    if run.recipe.train.recompute != Recompute::Auto {
-        return Ok(());
-    }
-    let available = device.available_bytes();
-    let needed = session::choose_recompute(run, available)?;
-    let choice = match run.model.recompute {
-        true => "block",
-        false => "none",
-    };
-    let reason = match available {
-        Some(available) => format!(
-            "without it a step takes about {:.1} GiB of the {:.1} GiB available",
-            gib(needed),
-            gib(available)
-        ),
-        None => "the memory of this device is not known".into(),
-    };
-    output.note(format_args!("train.recompute = auto: {choice} ({reason})"));
-    Ok(())
 }
 
 /// Weights of the base model and of what is added to it, as PEFT's `print_trainable_parameters`.
@@ -367,6 +370,24 @@ pub struct ReadRows {
     pub dropped_rows: usize,
     /// What a user should know before training.
     pub problems: Vec<String>,
+    /// Trained tokens of the training rows.
+    pub spread: Option<Spread>,
+    /// The first training rows.
+    pub examples: Vec<Example>,
+}
+
+impl ReadRows {
+    /// Shows what is trained of the first row; of more, if one wants to know more.
+    fn show_examples(&self, output: &Output) {
+        let styled = labels::is_styled(&std::io::stderr());
+        for (index, example) in self.examples.iter().enumerate() {
+            let text = example.text(styled);
+            match index {
+                0 => output.note(text),
+                _ => output.detail(text),
+            }
+        }
+    }
 }
 
 /// Reads and encodes the rows of a recipe.
@@ -377,22 +398,27 @@ pub fn read_rows(recipe: &Recipe, base: &ModelFolder, output: &Output) -> Result
     let mut read = |what: &str, paths: &[PathBuf]| -> Result<Prepared> {
         let paths = open_data(paths, output)?;
         let prepared = prepare(&paths, &data.settings(), &encoder)?;
-        output.note(format_args!(
-            "{what}: {} rows, {} trained of {} tokens",
-            prepared.samples.len(),
-            prepared.trained_tokens,
-            prepared.total_tokens,
-        ));
-        problems.extend(problems_of(what, &prepared, &encoder));
+        output.note(counts(what, &prepared));
+        problems.extend(labels::warnings(what, &prepared, &encoder, base)?);
         Ok(prepared)
     };
     let prepared = read("training data", &data.train.list())?;
-    let (dropped_rows, train) = (prepared.dropped_rows, prepared.samples);
-    let (train, eval) = match (data.eval.is_empty(), data.eval_fraction) {
-        (false, _) => (train, read("evaluation data", &data.eval.list())?.samples),
-        (true, fraction) if fraction > 0.0 => split(&train, fraction, recipe.train.seed)?,
-        (true, _) => (train, Samples::default()),
+    let spread = prepared.labels.spread();
+    let examples = labels::examples(&prepared, &encoder)?;
+    let (dropped_rows, train_labels) = (prepared.dropped_rows, prepared.labels);
+    let (train, eval, eval_labels) = match (data.eval.is_empty(), data.eval_fraction) {
+        (false, _) => {
+            let eval = read("evaluation data", &data.eval.list())?;
+            (prepared.samples, eval.samples, Some(eval.labels))
+        }
+        (true, fraction) if fraction > 0.0 => {
+            let (train, eval) = split(&prepared.samples, fraction, recipe.train.seed)?;
+            (train, eval, None)
+        }
+        (true, _) => (prepared.samples, Samples::default(), None),
     };
+    let eval_labels = eval_labels.as_ref().unwrap_or(&train_labels);
+    problems.extend(labels::shared(&train_labels, &train, eval_labels, &eval));
     for problem in &problems {
         output.note(format_args!("warning: {problem}"));
     }
@@ -400,7 +426,20 @@ pub fn read_rows(recipe: &Recipe, base: &ModelFolder, output: &Output) -> Result
         rows: Rows { train, eval },
         dropped_rows,
         problems,
+        spread,
+        examples,
     })
+}
+
+/// How many rows and tokens there are.
+fn counts(what: &str, prepared: &Prepared) -> String {
+    let (rows, trained) = (prepared.samples.len(), prepared.trained_tokens);
+    let all = prepared.total_tokens;
+    let spread = prepared.labels.spread().map_or(String::new(), |spread| {
+        let Spread { min, median, max } = spread;
+        format!(" (a row: {min} to {max}, median {median})")
+    });
+    format!("{what}: {rows} rows, {trained} trained of {all} tokens{spread}")
 }
 
 /// What makes a run worse without stopping it.
@@ -409,15 +448,17 @@ pub fn problems_of(what: &str, prepared: &Prepared, encoder: &Encoder) -> Vec<St
     if prepared.dropped_rows > 0 {
         let (dropped, rows) = (prepared.dropped_rows, prepared.rows);
         problems.push(format!(
-            "{what}: {dropped} of {rows} rows are longer than data.max_length"
+            "{what}: {dropped} of {rows} rows are longer than data.max_length ({})",
+            prepared.labels.dropped
         ));
     }
     if prepared.rows_without_end_marker > 0 {
         problems.push(format!(
             "{what}: {} rows do not end in a trained end marker ({}): the model will not learn to \
-             stop from them",
+             stop from them ({})",
             prepared.rows_without_end_marker,
             encoder.end_markers.join(" or "),
+            prepared.labels.endless
         ));
     }
     problems

@@ -1,6 +1,6 @@
 use serde_json::{Value, json};
 
-use crate::support::Dir;
+use crate::support::{Dir, chat_rows};
 
 #[test]
 fn a_plan_counts_and_needs_no_weights() {
@@ -99,4 +99,239 @@ fn what_would_keep_a_run_from_starting_is_a_problem() {
     ] {
         assert!(has(part), "{part}: {plan}");
     }
+}
+
+#[test]
+fn the_memory_is_predicted_by_part() {
+    let dir = Dir::with_tokens();
+    let plan = |flags: &str| {
+        let line = format!("plan --json --device cpu --model model {flags}");
+        dir.trainer(&line).succeeds().json()
+    };
+    let total = |plan: &Value| plan["predicted_peak_bytes"].as_u64().unwrap();
+    let with_rows = plan("--data rows.jsonl");
+    let parts = with_rows["breakdown"].as_object().unwrap();
+    let sum: u64 = parts.values().map(|bytes| bytes.as_u64().unwrap()).sum();
+    assert_eq!(sum, total(&with_rows));
+    for part in [
+        "weights",
+        "adapter",
+        "optimizer",
+        "activations",
+        "workspace",
+        "logits",
+    ] {
+        assert!(parts[part].as_u64() > Some(0), "{part}: {with_rows}");
+    }
+    assert_eq!(parts["adapter"], with_rows["adapter_bytes"]);
+    assert_eq!(with_rows["problems"], json!([]));
+    // config.json alone: full micro batches, larger than those of the short rows
+    std::fs::remove_file(dir.path("model/model.safetensors")).unwrap();
+    let without = plan("");
+    assert!(total(&without) > total(&with_rows), "{without}");
+    let problems = without["problems"].to_string();
+    assert!(
+        problems.contains("micro batches of 4 × 1024 tokens"),
+        "{without}"
+    );
+    assert!(
+        problems.contains("model has no model.safetensors"),
+        "{without}"
+    );
+    let again = plan("--set train.recompute=block");
+    assert!(total(&again) < total(&without), "{again}");
+}
+
+#[test]
+fn a_run_tells_its_peak_beside_the_prediction() {
+    let dir = Dir::with_tokens();
+    let line =
+        "train --json --device cpu --model model --data rows.jsonl --max-steps 1 --output run";
+    let run = dir.trainer(line).succeeds();
+    let memory = run.json()["memory"].clone();
+    assert!(
+        memory["predicted_bytes"].as_u64() > Some(1 << 20),
+        "{memory}"
+    );
+    assert!(memory["predicted"]["weights"].is_u64(), "{memory}");
+    if cfg!(target_os = "linux") {
+        let off = memory["predicted_bytes"].as_f64().unwrap()
+            / memory["measured_bytes"].as_f64().unwrap();
+        assert!((0.5..2.0).contains(&off), "{memory}"); // it is almost all program
+        assert!(run.stderr.contains("peak memory  0.0"), "{run}");
+        assert!(run.stderr.contains("(predicted 0.0"), "{run}");
+    }
+}
+
+/// Every problem of the weights is told from their headers, and none is read.
+#[test]
+fn the_headers_of_the_weights_are_checked() {
+    let dir = Dir::with_tokens();
+    let problems = |flags: &str| {
+        let line = format!("plan --json --model model --data rows.jsonl {flags}");
+        dir.trainer(&line).succeeds().json()["problems"].to_string()
+    };
+    assert_eq!(problems(""), "[]");
+    dir.edit_json("model/config.json", |config| {
+        config["intermediate_size"] = json!(57)
+    });
+    let found = problems("");
+    for part in [
+        "layers.0.mlp.up_proj.weight",
+        "layers.1.mlp.down_proj.weight",
+        "expected [32, 57]",
+    ] {
+        assert!(found.contains(part), "{part}: {found}");
+    }
+    assert_eq!(problems("--method full --set model.init=random"), "[]");
+    let bytes = std::fs::read(dir.path("model/model.safetensors")).unwrap();
+    dir.write("model/model.safetensors", &bytes[..bytes.len() - 1]);
+    assert!(
+        problems("").contains("model/model.safetensors"),
+        "{}",
+        problems("")
+    );
+}
+
+#[test]
+fn a_plan_shows_rows_with_what_is_trained() {
+    let dir = Dir::with_chat();
+    let line = "plan --model model --data rows.jsonl";
+    let plan = dir.trainer(&format!("{line} --json")).succeeds().json();
+    let sample = &plan["samples"][0];
+    assert_eq!(sample["place"], json!("rows.jsonl:1"));
+    let text: Vec<char> = sample["text"].as_str().unwrap().chars().collect();
+    let trained: Vec<String> = sample["trained"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|range| {
+            let [start, end] = [0, 1].map(|i| range[i].as_u64().unwrap() as usize);
+            text[start..end].iter().collect()
+        })
+        .collect();
+    assert_eq!(trained, ["Hello.<|im_end|>"]);
+    assert_eq!(plan["samples"].as_array().unwrap().len(), 3);
+    assert!(plan["trained_tokens_per_row"]["median"].is_u64(), "{plan}");
+    let run = dir.trainer(line).succeeds();
+    assert!(run.stdout.contains("‹Hello.<|im_end|>›"), "{run}");
+    assert!(run.stdout.contains("<|im_start|>user"), "{run}");
+    // the first row is shown before a run, too, and more with -v
+    let train = |flags: &str| {
+        let line = format!("train {flags} --model model --data rows.jsonl --max-steps 1");
+        dir.trainer(&line).succeeds().stderr
+    };
+    let plain = train("--output one");
+    assert!(
+        plain.contains("‹Hello.<|im_end|>›") && !plain.contains("‹4<|im_end|>›"),
+        "{plain}"
+    );
+    assert!(train("-v --output two").contains("‹4<|im_end|>›"));
+    assert!(!train("-q --output three").contains("Hello"));
+}
+
+/// Each is one sentence that says what to do.
+#[test]
+fn labels_are_checked_before_the_first_step() {
+    let dir = Dir::with_chat();
+    dir.write("eval.jsonl", chat_rows().lines().nth(1).unwrap());
+    let rows = chat_rows();
+    dir.write(
+        "twice.jsonl",
+        format!("{rows}{}", rows.lines().next().unwrap()),
+    );
+    dir.edit_json("model/tokenizer_config.json", |config| {
+        config["bos_token"] = json!("<|im_start|>");
+    });
+    let bos = json!({"text": "<|im_start|><|im_start|>a"});
+    dir.write("bos.jsonl", bos.to_string());
+    let long = rows
+        .lines()
+        .next()
+        .unwrap()
+        .replace("Hello.", &"Hello. ".repeat(9));
+    dir.write("long.jsonl", long);
+    let marker = "{% for m in messages %}<|turn|>{{ m.content }}<|im_end|>\n{% endfor %}";
+    dir.write("marker.jinja", marker);
+    dir.write(
+        "endless.jinja",
+        "{% for m in messages %}{{ m.content }}\n{% endfor %}",
+    );
+    for (flags, parts) in [
+        (
+            "--data twice.jsonl",
+            &["1 rows repeat another one (twice.jsonl:5 is twice.jsonl:1)"][..],
+        ),
+        (
+            "--data rows.jsonl --eval-data eval.jsonl",
+            &["1 of 1 evaluation rows are trained on, too (eval.jsonl:1 is rows.jsonl:2)"],
+        ),
+        (
+            "--data twice.jsonl --set data.eval_fraction=0.8",
+            &["are trained on, too"],
+        ),
+        (
+            "--data bos.jsonl",
+            &["1 rows begin with two BOS tokens (bos.jsonl:1)"],
+        ),
+        (
+            "--data rows.jsonl --set data.chat_template=marker.jinja",
+            &["the text has <|turn|>, which this tokenizer does not know as one token"],
+        ),
+        (
+            "--data rows.jsonl --set data.chat_template=endless.jinja",
+            &[
+                "4 rows do not end in a trained end marker",
+                "rows.jsonl:3 and 1 more",
+            ],
+        ),
+        (
+            "--data long.jsonl --set data.max_length=18 --set data.truncate=right",
+            &[
+                "the trained text of 1 rows is",
+                "cut off at data.max_length (long.jsonl:1)",
+            ],
+        ),
+    ] {
+        let line = format!("plan --json --model model {flags}");
+        let run = dir.trainer(&line).succeeds();
+        let problems = run.json()["problems"].to_string();
+        for part in parts {
+            assert!(problems.contains(part), "{part}: {run}");
+            assert!(run.stderr.contains(part), "{part}: {run}");
+        }
+    }
+    let eos = dir.json("model/config.json")["eos_token_id"].clone();
+    dir.write(
+        "model/generation_config.json",
+        json!({"eos_token_id": 5}).to_string(),
+    );
+    let run = dir
+        .trainer("plan --model model --data rows.jsonl")
+        .succeeds();
+    assert!(
+        run.stdout
+            .contains("no eos token of generation_config.json"),
+        "{eos}: {run}"
+    );
+    std::fs::remove_file(dir.path("model/generation_config.json")).unwrap();
+    std::fs::remove_file(dir.path("model/chat_template.jinja")).unwrap();
+    let run = dir
+        .trainer("plan --model model --data rows.jsonl")
+        .succeeds();
+    assert!(
+        run.stdout.contains("the model has no chat template"),
+        "{run}"
+    );
+    // rows without a trained token are named
+    let untrained = json!({"input_ids": [5, 6], "labels": [-100, -100]}).to_string() + "\n";
+    dir.write("none.jsonl", untrained.repeat(5));
+    dir.trainer("train --model model --data none.jsonl --output run")
+        .fails(
+            1,
+            &[
+                "5 of the rows have no trained token",
+                "none.jsonl:3 and 2 more",
+            ],
+        );
 }
