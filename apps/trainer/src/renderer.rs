@@ -75,7 +75,11 @@ impl Renderer {
                 (text, Weight::Note)
             }
             Event::Saved { checkpoint } => {
-                let name = checkpoint.strip_prefix(&self.folder).unwrap_or(checkpoint);
+                let short = checkpoint.strip_prefix(&self.folder); // the title says the rest
+                let name = match (self.is_drawn(), short) {
+                    (true, Ok(short)) => short,
+                    _ => checkpoint,
+                };
                 (format!("saved {}", name.display()), Weight::Detail)
             }
             Event::Spike { step, loss, mean } => {
