@@ -75,7 +75,11 @@ impl Renderer {
                 (text, Weight::Note)
             }
             Event::Saved { checkpoint } => {
-                let name = checkpoint.strip_prefix(&self.folder).unwrap_or(checkpoint);
+                let short = checkpoint.strip_prefix(&self.folder); // the title says the rest
+                let name = match (self.is_drawn(), short) {
+                    (true, Ok(short)) => short,
+                    _ => checkpoint,
+                };
                 (format!("saved {}", name.display()), Weight::Detail)
             }
             Event::Spike { step, loss, mean } => {
@@ -138,13 +142,13 @@ impl Renderer {
         let value = |name: &str| state.latest(name).unwrap_or(f64::NAN);
         let left = state.left().map(duration);
         self.output.note(format_args!(
-            "step {step}/{total}  epoch {:.2}  loss {:.4}{}  lr {:.3e}  grad norm {:.3}  {:.0} tokens/s{}",
-            state.epoch.unwrap_or(f64::NAN),
+            "step {step}/{total}  loss {:.4}{}  lr {:.3e}  grad norm {:.3}  {:.0} tokens/s  epoch {:.2}{}",
             value(LOSS),
             if is_spike { " (spike)" } else { "" },
             value(LEARNING_RATE),
             value(GRADIENT_NORM),
             value(TOKENS),
+            state.epoch.unwrap_or(f64::NAN),
             left.map_or(String::new(), |left| format!("  ETA {left}")),
         ));
     }
