@@ -334,7 +334,7 @@ fn with_bad_token() -> Dir {
     dir
 }
 
-const IN_ORDER: &str = "train --model model --rank 2 --set data.shuffle=false \
+const IN_ORDER: &str = "train --model model --rank 2 --set data.shuffle=false --set data.packing=false \
     --set train.micro_batch_size=1 --set train.learning_rate=1e-2 --set train.warmup_steps=0 \
     --set train.lr_schedule=constant";
 
@@ -478,7 +478,7 @@ fn a_loss_that_jumps_is_marked() {
     let rows = format!("{often}\n").repeat(11) + once;
     dir.write("rows.jsonl", rows);
     let line = "train --model model --data rows.jsonl --output run --max-steps 12 --method full \
-                --set data.shuffle=false --set train.micro_batch_size=1 \
+                --set data.shuffle=false --set data.packing=false --set train.micro_batch_size=1 \
                 --set train.learning_rate=2e-2 --set train.warmup_steps=0";
     let run = dir.trainer(line).succeeds();
     let mut mean = None;
