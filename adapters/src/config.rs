@@ -96,9 +96,13 @@ impl LoraConfig {
             }
         }
         problems.dedup();
-        if problems.is_empty() && layers.is_empty() && self.modules_to_save.is_empty() {
+        if problems.is_empty() && layers.is_empty() {
+            let but = match self.modules_to_save.is_empty() {
+                true => "",
+                false => " that is not in modules_to_save", // PEFT does not load such adapters, either
+            };
             problems.push(format!(
-                "target_modules = {} matches no layer (layers are named like \
+                "target_modules = {} matches no layer{but} (layers are named like \
                  model.layers.0.self_attn.q_proj)",
                 self.target_modules
             ));
@@ -139,17 +143,24 @@ impl LoraConfig {
             problems.push(format!("the pattern {key:?} is not a regular expression"));
         }
         for module in &self.modules_to_save {
-            if !module_names(model)
-                .iter()
-                .any(|name| name.ends_with(module))
-            {
-                problems.push(format!(
-                    "modules_to_save names {module}, which the model lacks"
-                ));
-            } else if model.tie_word_embeddings && "model.embed_tokens".ends_with(module) {
+            let names = module_names(model);
+            let holds = |name: &String| name.split('.').any(|part| part == module);
+            let ends = ["model.embed_tokens", "lm_head"];
+            if model.tie_word_embeddings && ends.iter().any(|name| name.ends_with(module)) {
                 problems.push(format!(
                     "modules_to_save names {module}, but embeddings and lm_head are tied: they \
                      could not be saved apart"
+                ));
+            } else if names.iter().any(|name| name.ends_with(module)) {
+                continue;
+            } else if names.iter().any(holds) {
+                problems.push(format!(
+                    "modules_to_save names {module}, which only holds others: name those, such as \
+                     q_proj or norm"
+                ));
+            } else {
+                problems.push(format!(
+                    "modules_to_save names {module}, which the model lacks"
                 ));
             }
         }
@@ -531,6 +542,18 @@ mod tests {
         assert_eq!(of("model.layers.1.mlp.up_proj").scaling, 6.0);
         assert_eq!(of("model.layers.0.mlp.up_proj").scaling, 2.0);
         assert_eq!(of("model.layers.0.mlp.gate_proj").rank, 4);
+    }
+
+    #[test]
+    fn an_adapter_needs_a_target_and_saves_single_modules() {
+        let mut config = lora(Targets::Names(Vec::new()));
+        let refusal = |config: &LoraConfig| config.layers(&tiny(false)).unwrap_err().to_string();
+        assert!(refusal(&config).contains("matches no layer"));
+        config.modules_to_save = vec!["lm_head".into()];
+        assert!(refusal(&config).contains("matches no layer that is not in modules_to_save"));
+        config.target_modules = Targets::AllLinear;
+        config.modules_to_save = vec!["mlp".into()];
+        assert!(refusal(&config).contains("mlp, which only holds others"));
     }
 
     #[test]

@@ -7,15 +7,17 @@ use std::path::Path;
 use burn::tensor::backend::Backend;
 use model::checkpoint::{Checkpoint, NamedTensor, write_file, write_safetensors};
 use model::config::LlamaConfig;
+use model::linear::Linear;
 use model::weight::param_id;
 use quant::Scheme;
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
 use crate::attach::{AdaptedLlama, attach};
-use crate::base::scheme;
+use crate::base::{BaseLinear, scheme};
 use crate::config::{LoraConfig, LoraInit, Pattern, Targets};
 use crate::error::{Error, Result};
+use crate::lora::AdaptedLinear;
 use crate::parameters::{parameters, read_parameters, write_parameters};
 
 /// File name of the settings.
@@ -200,6 +202,9 @@ pub(crate) struct Opened {
     pub(crate) parameters: Vec<(String, Vec<usize>)>,
     /// The tensors, by [`key`].
     pub(crate) file: Checkpoint,
+    /// The model that it fits: where embeddings and `lm_head` are one and the adapter changes one of
+    /// them, they are apart.
+    pub(crate) model: LlamaConfig,
 }
 
 impl Opened {
@@ -214,11 +219,24 @@ impl Opened {
     }
 }
 
-/// Opens the adapter of a folder and compares it with a model.
+/// Opens the adapter of a folder and compares it with a model; where that fits only with embeddings
+/// and `lm_head` apart, with such a model.
 ///
 /// # Errors
 /// Those of [`load`].
 pub(crate) fn open(folder: &Path, model: &LlamaConfig) -> Result<Opened> {
+    let error = match open_on(folder, model) {
+        Err(error) if model.tie_word_embeddings => error,
+        opened => return opened,
+    };
+    let apart = LlamaConfig {
+        tie_word_embeddings: false,
+        ..model.clone()
+    };
+    open_on(folder, &apart).map_err(|_| error)
+}
+
+fn open_on(folder: &Path, model: &LlamaConfig) -> Result<Opened> {
     let config = read_config(folder)?;
     let in_config = |error| match error {
         Error::Fit { problems } => Error::Config {
@@ -242,10 +260,12 @@ pub(crate) fn open(folder: &Path, model: &LlamaConfig) -> Result<Opened> {
         config,
         parameters,
         file,
+        model: model.clone(),
     })
 }
 
 /// Puts the adapter of a folder on a model; its `modules_to_save` replace the model's own weights.
+/// Embeddings that are the output layer, too, come apart where it changes one of the two.
 ///
 /// # Errors
 /// [`Error::Tensors`] lists every tensor that is missing, unexpected or of another shape;
@@ -256,10 +276,23 @@ pub fn load<B: Backend>(
     device: &B::Device,
 ) -> Result<(AdaptedLlama<B>, LoraConfig)> {
     let adapter = open(folder, &model.config)?;
+    if model.config.tie_word_embeddings && !adapter.model.tie_word_embeddings {
+        untie(&mut model);
+    }
     attach(&mut model, &adapter.config, 0, device)?;
     let read = |(name, _): &(String, _)| Ok((param_id(name), adapter.read(name)?));
     let values = adapter.parameters.iter().map(read).collect::<Result<_>>()?;
     Ok((write_parameters(model, values), adapter.config))
+}
+
+/// Gives a model an output layer of its own, whose weights are still those of the embeddings.
+fn untie<B: Backend>(model: &mut AdaptedLlama<B>) {
+    let base = BaseLinear::Dense(Linear {
+        weight: model.embed_tokens.clone(),
+        bias: None,
+    });
+    model.lm_head = Some(AdaptedLinear { base, lora: None });
+    model.config.tie_word_embeddings = false;
 }
 
 /// Writes an adapter folder that `peft.PeftModel.from_pretrained` loads; `base_model` is the name

@@ -309,16 +309,25 @@ pub fn parts<'a>(name: &str, weight: &'a Quantized, dtype: &str) -> Vec<Part<'a>
 
 /// A number as Python prints it, so that the JSON has bitsandbytes' bytes.
 fn python_float(x: f64) -> String {
-    let scientific = format!("{x:e}"); // the shortest digits that give x again, as Python's
-    let (digits, exponent) = scientific
-        .split_once('e')
-        .expect("printed with an exponent");
-    match exponent.parse::<i32>().expect("printed as a number") {
-        exponent @ -4..16 if exponent >= 0 && x.fract() == 0.0 => format!("{x:.1}"),
-        -4..16 => format!("{x}"),
+    // The shortest digits that give x again. Of two that are as near Python takes the even one, and
+    // so does Rust where it is told how many there are.
+    let shortest = format!("{x:e}");
+    let (digits, _) = split_exponent(&shortest);
+    let decimals = digits.split_once('.').map_or(0, |(_, after)| after.len());
+    let scientific = format!("{x:.decimals$e}");
+    let (digits, exponent) = split_exponent(&scientific);
+    match exponent {
+        0..16 if x.fract() == 0.0 => format!("{x:.1}"),
+        -4..16 => format!("{x:.*}", (decimals as i32 - exponent).max(1) as usize),
         exponent if exponent < 0 => format!("{digits}e-{:02}", -exponent),
         exponent => format!("{digits}e+{exponent:02}"),
     }
+}
+
+/// The two sides of the `e`.
+fn split_exponent(scientific: &str) -> (&str, i32) {
+    let (digits, exponent) = scientific.split_once('e').expect("it has an exponent");
+    (digits, exponent.parse().expect("it is a number"))
 }
 
 /// `quantization_config` of a `config.json`, as transformers writes it.
@@ -397,6 +406,7 @@ mod tests {
     fn numbers_are_printed_as_python_prints_them() {
         for (x, text) in [
             (f64::from(0.125_691_22_f32), "0.125691220164299"),
+            (f64::from(0.182_422_64_f32), "0.18242263793945312"), // as near to …313
             (0.5, "0.5"),
             (0.0, "0.0"),
             (3.0, "3.0"),

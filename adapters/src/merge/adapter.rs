@@ -20,27 +20,16 @@ pub(super) struct Adapter {
 }
 
 impl Adapter {
-    /// Opens an adapter on a model; where its embeddings are its `lm_head` and the adapter does not
-    /// fit, on the same model with the two apart.
+    /// Opens an adapter on a model.
     pub(super) fn open(adapter: &Weighted, model: &LlamaConfig) -> Result<Self> {
-        let apart = LlamaConfig {
-            tie_word_embeddings: false,
-            ..model.clone()
-        };
-        let (opened, model) = match peft::open(&adapter.folder, model) {
-            Err(error) if model.tie_word_embeddings => {
-                let opened = peft::open(&adapter.folder, &apart);
-                (opened.map_err(|_| error)?, &apart)
-            }
-            opened => (opened?, model),
-        };
+        let opened = peft::open(&adapter.folder, model)?;
         for (name, _) in &opened.parameters {
             opened.file.float_dtype(&peft::key(name))?;
         }
         Ok(Self {
             folder: adapter.folder.clone(),
             weight: adapter.weight,
-            layers: opened.config.layers(model)?,
+            layers: opened.config.layers(&opened.model)?,
             opened,
         })
     }
