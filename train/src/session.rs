@@ -198,7 +198,8 @@ pub fn check_recipe(recipe: &Recipe, checkpoint: &Path) -> Result<()> {
 /// Prepares a run to go on from a checkpoint.
 ///
 /// # Errors
-/// [`Error::RowsChanged`] if these are not the rows that it began with.
+/// [`Error::RowsChanged`] if these are not the rows that it began with; [`Error::Recipe`] if the run
+/// would end before where it is.
 pub fn resume<B: TrainBackend>(
     recipe: Recipe,
     trained: Trained,
@@ -212,6 +213,16 @@ pub fn resume<B: TrainBackend>(
     if progress.rows != rows.fingerprint() {
         return Err(Error::RowsChanged {
             checkpoint: checkpoint.into(),
+        });
+    }
+    let windows = Windows::new(rows.train.clone(), &recipe.data, &recipe.train, 0);
+    if windows.num_steps() < progress.step {
+        let (steps, taken) = (windows.num_steps(), progress.step);
+        let problem = format!(
+            "train.max_steps or train.epochs come to {steps} steps, and the run has taken {taken}"
+        );
+        return Err(Error::Recipe {
+            problems: vec![problem],
         });
     }
     let start = Instant::now();

@@ -13,7 +13,9 @@ use model::hub::Files;
 use serde::Serialize;
 use serde_json::Value;
 
-use super::train::{ReadRows, all_params, check_training_memory, read_rows, settings_of};
+use super::train::{
+    ReadRows, all_params, all_warm_up, check_training_memory, read_rows, settings_of,
+};
 use super::{gib, open_model, trained};
 use crate::cli::RecipeArgs;
 use crate::device::Device;
@@ -81,10 +83,11 @@ pub fn run(args: RecipeArgs, device: &str, output: &Output) -> Result<ExitCode> 
     let rows = read.as_ref().map(|read| &read.rows);
     let forecast = forecast(&recipe, &trained, &base, rows, &device)?;
     let hopeless = check_training_memory(&recipe, &trained, &base, trainable_params, &device);
-    problems.extend(match hopeless {
-        Err(error) => Some(format!("{error:#}")),
-        Ok(()) => forecast.problem,
-    });
+    problems.extend(hopeless.err().map(|error| format!("{error:#}")));
+    problems.extend(forecast.problem);
+    let data = read.map(|read| plan_data(&recipe, read));
+    let warm_up = data.as_ref().map(|data| all_warm_up(&recipe, data.steps));
+    problems.extend(warm_up.flatten());
     if let Some(folder) = &recipe.output.dir {
         let occupied = check_empty(folder).err();
         problems.extend(occupied.map(|e| e.to_string()));
@@ -97,7 +100,7 @@ pub fn run(args: RecipeArgs, device: &str, output: &Output) -> Result<ExitCode> 
         predicted_peak_bytes: forecast.memory.total(),
         breakdown: forecast.memory,
         recompute: forecast.recompute,
-        data: read.map(|read| plan_data(&recipe, read)),
+        data,
         problems,
     };
     output.result(&serde_json::to_value(&plan)?, &text(&plan))?;

@@ -224,6 +224,21 @@ pub fn launch(
     })
 }
 
+/// What there is to say of a run that ends before its learning rate has risen.
+pub fn all_warm_up(recipe: &Recipe, num_steps: usize) -> Option<String> {
+    let train = &recipe.train;
+    let schedule = Schedule::new(train, num_steps, 0);
+    let peak = (0..num_steps)
+        .map(|step| schedule.at(step))
+        .fold(0.0, f64::max);
+    (peak < train.learning_rate / 2.0).then(|| {
+        format!(
+            "the run is all warm-up: with a learning rate of at most {peak:e} in all ({num_steps}) of its \
+             steps it learns little or nothing; take more steps, or set train.warmup_steps=0"
+        )
+    })
+}
+
 /// Refuses what cannot be trained in the memory of a device: weights, gradients and moments.
 pub fn check_training_memory(
     recipe: &Recipe,
@@ -302,14 +317,9 @@ impl Job for TrainJob {
         if run.progress.step >= run.windows.num_steps() && !run.progress.evaluation_due {
             output.note("the run has taken all its steps; --max-steps makes it longer");
         }
-        let schedule = Schedule::new(&run.recipe.train, run.windows.num_steps(), 0);
-        let peak = (0..run.windows.num_steps())
-            .map(|step| schedule.at(step))
-            .fold(0.0, f64::max);
-        if peak < run.recipe.train.learning_rate / 2.0 {
-            let text = "the run is all warm-up; set train.warmup_steps to fewer steps";
+        if let Some(text) = all_warm_up(&run.recipe, run.windows.num_steps()) {
             output.note(format_args!("warning: {text}"));
-            known.warnings.push(text.into());
+            known.warnings.push(text);
         }
         let unfinished = |source| Unfinished {
             run: self.folder.clone(),

@@ -109,7 +109,7 @@ fn the_memory_is_predicted_by_part() {
         dir.trainer(&line).succeeds().json()
     };
     let total = |plan: &Value| plan["predicted_peak_bytes"].as_u64().unwrap();
-    let with_rows = plan("--data rows.jsonl");
+    let with_rows = plan("--data rows.jsonl --max-steps 9");
     let parts = with_rows["breakdown"].as_object().unwrap();
     let sum: u64 = parts.values().map(|bytes| bytes.as_u64().unwrap()).sum();
     assert_eq!(sum, total(&with_rows));
@@ -168,7 +168,7 @@ fn a_run_tells_its_peak_beside_the_prediction() {
 fn the_headers_of_the_weights_are_checked() {
     let dir = Dir::with_tokens();
     let problems = |flags: &str| {
-        let line = format!("plan --json --model model --data rows.jsonl {flags}");
+        let line = format!("plan --json --model model --data rows.jsonl --max-steps 9 {flags}");
         dir.trainer(&line).succeeds().json()["problems"].to_string()
     };
     assert_eq!(problems(""), "[]");

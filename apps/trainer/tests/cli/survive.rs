@@ -500,3 +500,35 @@ fn a_loss_that_jumps_is_marked() {
     }
     assert_eq!(spikes, 1, "the case is chosen so: {run}");
 }
+
+#[test]
+fn a_run_cannot_become_shorter_than_it_is() {
+    let dir = Dir::with_tokens();
+    let line = "train --model model --data rows.jsonl --output run --max-steps 4";
+    dir.trainer(line).succeeds();
+    let before = dir.read("run/recipe.toml");
+    dir.trainer("train --resume run --max-steps 3")
+        .fails(2, &["come to 3 steps", "has taken 4"]);
+    assert_eq!(dir.read("run/recipe.toml"), before);
+    dir.trainer("train --resume run --max-steps 5").succeeds();
+    assert_eq!(dir.lines("run/metrics.jsonl").len(), 5);
+}
+
+#[test]
+fn a_run_that_is_all_warm_up_is_told() {
+    let dir = Dir::with_tokens();
+    let line = "--model model --data rows.jsonl --epochs 1";
+    let plan = dir
+        .trainer(&format!("plan --json {line}"))
+        .succeeds()
+        .json();
+    let problems = plan["problems"].to_string();
+    assert!(problems.contains("all warm-up"), "{problems}");
+    let run = dir
+        .trainer(&format!("train {line} --output run"))
+        .succeeds();
+    assert!(
+        run.stderr.contains("warning: the run is all warm-up"),
+        "{run}"
+    );
+}
