@@ -7,7 +7,7 @@ use model::config::LlamaConfig;
 use model::folder::ModelFolder;
 use model::linear::{Linear, Projection};
 use model::load::{LinearSource, build, fresh, is_redundant};
-use model::ops::{ModelBackend, matmul};
+use model::ops::{MatmulBackend, ModelBackend, matmul};
 use quant::bitsandbytes::{self, Stored};
 use quant::{PackedWeight, QuantBackend, QuantLinear, Quantized, Scheme, quantize};
 
@@ -43,7 +43,7 @@ pub enum BaseLinear<B: Backend> {
     Quantized(QuantLinear<B>),
 }
 
-impl<B: QuantBackend> Projection<B> for BaseLinear<B> {
+impl<B: QuantBackend + MatmulBackend> Projection<B> for BaseLinear<B> {
     fn forward(&self, x: Tensor<B, 2>) -> Tensor<B, 2> {
         match self {
             Self::Dense(linear) => linear.forward(x),
@@ -59,7 +59,7 @@ impl<B: Backend> BaseLinear<B> {
     }
 }
 
-impl<B: QuantBackend> BaseLinear<B> {
+impl<B: QuantBackend + MatmulBackend> BaseLinear<B> {
     /// The gradient `[n, in]` of the input from that of the output, `dy` `[n, out]`: `dy W`.
     pub fn input_gradient(&self, dy: Tensor<B, 2>) -> Tensor<B, 2> {
         match self {

@@ -7,7 +7,7 @@ mod linear;
 use burn::module::{Module, Param};
 use burn::tensor::{Tensor, TensorData, backend::Backend};
 use model::linear::Projection;
-use model::ops::matmul;
+use model::ops::{MatmulBackend, matmul};
 use rayon::prelude::*;
 
 use crate::base::BaseLinear;
@@ -55,7 +55,7 @@ impl<B: LoraBackend> Projection<B> for AdaptedLinear<B> {
     }
 }
 
-impl<B: Backend> Lora<B> {
+impl<B: MatmulBackend> Lora<B> {
     /// `x` `[n, in]` to the update `[n, out]`, in plain tensor operations.
     pub fn forward(&self, x: Tensor<B, 2>) -> Tensor<B, 2> {
         let x = dropped(x, self.dropout);

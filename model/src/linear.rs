@@ -3,7 +3,7 @@
 use burn::module::{Module, ModuleDisplay};
 use burn::tensor::{Tensor, backend::Backend};
 
-use crate::ops::matmul;
+use crate::ops::{MatmulBackend, matmul};
 use crate::weight::BaseWeight;
 
 /// A linear layer of the decoder, adapted or not.
@@ -21,7 +21,7 @@ pub struct Linear<B: Backend> {
     pub bias: Option<BaseWeight<B, 1>>,
 }
 
-impl<B: Backend> Projection<B> for Linear<B> {
+impl<B: MatmulBackend> Projection<B> for Linear<B> {
     fn forward(&self, x: Tensor<B, 2>) -> Tensor<B, 2> {
         let y = matmul(x, self.weight.val().transpose()); // [n, out]
         match &self.bias {

@@ -1,4 +1,4 @@
-//! Products with one row or one column, which fusion can spoil: see `ops::matmul`.
+//! Products that fusion can spoil, such as those with one row or one column: see `ops::matmul`.
 
 use burn::backend::Autodiff;
 use burn::tensor::{Tensor, TensorData, backend::Backend};
@@ -44,7 +44,15 @@ fn assert_near<B: Backend>(found: Tensor<B, 2>, expected: &[f32], what: &str) {
 
 #[test]
 fn what_follows_a_product_sees_it_as_it_is() {
-    for [m, k, n] in [[1, 32, 64], [1, 9, 5], [7, 9, 1], [6, 1, 5], [5, 32, 7]] {
+    for [m, k, n] in [
+        [1, 32, 64],
+        [1, 9, 5],
+        [7, 9, 1],
+        [6, 1, 5],
+        [5, 32, 7],
+        [80, 32, 56],
+        [80, 56, 32],
+    ] {
         let (x, w) = (noise(m * k, 1), noise(n * k, 2));
         let (a, b) = (upload::<B>(&x, [m, k]), upload::<B>(&w, [n, k]).transpose());
         B::sync(&Default::default()).unwrap(); // so that fusion starts with the product
@@ -57,7 +65,7 @@ fn what_follows_a_product_sees_it_as_it_is() {
 /// `y = 4 x Aᵀ Bᵀ` with the gradients that `d_y` brings: LoRA of rank 1, and of one token.
 #[test]
 fn gradients_through_a_row_or_column_are_right() {
-    for [n, r, d] in [[7, 1, 9], [33, 1, 32], [1, 4, 32]] {
+    for [n, r, d] in [[7, 1, 9], [33, 1, 32], [1, 4, 32], [80, 56, 32]] {
         let (x, d_y) = (noise(n * d, 1), noise(n * d, 2));
         let (a, b) = (noise(r * d, 3), noise(d * r, 4));
         let inputs = [(&x, [n, d]), (&a, [r, d]), (&b, [d, r])];

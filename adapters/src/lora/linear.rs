@@ -45,7 +45,7 @@ pub trait LoraBackend: QuantBackend + MatmulBackend {
 }
 
 /// [`lora_linear`] in plain tensor operations.
-pub fn reference<B: QuantBackend>(
+pub fn reference<B: QuantBackend + MatmulBackend>(
     x: Tensor<B, 2>,
     base: &BaseLinear<B>,
     lora: &Lora<B>,

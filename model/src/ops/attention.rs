@@ -19,7 +19,7 @@ use burn::tensor::ops::FloatTensor;
 use burn::tensor::{Int, Tensor, backend::Backend};
 
 use super::cpu::all_f32;
-use super::{matmul, primitive, tensor};
+use super::{MatmulBackend, matmul, primitive, tensor};
 use crate::segments::{Segment, Segments};
 
 /// `q` `[n, n_h, h_d]`, `k` and `v` `[m, n_kv, h_d]` to `[n, n_h, h_d]`.
@@ -36,7 +36,7 @@ pub fn attention<B: AttentionBackend>(
 }
 
 /// The operation on a backend's own tensors.
-pub trait AttentionBackend: Backend {
+pub trait AttentionBackend: MatmulBackend {
     /// The output `[n, n_h, h_d]` and the log-sum-exp of the scores `[n, n_h]`.
     fn causal_attention(
         q: FloatTensor<Self>,
@@ -78,7 +78,7 @@ pub const QUERIES: usize = 512;
 
 /// [`AttentionBackend::causal_attention`] in plain tensor operations, so many queries of a row at a
 /// time.
-pub fn reference<B: Backend>(
+pub fn reference<B: MatmulBackend>(
     q: FloatTensor<B>,
     k: FloatTensor<B>,
     v: FloatTensor<B>,
@@ -103,7 +103,7 @@ pub fn reference<B: Backend>(
 }
 
 /// [`AttentionBackend::causal_attention_backward`] in plain tensor operations.
-pub fn reference_backward<B: Backend>(
+pub fn reference_backward<B: MatmulBackend>(
     saved: AttentionState<B>,
     d_out: FloatTensor<B>,
 ) -> [FloatTensor<B>; 3] {
@@ -140,7 +140,7 @@ pub fn reference_backward<B: Backend>(
 }
 
 /// Scaled scores `[n_kv, groups · s, t]`, minus infinity where a query does not see the key.
-fn scores<B: Backend>(q: Tensor<B, 3>, k: Tensor<B, 3>, piece: &Segment) -> Tensor<B, 3> {
+fn scores<B: MatmulBackend>(q: Tensor<B, 3>, k: Tensor<B, 3>, piece: &Segment) -> Tensor<B, 3> {
     let ([n_kv, rows, h_d], [_, t, _]) = (q.dims(), k.dims());
     let s = piece.queries.len();
     let scores = matmul(q.mul_scalar((h_d as f64).powf(-0.5)), k.transpose());

@@ -1,6 +1,8 @@
 //! The operations on CubeCL's backends, bare and under Burn's fusion: the reference bodies, whose
 //! element-wise runs the fusion compiles into single kernels.
 
+use burn::tensor::ops::{FloatTensor, FloatTensorOps};
+use burn::tensor::{Shape, TensorMetadata};
 use burn_cubecl::{CubeBackend, CubeRuntime, FloatElement, IntElement, element::BoolElement};
 use burn_fusion::{Fusion, FusionBackend};
 
@@ -36,7 +38,15 @@ impl<R: CubeRuntime, F: FloatElement, I: IntElement, BT: BoolElement> SwigluBack
 
 impl<B: FusionBackend> AttentionBackend for Fusion<B> {}
 impl<B: FusionBackend> CrossEntropyBackend for Fusion<B> {}
-impl<B: FusionBackend> MatmulBackend for Fusion<B> {}
+impl<B: FusionBackend> MatmulBackend for Fusion<B> {
+    /// Through a flat shape: fusion ends at a reshape to fewer dimensions.
+    fn product(a: FloatTensor<Self>, b: FloatTensor<Self>) -> FloatTensor<Self> {
+        let y = Self::float_matmul(a, b);
+        let shape = y.shape();
+        let flat = Self::float_reshape(y, Shape::from([shape.num_elements()]));
+        Self::float_reshape(flat, shape)
+    }
+}
 impl<B: FusionBackend> RmsNormBackend for Fusion<B> {}
 impl<B: FusionBackend> RotaryBackend for Fusion<B> {}
 impl<B: FusionBackend> SwigluBackend for Fusion<B> {}

@@ -1,6 +1,9 @@
 //! The matrix product.
 
-use burn::backend::autodiff::checkpoint::strategy::CheckpointStrategy;
+use burn::backend::autodiff::NodeId;
+use burn::backend::autodiff::checkpoint::{base::Checkpointer, strategy::CheckpointStrategy};
+use burn::backend::autodiff::grads::Gradients;
+use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
 use burn::backend::{Autodiff, Flex, flex::FlexTensor};
 use burn::tensor::ops::FloatTensor;
 use burn::tensor::{Tensor, backend::Backend};
@@ -9,24 +12,13 @@ use super::{cpu, primitive, tensor};
 
 /// `a` `[.., m, k]` times `b` `[.., k, n]`: `[.., m, n]`.
 ///
-/// Burn's fusion makes one kernel of a product and the element-wise operations that follow it. If
-/// `m` or `n` is 1, autotune may give that kernel a routine that reads `b` in the wrong order and
-/// returns wrong numbers: <https://github.com/tracel-ai/cubek/pull/262>,
-/// <https://github.com/tracel-ai/burn/issues/5122>. Such a product has a kernel of its own here,
-/// which is right; so have the products of its gradients.
-pub fn matmul<B: Backend, const D: usize>(a: Tensor<B, D>, b: Tensor<B, D>) -> Tensor<B, D> {
-    apart(apart(a).matmul(apart(b)))
-}
-
-/// Takes a row or column through a flat shape: fusion ends at a reshape to fewer dimensions. The
-/// operands go through it for the sake of their gradients, which pass it right after the products
-/// that they come from.
-fn apart<B: Backend, const D: usize>(x: Tensor<B, D>) -> Tensor<B, D> {
-    let shape = x.shape();
-    match shape[D - 2..].contains(&1) {
-        true => x.reshape([shape.num_elements()]).reshape(shape),
-        false => x,
-    }
+/// Burn's fusion makes one kernel of a product and the element-wise operations that follow it, and
+/// autotune may give that kernel a routine that reads `b` in the wrong order and returns wrong
+/// numbers: if `m` or `n` is 1, and for sizes that its tiles do not divide. See
+/// <https://github.com/tracel-ai/cubek/pull/262>, <https://github.com/tracel-ai/burn/issues/5122>.
+/// Here a product has a kernel of its own, which is right, and so have those of its gradients.
+pub fn matmul<B: MatmulBackend, const D: usize>(a: Tensor<B, D>, b: Tensor<B, D>) -> Tensor<B, D> {
+    tensor(B::product(primitive(a), primitive(b)))
 }
 
 /// `sum` `[m, n]` plus `a` `[m, k]` times `b` `[k, n]`: `[m, n]`.
@@ -40,6 +32,11 @@ pub fn add_matmul<B: MatmulBackend>(
 
 /// The operation on a backend's own tensors.
 pub trait MatmulBackend: Backend {
+    /// See [`matmul`].
+    fn product(a: FloatTensor<Self>, b: FloatTensor<Self>) -> FloatTensor<Self> {
+        Self::float_matmul(a, b)
+    }
+
     /// See [`add_matmul`].
     fn add_matmul(
         sum: FloatTensor<Self>,
@@ -51,7 +48,7 @@ pub trait MatmulBackend: Backend {
 }
 
 /// [`MatmulBackend::add_matmul`] in plain tensor operations.
-pub fn reference<B: Backend>(
+pub fn reference<B: MatmulBackend>(
     sum: FloatTensor<B>,
     a: FloatTensor<B>,
     b: FloatTensor<B>,
@@ -112,7 +109,52 @@ impl MatmulBackend for Flex {
     }
 }
 
-impl<B: MatmulBackend, C: CheckpointStrategy> MatmulBackend for Autodiff<B, C> {}
+#[derive(Debug)]
+struct ProductBackward;
+
+/// The operands that the other one's gradient needs.
+type ProductState = [Option<NodeId>; 2];
+
+impl<B: MatmulBackend> Backward<B, 2> for ProductBackward {
+    type State = ProductState;
+
+    fn backward(
+        self,
+        ops: Ops<Self::State, 2>,
+        grads: &mut Gradients,
+        checkpointer: &mut Checkpointer,
+    ) {
+        let ([a, b], [a_node, b_node]) = (ops.state, ops.parents);
+        let dy = grads.consume::<B>(&ops.node); // [.., m, n]
+        let mut transposed =
+            |node: NodeId| B::float_transpose(checkpointer.retrieve_node_output(node));
+        if let (Some(node), Some(b)) = (a_node, b) {
+            grads.register::<B>(node.id, B::product(dy.clone(), transposed(b)));
+        }
+        if let (Some(node), Some(a)) = (b_node, a) {
+            grads.register::<B>(node.id, B::product(transposed(a), dy));
+        }
+    }
+}
+
+impl<B: MatmulBackend, C: CheckpointStrategy> MatmulBackend for Autodiff<B, C> {
+    /// The batch dimensions of both operands are the same.
+    fn product(a: FloatTensor<Self>, b: FloatTensor<Self>) -> FloatTensor<Self> {
+        let y = B::product(a.primitive.clone(), b.primitive.clone());
+        match ProductBackward
+            .prepare::<C>([a.node.clone(), b.node.clone()])
+            .compute_bound()
+            .stateful()
+        {
+            OpsKind::Tracked(mut prep) => {
+                let kept_a = b.is_tracked().then(|| prep.checkpoint(&a));
+                let kept_b = a.is_tracked().then(|| prep.checkpoint(&b));
+                prep.finish([kept_a, kept_b], y)
+            }
+            OpsKind::UnTracked(prep) => prep.finish(y),
+        }
+    }
+}
 
 /// Copies only a matrix that [`elements`] cannot stand for.
 fn strided(x: FlexTensor) -> FlexTensor {
