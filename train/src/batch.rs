@@ -158,8 +158,8 @@ impl Windows {
             .max_steps
             .map_or(by_epochs, |steps| steps * sequences_per_step);
         tokens.sort_unstable_by_key(|tokens| Reverse(*tokens));
-        let capacity = tokens.len() * data.max_length;
-        let fill_ratio = tokens.iter().sum::<usize>() as f64 / capacity as f64;
+        let capacity = tokens.len() as f64 * data.max_length as f64; // which may be any number
+        let fill_ratio = tokens.iter().sum::<usize>() as f64 / capacity;
         Self {
             rows,
             packer,
@@ -436,6 +436,23 @@ mod tests {
         ];
         assert_eq!(packed.iter().map(lengths).collect::<Vec<_>>(), expected);
         assert_eq!(packed[2].epoch, 4.0);
+    }
+
+    #[test]
+    fn rows_may_have_any_number_of_tokens() {
+        let any = DataSection {
+            max_length: i64::MAX as usize,
+            ..DataSection::default()
+        };
+        for packing in [false, true] {
+            let data = DataSection {
+                packing,
+                ..any.clone()
+            };
+            let windows = Windows::new(rows(&[3, 4, 5]), &data, &TrainSection::default(), 0);
+            assert_eq!(windows.max_tokens(), 12);
+            assert_eq!(windows.fill_ratio().is_some(), packing);
+        }
     }
 
     #[test]

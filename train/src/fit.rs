@@ -141,12 +141,13 @@ pub fn fit<B: TrainBackend, R: MetricsRenderer + 'static>(
     let path = run.folder.path().to_path_buf();
     let train = &run.recipe.train;
     let schedule = Schedule::new(train, run.windows.num_steps(), run.progress.step);
+    let parameters = run.trained.parameters(&run.model.model.config)?;
     // The model moves into the learner: a second handle would keep the first weights for the run.
     let learner = Learner::new(run.model, run.optimizer.clone(), schedule);
     let (windows, eval) = (Arc::new(run.windows.clone()), Arc::new(run.eval.clone()));
     let strategy = Arc::new(StepByStep {
         checkpoints: Checkpoints::new(&path, train.keep_checkpoints),
-        names: Names::new(&run.trained.parameters(&run.base.config)?),
+        names: Names::new(&parameters),
         optimizer: run.optimizer,
         trained: run.trained,
         base: run.base,

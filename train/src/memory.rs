@@ -10,6 +10,7 @@
 use std::collections::BTreeMap;
 
 use model::config::LlamaConfig;
+use model::ops::ATTENTION_QUERIES;
 use serde::{Deserialize, Serialize};
 
 use crate::error::Result;
@@ -41,7 +42,7 @@ pub struct Memory {
     pub program: u64,
     /// The base model.
     pub weights: u64,
-    /// What is trained beside it.
+    /// What is trained beside it; in a step also as it was before the last update, to fall back on.
     pub adapter: u64,
     /// Gradients of what is trained.
     pub gradients: u64,
@@ -231,6 +232,16 @@ impl Work<'_> {
         }
     }
 
+    /// What is there while a step computes: the run then holds the last good adapter, too, see
+    /// `fit::guard`.
+    fn held_in_a_step(&self, trained: Updated) -> Memory {
+        let held = self.held(trained);
+        Memory {
+            adapter: 2 * held.adapter,
+            ..held
+        }
+    }
+
     /// What the layers keep from forward to backward, with the gaps between it.
     fn kept(&self, layers: &[u64], memory: Memory) -> Memory {
         let (n, d) = (self.tokens as u128, self.config.hidden_size as u128);
@@ -258,7 +269,7 @@ impl Work<'_> {
         Memory {
             logits: bytes(2 * logits),
             workspace: bytes(n * d), // their gradients so far
-            ..self.kept(layers, self.held(trained))
+            ..self.kept(layers, self.held_in_a_step(trained))
         }
     }
 
@@ -266,13 +277,13 @@ impl Work<'_> {
     fn backward(&self, layers: &[u64], trained: Updated) -> Memory {
         Memory {
             workspace: self.inside_of_a_layer(layers),
-            ..self.kept(layers, self.held(trained))
+            ..self.kept(layers, self.held_in_a_step(trained))
         }
     }
 
     /// The first layer is differentiated, and all gradients are there.
     fn end_of_backward(&self, layers: &[u64], trained: Updated) -> Memory {
-        let held = self.held(trained);
+        let held = self.held_in_a_step(trained);
         Memory {
             gradients: held.gradients + trained.all,
             workspace: self.inside_of_a_layer(layers),
@@ -298,15 +309,14 @@ impl Work<'_> {
         bytes(linear) + self.attention_scores() + self.decoded_weights()
     }
 
-    /// On a graphics card, the scores of a row with itself exist: probabilities, their gradients, and
-    /// one more. On the CPU they come in tiles.
+    /// On a graphics card, the scores of some queries of a row with its keys exist: probabilities,
+    /// their gradients, and one more. On the CPU they come in tiles.
     fn attention_scores(&self) -> u64 {
         let heads = self.config.num_attention_heads as u128;
+        let queries = self.longest.min(ATTENTION_QUERIES) as u128;
         match self.place {
             Place::Host { .. } => 0,
-            Place::Device => {
-                bytes((3 * heads * self.tokens as u128).saturating_mul(self.longest as u128))
-            }
+            Place::Device => bytes((3 * heads * queries).saturating_mul(self.longest as u128)),
         }
     }
 

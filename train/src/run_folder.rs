@@ -30,7 +30,7 @@ pub enum Line {
     Train {
         /// From 1.
         step: usize,
-        /// Rows seen ÷ rows in the data.
+        /// Passes over the data: sequences seen ÷ those of an epoch.
         epoch: f64,
         /// Mean cross entropy of the trained tokens.
         loss: f64,
@@ -54,7 +54,7 @@ pub enum Line {
     Skipped {
         /// From 1.
         step: usize,
-        /// Rows seen ÷ rows in the data.
+        /// Passes over the data: sequences seen ÷ those of an epoch.
         epoch: f64,
         /// What was not finite: the loss, or the first such gradient.
         reason: String,

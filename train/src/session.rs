@@ -233,7 +233,7 @@ pub fn resume<B: TrainBackend>(
     }
     let model = trained.restore(model, checkpoint, &device)?;
     let optimizer = AdamW::new(&recipe.train);
-    let names = trained.parameters(&base.config)?;
+    let names = trained.parameters(&model.config)?; // of which ties may have come apart
     restore_optimizer(&optimizer, &names, checkpoint, &device)?;
     folder.write_recipe(&recipe)?;
     folder.go_back(&progress)?;

@@ -366,6 +366,30 @@ fn a_resumed_run_is_the_uninterrupted_one() {
     }
 }
 
+#[test]
+fn a_resumed_run_that_parts_tied_weights_is_the_uninterrupted_one() {
+    let adapter = Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("../adapters/tests/fixtures/merge/tied_head/adapter");
+    let begin = |output: &Path| {
+        let text = format!("{EVENTFUL} adapter.init_from={}", adapter.display());
+        let recipe = recipe(&tiny_model("tied_llama3"), &settings(&text));
+        start(recipe, &rows(), output)
+    };
+    let (whole, out) = (tempdir().unwrap(), tempdir().unwrap());
+    let outcome = finish(begin(whole.path()), |_, _| {}).unwrap();
+    let part = finish(begin(out.path()), |event, interrupter| {
+        if matches!(event, Event::Evaluated { step: 3, .. }) {
+            interrupter.stop(Some("test"));
+        }
+    });
+    assert_eq!(part.unwrap().steps, 3);
+    let rest = finish(resume(out.path(), &rows()), |_, _| {}).unwrap();
+    assert_eq!(rest, outcome);
+    assert_eq!(steady_metrics(out.path()), steady_metrics(whole.path()));
+    let bytes = |run: &TempDir| adapter_bytes(&run.path().join("adapter"));
+    assert!(bytes(&out) == bytes(&whole));
+}
+
 /// Interrupts a run in its `number`-th evaluation, counted from 1, after a batch or a few: the
 /// renderer hears of a batch before the one after the next begins.
 fn cut_evaluation(run: Run<B>, number: usize) -> Outcome {

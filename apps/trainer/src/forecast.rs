@@ -93,8 +93,8 @@ impl Asked<'_> {
         let tokens = self.rows.map_or(most, |rows| {
             Windows::new(rows.train.clone(), data, train, 0).max_tokens()
         });
-        let lengths = self.rows.map(|rows| rows.train.lengths());
-        let longest = lengths.and_then(Iterator::max).unwrap_or(data.max_length);
+        let longest = self.rows.and_then(|rows| rows.train.lengths().max());
+        let longest = longest.unwrap_or(data.max_length);
         let mut work = Work {
             trained: self.trained,
             config: &self.base.config,

@@ -123,7 +123,7 @@ fn write_report(folder: &Path) -> ::train::Result<PathBuf> {
 }
 
 fn facts_of<B: TrainBackend>(run: &Run<B>, known: &Known) -> Result<Facts> {
-    let config = &run.base.config;
+    let config = &run.model.model.config;
     let trainable = run.trained.num_params(config)?;
     let memory = run.predicted.unwrap_or_default();
     let parts = memory.parts().into_iter().filter(|(_, size)| *size > 0);

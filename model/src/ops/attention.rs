@@ -73,8 +73,8 @@ pub struct AttentionState<B: Backend> {
     pub segments: Segments,
 }
 
-/// Queries of a row whose scores exist together.
-const QUERIES: usize = 512;
+/// Queries of a row whose scores exist together in plain tensor operations, as on graphics cards.
+pub const QUERIES: usize = 512;
 
 /// [`AttentionBackend::causal_attention`] in plain tensor operations, so many queries of a row at a
 /// time.

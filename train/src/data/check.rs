@@ -183,6 +183,9 @@ impl Labels {
     /// Of the samples `eval`, whose rows are `others`, those that are among the samples `train`,
     /// whose rows are these; both can come from the same files.
     pub fn shared(&self, train: &Samples, others: &Self, eval: &Samples) -> Option<Repeated> {
+        if eval.is_empty() {
+            return None; // without a look at every token that is trained on
+        }
         let trained: HashSet<u64> = train.iter().map(|sample| fingerprint(&sample)).collect();
         let seen = eval.iter().map(|sample| fingerprint(&sample));
         let seen: Vec<u64> = seen.filter(|print| trained.contains(print)).collect();

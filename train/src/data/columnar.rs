@@ -1,8 +1,10 @@
 //! Parquet: nested values in columns, as the datasets of the Hub are stored.
 
+use std::cell::Cell;
 use std::fs::File;
+use std::panic::{self, AssertUnwindSafe};
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Once};
 
 use parquet::errors::ParquetError;
 use parquet::file::reader::{FileReader, SerializedFileReader};
@@ -21,23 +23,56 @@ pub(super) fn read_parquet(file: File, path: &Arc<Path>, sink: &mut Sink<'_>) ->
         path: path.to_path_buf(),
         source,
     };
-    let reader = SerializedFileReader::new(file).map_err(failed)?;
-    let schema = reader.metadata().file_metadata().schema();
-    let wanted = wanted_columns(schema).map_err(failed)?;
-    let records = RowIter::from_file_into(Box::new(reader));
-    let records = records.project(wanted).map_err(failed)?;
-    for (index, record) in records.enumerate() {
+    let mut records = guarded(path, || {
+        let reader = SerializedFileReader::new(file).map_err(failed)?;
+        let schema = reader.metadata().file_metadata().schema();
+        let wanted = wanted_columns(schema).map_err(failed)?;
+        let records = RowIter::from_file_into(Box::new(reader));
+        records.project(wanted).map_err(failed)
+    })?;
+    for row in 1.. {
         let place = Place {
             path: path.clone(),
-            row: RowNumber::Row(index + 1),
+            row: RowNumber::Row(row),
         };
-        let columns = to_columns(record.map_err(failed)?, &place)?;
+        let columns = guarded(path, || match records.next() {
+            Some(record) => to_columns(record.map_err(failed)?, &place).map(Some),
+            None => Ok(None),
+        })?;
+        let Some(columns) = columns else {
+            break;
+        };
         sink(RawRow {
             place,
             source: Source::Columns(columns),
         })?;
     }
     Ok(())
+}
+
+/// Makes a panic of the crate that reads Parquet, as of some damaged files, an error of the file.
+fn guarded<T>(path: &Path, read: impl FnOnce() -> Result<T>) -> Result<T> {
+    thread_local! {
+        static READS: Cell<bool> = const { Cell::new(false) };
+    }
+    static HOOK: Once = Once::new();
+    HOOK.call_once(|| {
+        let before = panic::take_hook();
+        panic::set_hook(Box::new(move |info| {
+            if !READS.get() {
+                before(info);
+            }
+        }));
+    });
+    READS.set(true);
+    let done = panic::catch_unwind(AssertUnwindSafe(read)); // what it read from is not used again
+    READS.set(false);
+    done.unwrap_or_else(|_| {
+        Err(Error::Parquet {
+            path: path.to_path_buf(),
+            source: ParquetError::General("it is damaged".into()),
+        })
+    })
 }
 
 /// The columns that some format reads, unless none fits: then all, to be named in the error.

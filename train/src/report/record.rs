@@ -35,7 +35,7 @@ pub struct Entry {
     kind: String,
     /// Optimizer steps taken.
     pub step: usize,
-    /// Rows seen ÷ rows in the data.
+    /// Passes over the data: sequences seen ÷ those of an epoch.
     pub epoch: Option<f64>,
     /// Mean cross entropy.
     pub loss: Option<f64>,

@@ -321,7 +321,7 @@ pub fn speed(run: &RunRecord) -> Option<f64> {
     median(run.steps.iter().filter_map(|entry| entry.tokens_per_second))
 }
 
-/// The most memory that was measured.
+/// The most memory that was measured, of the process.
 pub fn measured_bytes(run: &RunRecord) -> Option<u64> {
     let peaks = run.steps.iter().filter_map(|entry| entry.peak_memory_bytes);
     let most = peaks.fold(0.0, f64::max);

@@ -297,7 +297,7 @@ impl Job for TrainJob {
                 .warnings
                 .extend(text.strip_prefix("warning: ").map(str::to_owned));
         }
-        let trained = run.trained.num_params(&run.base.config)?;
+        let trained = run.trained.num_params(&run.model.model.config)?;
         output.note(format_args!(
             "training {trained} of {} parameters for {} steps in {}",
             all_params(&run.trained, &run.base, trained),

@@ -91,7 +91,7 @@ pub struct State {
     pub total: usize,
     /// The last step whose loss was a spike; 0 if there is none.
     pub spike: usize,
-    /// Rows seen ÷ rows in the data.
+    /// Passes over the data: sequences seen ÷ those of an epoch.
     pub epoch: Option<f64>,
     /// What goes on beside steps.
     pub status: String,

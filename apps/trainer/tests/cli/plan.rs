@@ -123,7 +123,8 @@ fn the_memory_is_predicted_by_part() {
     ] {
         assert!(parts[part].as_u64() > Some(0), "{part}: {with_rows}");
     }
-    assert_eq!(parts["adapter"], with_rows["adapter_bytes"]);
+    let adapter = with_rows["adapter_bytes"].as_u64().unwrap();
+    assert_eq!(parts["adapter"], json!(2 * adapter)); // and the last good one
     assert_eq!(with_rows["problems"], json!([]));
     // config.json alone: full micro batches, larger than those of the short rows
     std::fs::remove_file(dir.path("model/model.safetensors")).unwrap();

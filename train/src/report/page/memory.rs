@@ -10,7 +10,7 @@ use super::super::words::{bytes, escape};
 pub fn section(page: &mut String, runs: &[RunRecord]) {
     page.push_str("<section id=\"memory\">\n<h2>Memory</h2>\n<div class=\"card memory\">\n");
     let most = |run: &RunRecord| {
-        let measured = table::measured_bytes(run).unwrap_or(0);
+        let measured = measured(run).unwrap_or(0);
         measured.max(run.facts.predicted_peak_bytes)
     };
     let scale = runs.iter().map(most).max().unwrap_or(0).max(1) as f64;
@@ -28,7 +28,7 @@ pub fn section(page: &mut String, runs: &[RunRecord]) {
             scale,
             &format!("{color};opacity:.45"),
         );
-        let measured = table::measured_bytes(run);
+        let measured = measured(run);
         meter(page, "measured", measured, scale, &color);
         if let (Some(predicted), Some(measured)) = (predicted, measured) {
             let off = 100.0 * (predicted as f64 / measured as f64 - 1.0);
@@ -62,6 +62,13 @@ pub fn section(page: &mut String, runs: &[RunRecord]) {
     page.push_str("</div>\n</section>\n");
 }
 
+/// What is of the same memory as the prediction: a card's own is not measured, and what the process
+/// holds beside it says nothing about it.
+fn measured(run: &RunRecord) -> Option<u64> {
+    let is_card = !matches!(run.facts.device.id.as_str(), "" | "cpu");
+    table::measured_bytes(run).filter(|_| !is_card)
+}
+
 fn meter(page: &mut String, what: &str, size: Option<u64>, scale: f64, color: &str) {
     let share = 100.0 * size.unwrap_or(0) as f64 / scale;
     let text = size.map_or("not known".into(), bytes);
@@ -70,4 +77,25 @@ fn meter(page: &mut String, what: &str, size: Option<u64>, scale: f64, color: &s
         "<div class=\"meter\"><span>{what}</span><div class=\"track\">\
          <span style=\"width:{share:.1}%;--c:{color}\"></span></div><b>{text}</b></div>"
     );
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_cards_memory_is_not_compared_with_that_of_the_process() {
+        let dir = tempfile::tempdir().unwrap();
+        let line = "{\"kind\":\"train\",\"step\":1,\"peak_memory_bytes\":1000}\n";
+        std::fs::write(dir.path().join("metrics.jsonl"), line).unwrap();
+        let mut run = RunRecord::read(dir.path()).unwrap();
+        run.facts.predicted_peak_bytes = 2000;
+        for (device, is_compared) in [("cpu", true), ("cuda:0", false)] {
+            run.facts.device.id = device.into();
+            let mut page = String::new();
+            section(&mut page, std::slice::from_ref(&run));
+            assert_eq!(page.contains("what was measured"), is_compared, "{page}");
+            assert_eq!(page.contains("not known"), !is_compared, "{page}");
+        }
+    }
 }
