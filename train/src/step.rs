@@ -157,6 +157,23 @@ impl<B: AdaptedBackend> CausalLm<B> {
             .collect()
     }
 
+    /// The first module whose output for these batches has a number that is not finite.
+    pub(crate) fn bad_output(&self, batches: &[MicroBatch]) -> Option<String> {
+        let model = &self.model;
+        let is_bad = |x: &Tensor<B, 2>| !x.to_data().iter::<f32>().all(f32::is_finite);
+        batches.iter().find_map(|batch| {
+            let (ids, rope) = self.inputs(batch);
+            let mut x = model.embed(ids); // [n, d]
+            if is_bad(&x) {
+                return Some("model.embed_tokens".into());
+            }
+            model.layers.iter().enumerate().find_map(|(index, layer)| {
+                x = layer.forward(x.clone(), &rope, None);
+                is_bad(&x).then(|| format!("model.layers.{index}"))
+            })
+        })
+    }
+
     /// Token ids `[n]` and where they stand.
     fn inputs(&self, batch: &MicroBatch) -> (Tensor<B, 1, Int>, Rope<B>) {
         let device = self.model.norm.weight.val().device();

@@ -197,7 +197,11 @@ impl<B: TrainBackend> StepByStep<B> {
         let loss = output.item.loss;
         let bad = self
             .names
-            .bad_step::<B, _>(loss, grad_norm, &gradients, &model);
+            .bad_step::<B, _>(loss, grad_norm, &gradients, &model)
+            .map(|what| match loss.is_finite() {
+                true => what,
+                false => with_origin(what, model.valid().bad_output(&window.micro_batches)),
+            });
         learner.lr_step(); // also of a step that is skipped: the next one is where it would be
         if bad.is_none() {
             let is_small = matches!(self.trained, Trained::Lora(_));
@@ -356,5 +360,13 @@ impl<B: TrainBackend> StepByStep<B> {
         state.progress.best = Some(Best { step, loss });
         state.progress.evaluations_without_improvement = 0;
         self.save_whole(&model, state, "best")
+    }
+}
+
+/// "the loss of", with the module from which on the numbers are not finite.
+fn with_origin(what: String, module: Option<String>) -> String {
+    match module {
+        Some(module) => format!("the output of {module}, and so {what}"),
+        None => what,
     }
 }

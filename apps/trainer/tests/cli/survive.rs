@@ -352,8 +352,7 @@ fn a_step_without_numbers_is_skipped_and_changes_nothing() {
     let run = dir
         .trainer(&format!("{line} --max-steps 11 --output run"))
         .succeeds();
-    let told =
-        "warning: step 4 is skipped (2 in a row): the loss of this step is not a finite number";
+    let told = "warning: step 4 is skipped (2 in a row): the output of model.embed_tokens, and so the loss of this step is not a finite number";
     assert!(run.stderr.contains(told), "{run}");
     let lines = dir.lines("run/metrics.jsonl");
     let kinds: Vec<_> = lines
@@ -372,7 +371,8 @@ fn a_step_without_numbers_is_skipped_and_changes_nothing() {
         (&lines[3]["skipped"], &lines[7]["skipped"]),
         (&json!(2), &json!(3))
     );
-    let reason = "the loss of this step is not a finite number";
+    let reason =
+        "the output of model.embed_tokens, and so the loss of this step is not a finite number";
     assert_eq!(lines[7]["reason"], reason);
     assert!(
         !dir.has("run/checkpoints/step-000003"),
