@@ -155,6 +155,14 @@ pub fn resolve(
     Hub::from_env().resolve(name, files, report)
 }
 
+/// Where the files of a repository come from.
+enum Source<T> {
+    /// The Hub, which has listed them.
+    Hub(Box<Api>, Listing),
+    /// The cache, where this was found.
+    Cache(T),
+}
+
 impl Hub {
     /// Reads `HF_ENDPOINT`, `HF_HUB_CACHE`, `HF_HOME`, `HF_TOKEN`, `HF_TOKEN_PATH` and
     /// `HF_HUB_OFFLINE` as `huggingface_hub` does, so that both share cache and login.
@@ -221,39 +229,44 @@ impl Hub {
             });
         }
         let repo = HubId::parse(name)?;
+        let (api, listing) = match self.source(&repo, report, || self.cached(&repo, files))? {
+            Source::Hub(api, listing) => (api, listing),
+            Source::Cache(folder) => return Ok(folder),
+        };
+        let weights = listing.weights(&repo, files)?;
+        let folder = Snapshot::new(self, *api, &repo, &listing, report).complete(files, weights)?;
+        self.publish(&repo, &listing.commit)?;
+        Ok(folder)
+    }
+
+    /// Asks the Hub for the files of a repository; if it may not or cannot be asked, what `cached`
+    /// finds has to do.
+    fn source<T>(
+        &self,
+        repo: &HubId,
+        report: &mut dyn FnMut(DownloadEvent<'_>),
+        cached: impl Fn() -> Result<T>,
+    ) -> Result<Source<T>> {
         if self.offline {
-            return self.cached(&repo, files);
+            return cached().map(Source::Cache);
         }
         let api = self
             .api()
             .map_err(|source| repo.failed("the list of files", source))?;
-        let listing = match self.list(&api, &repo) {
-            Ok(listing) => listing,
+        match self.list(&api, repo) {
+            Ok(listing) => Ok(Source::Hub(Box::new(api), listing)),
             Err(reason @ Error::Hub { .. }) => {
-                let Ok(folder) = self.cached(&repo, files) else {
+                let Ok(found) = cached() else {
                     return Err(reason);
                 };
                 report(DownloadEvent::CacheOnly {
                     id: &repo.to_string(),
                     reason: &reason,
                 });
-                return Ok(folder);
+                Ok(Source::Cache(found))
             }
-            Err(error) => return Err(error),
-        };
-        let weights = listing.weights(&repo, files)?;
-        let folder = Snapshot {
-            remote: api.repo(repo.at(&listing.commit)),
-            cache: self.cache(&repo, &listing.commit),
-            hub: self,
-            api,
-            repo: &repo,
-            listing: &listing,
-            report,
+            Err(error) => Err(error),
         }
-        .complete(files, weights)?;
-        self.publish(&repo, &listing.commit)?;
-        Ok(folder)
     }
 
     fn api(&self) -> std::result::Result<Api, ApiError> {
@@ -281,12 +294,9 @@ impl Hub {
             id: repo.to_string(),
             file: file.to_string(),
         };
-        let commit = fs::read_to_string(self.ref_path(repo, &repo.revision)).map_or_else(
-            |_| repo.revision.clone(),
-            |commit| commit.trim().to_string(),
-        );
-        let folder = self.cache(repo, "").pointer_path(&commit);
-        let has = |file: &str| is_commit(&commit) && folder.join(file).is_file();
+        let folder = self.cached_snapshot(repo);
+        let folder = folder.ok_or_else(|| missing(files.required()))?;
+        let has = |file: &str| folder.join(file).is_file();
         if !has(files.required()) {
             return Err(missing(files.required()));
         }
@@ -305,6 +315,14 @@ impl Hub {
             _ => {}
         }
         Ok(folder)
+    }
+
+    /// The folder in the cache of the commit that a revision stands for, if that is known; it need
+    /// not exist.
+    fn cached_snapshot(&self, repo: &HubId) -> Option<PathBuf> {
+        let commit = fs::read_to_string(self.ref_path(repo, &repo.revision))
+            .map_or_else(|_| repo.revision.clone(), |commit| commit.trim().to_owned());
+        is_commit(&commit).then(|| self.cache(repo, "").pointer_path(&commit))
     }
 
     /// Asks the Hub which files the revision has, and which commit it is.

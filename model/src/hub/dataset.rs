@@ -3,9 +3,9 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use super::id::{HubId, is_commit, is_plain_path};
+use super::id::{HubId, is_plain_path};
 use super::snapshot::Snapshot;
-use super::{DownloadEvent, Hub};
+use super::{DownloadEvent, Hub, Source};
 use crate::error::{Error, Result};
 
 /// What the address of a data set begins with.
@@ -32,58 +32,31 @@ impl Hub {
         report: &mut dyn FnMut(DownloadEvent<'_>),
     ) -> Result<Vec<PathBuf>> {
         let (repo, path) = parse(address)?;
-        if self.offline {
-            return self.cached_dataset(&repo, &path);
-        }
-        let api = self
-            .api()
-            .map_err(|source| repo.failed("the list of files", source))?;
-        let listing = match self.list(&api, &repo) {
-            Ok(listing) => listing,
-            Err(reason @ Error::Hub { .. }) => {
-                let Ok(files) = self.cached_dataset(&repo, &path) else {
-                    return Err(reason);
-                };
-                report(DownloadEvent::CacheOnly {
-                    id: &repo.to_string(),
-                    reason: &reason,
-                });
-                return Ok(files);
-            }
-            Err(error) => return Err(error),
+        let cached = || self.cached_dataset(&repo, &path);
+        let (api, listing) = match self.source(&repo, report, cached)? {
+            Source::Hub(api, listing) => (api, listing),
+            Source::Cache(files) => return Ok(files),
         };
         let names = listing.sizes.keys().filter(|name| listing.has(name));
         let chosen = choose(&repo, &path, names.cloned().collect())?;
-        let folder = Snapshot {
-            remote: api.repo(repo.at(&listing.commit)),
-            cache: self.cache(&repo, &listing.commit),
-            hub: self,
-            api,
-            repo: &repo,
-            listing: &listing,
-            report,
-        }
-        .fetch_all(&chosen)?;
+        let folder = Snapshot::new(self, *api, &repo, &listing, report).fetch_all(&chosen)?;
         self.publish(&repo, &listing.commit)?;
         Ok(chosen.iter().map(|file| folder.join(file)).collect())
     }
 
     /// The files in the cache.
     fn cached_dataset(&self, repo: &HubId, path: &str) -> Result<Vec<PathBuf>> {
-        let commit = fs::read_to_string(self.ref_path(repo, &repo.revision))
-            .map_or_else(|_| repo.revision.clone(), |commit| commit.trim().to_owned());
-        let folder = self.cache(repo, "").pointer_path(&commit);
-        let mut names = Vec::new();
-        if is_commit(&commit) {
-            list_files(&folder, "", &mut names);
-        }
-        let chosen = choose(repo, path, names).map_err(|_| Error::HubOffline {
+        let missing = || Error::HubOffline {
             id: repo.to_string(),
             file: match path {
                 "" => "data file".to_owned(),
                 path => path.to_owned(),
             },
-        })?;
+        };
+        let folder = self.cached_snapshot(repo).ok_or_else(missing)?;
+        let mut names = Vec::new();
+        list_files(&folder, "", &mut names);
+        let chosen = choose(repo, path, names).map_err(|_| missing())?;
         Ok(chosen.iter().map(|file| folder.join(file)).collect())
     }
 }

@@ -19,16 +19,34 @@ const RETRY_PAUSES_MS: [u64; 3] = [250, 1000, 3000];
 
 /// One commit of a repository on its way into the cache.
 pub(super) struct Snapshot<'a> {
-    pub(super) api: Api,
-    pub(super) remote: ApiRepo,
-    pub(super) cache: CacheRepo,
-    pub(super) hub: &'a Hub,
-    pub(super) repo: &'a HubId,
-    pub(super) listing: &'a Listing,
-    pub(super) report: &'a mut dyn FnMut(DownloadEvent<'_>),
+    api: Api,
+    remote: ApiRepo,
+    cache: CacheRepo,
+    hub: &'a Hub,
+    repo: &'a HubId,
+    listing: &'a Listing,
+    report: &'a mut dyn FnMut(DownloadEvent<'_>),
 }
 
-impl Snapshot<'_> {
+impl<'a> Snapshot<'a> {
+    pub(super) fn new(
+        hub: &'a Hub,
+        api: Api,
+        repo: &'a HubId,
+        listing: &'a Listing,
+        report: &'a mut dyn FnMut(DownloadEvent<'_>),
+    ) -> Self {
+        Self {
+            remote: api.repo(repo.at(&listing.commit)),
+            cache: hub.cache(repo, &listing.commit),
+            api,
+            hub,
+            repo,
+            listing,
+            report,
+        }
+    }
+
     /// Fetches what is missing. The files that make a snapshot count as complete come last.
     pub(super) fn complete(&mut self, files: Files, weights: Option<&str>) -> Result<PathBuf> {
         let folder = self.cache.pointer_path(&self.listing.commit);

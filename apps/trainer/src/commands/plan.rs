@@ -86,8 +86,10 @@ pub fn run(args: RecipeArgs, device: &str, output: &Output) -> Result<ExitCode> 
     problems.extend(hopeless.err().map(|error| format!("{error:#}")));
     problems.extend(forecast.problem);
     let data = read.map(|read| plan_data(&recipe, read));
-    let warm_up = data.as_ref().map(|data| all_warm_up(&recipe, data.steps));
-    problems.extend(warm_up.flatten());
+    let warm_up = data
+        .as_ref()
+        .and_then(|data| all_warm_up(&recipe, data.steps));
+    problems.extend(warm_up);
     if let Some(folder) = &recipe.output.dir {
         let occupied = check_empty(folder).err();
         problems.extend(occupied.map(|e| e.to_string()));

@@ -1,8 +1,12 @@
 use std::io::Write;
 use std::process::Stdio;
+#[cfg(unix)]
+use std::process::{Child, ChildStdin};
 
 use serde_json::json;
 
+#[cfg(unix)]
+use crate::support::send;
 use crate::support::{Dir, Run, finish_with_input, words};
 
 /// The demo's model, which answers in words.
@@ -152,30 +156,34 @@ fn a_chat_needs_a_tokenizer_and_a_template() {
     assert!(String::from_utf8_lossy(&output.stderr).contains("stdin is not UTF-8"));
 }
 
+/// A chat that has read some lines and waits for more.
+#[cfg(unix)]
+fn with_lines(dir: &Dir, line: &str, lines: &[u8]) -> (Child, ChildStdin) {
+    let mut command = dir.piped(&words(line));
+    let mut child = command.stdin(Stdio::piped()).spawn().unwrap();
+    let mut stdin = child.stdin.take().unwrap();
+    stdin.write_all(lines).unwrap();
+    (child, stdin)
+}
+
+/// A chat whose answer has begun and would take hours.
+#[cfg(unix)]
+fn in_an_answer(dir: &Dir) -> (Child, ChildStdin) {
+    use std::io::Read;
+
+    let line = "chat --model model --max-new-tokens 100000000";
+    let (mut child, stdin) = with_lines(dir, line, b"Hi\n");
+    let stdout = child.stdout.as_mut().unwrap();
+    stdout.read_exact(&mut [0]).unwrap();
+    (child, stdin)
+}
+
 #[cfg(unix)]
 #[test]
 fn ctrl_c_stops_an_answer_and_not_the_program() {
-    use std::io::Read;
-
     let dir = Dir::with_endless_chat();
-    let line = "chat --model model --max-new-tokens 100000000"; // would take hours
-    let mut child = dir
-        .piped(&words(line))
-        .stdin(Stdio::piped())
-        .spawn()
-        .unwrap();
-    let mut stdin = child.stdin.take().unwrap();
-    stdin.write_all(b"Hi\n").unwrap();
-    let mut byte = [0];
-    child
-        .stdout
-        .as_mut()
-        .unwrap()
-        .read_exact(&mut byte)
-        .unwrap(); // the answer has begun
-    let pid = i32::try_from(child.id()).unwrap();
-    // SAFETY: `kill` only sends a signal, to a child that has not been waited for.
-    assert_eq!(unsafe { libc::kill(pid, libc::SIGINT) }, 0);
+    let (child, mut stdin) = in_an_answer(&dir);
+    send(&child, libc::SIGINT);
     stdin.write_all(b"/reset\n/exit\n").unwrap();
     let output = child.wait_with_output().unwrap();
     assert_eq!(output.status.code(), Some(0));
@@ -190,42 +198,21 @@ fn ctrl_c_between_answers_ends_the_program() {
 
     let dir = demo();
     let line = "chat -q --model model";
-    let mut child = dir
-        .piped(&words(line))
-        .stdin(Stdio::piped())
-        .spawn()
-        .unwrap();
-    let mut stdin = child.stdin.take().unwrap();
-    stdin.write_all(b"spell: sea\n/nonsense\n").unwrap();
+    let (mut child, _stdin) = with_lines(&dir, line, b"spell: sea\n/nonsense\n");
     let mut stderr = BufReader::new(child.stderr.take().unwrap());
     let mut said = String::new();
     stderr.read_line(&mut said).unwrap();
     assert!(said.contains("/nonsense"), "{said}"); // it waits for the next line
-    let pid = i32::try_from(child.id()).unwrap();
-    // SAFETY: `kill` only sends a signal, to a child that has not been waited for.
-    assert_eq!(unsafe { libc::kill(pid, libc::SIGINT) }, 0);
+    send(&child, libc::SIGINT);
     assert_eq!(child.wait().unwrap().code(), Some(130));
 }
 
 #[cfg(unix)]
 #[test]
 fn sigterm_ends_the_program_even_in_an_answer() {
-    use std::io::Read;
-
     let dir = Dir::with_endless_chat();
-    let line = "chat --model model --max-new-tokens 100000000"; // would take hours
-    let mut child = dir
-        .piped(&words(line))
-        .stdin(Stdio::piped())
-        .spawn()
-        .unwrap();
-    let mut stdin = child.stdin.take().unwrap();
-    stdin.write_all(b"Hi\n").unwrap();
-    let stdout = child.stdout.as_mut().unwrap();
-    stdout.read_exact(&mut [0]).unwrap(); // the answer has begun
-    let pid = i32::try_from(child.id()).unwrap();
-    // SAFETY: `kill` only sends a signal, to a child that has not been waited for.
-    assert_eq!(unsafe { libc::kill(pid, libc::SIGTERM) }, 0);
+    let (mut child, _stdin) = in_an_answer(&dir);
+    send(&child, libc::SIGTERM);
     assert_eq!(child.wait().unwrap().code(), Some(130));
 }
 
