@@ -172,6 +172,8 @@ impl Dir {
         command.env("HF_HUB_OFFLINE", "1");
         command.env("HF_HOME", self.path(".huggingface"));
         command.stdin(Stdio::null());
+        #[cfg(unix)]
+        hang_up_by_default(&mut command);
         command
     }
 
@@ -195,6 +197,20 @@ impl Dir {
     /// Runs the words of a line.
     pub fn trainer(&self, line: &str) -> Run {
         self.run(&words(line))
+    }
+}
+
+/// Tests may run under `nohup`, which the program would heed as well.
+#[cfg(unix)]
+fn hang_up_by_default(command: &mut Command) {
+    use std::os::unix::process::CommandExt;
+
+    // SAFETY: `signal` may be called between fork and exec.
+    unsafe {
+        command.pre_exec(|| {
+            libc::signal(libc::SIGHUP, libc::SIG_DFL);
+            Ok(())
+        });
     }
 }
 
