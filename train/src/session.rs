@@ -170,12 +170,12 @@ fn begin<B: TrainBackend>(
         }
         None => trained.attach(&mut model, recipe.train.seed, &device)?,
     }
-    let folder = folder(&recipe)?.with_events(&recipe, 1)?;
     let optimizer = AdamW::new(&recipe.train);
     let progress = Progress {
         rows: rows.fingerprint(),
         ..Progress::default()
     };
+    let folder = folder(&recipe)?.with_events(&recipe, &progress)?;
     let run = assemble(
         recipe, trained, base, rows, device, model, optimizer, folder, progress, load_time,
     );
@@ -237,7 +237,7 @@ pub fn resume<B: TrainBackend>(
     restore_optimizer(&optimizer, &names, checkpoint, &device)?;
     folder.write_recipe(&recipe)?;
     folder.go_back(&progress)?;
-    let folder = folder.with_events(&recipe, progress.step + 1)?;
+    let folder = folder.with_events(&recipe, &progress)?;
     Ok(assemble(
         recipe, trained, base, rows, device, model, optimizer, folder, progress, load_time,
     ))

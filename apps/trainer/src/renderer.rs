@@ -83,7 +83,7 @@ impl Renderer {
                 (format!("saved {}", name.display()), Weight::Detail)
             }
             Event::Spike { step, loss, mean } => {
-                lock(&self.state).spike = step;
+                lock(&self.state).spike(step, loss);
                 if !self.is_drawn() {
                     return; // the line of the step says it
                 }
@@ -135,7 +135,7 @@ impl Renderer {
     /// A step as a plain line.
     fn line(&self, state: &State) {
         let (step, total) = (state.step, state.total);
-        let is_spike = state.spike == step;
+        let is_spike = state.is_spike();
         if !step.is_multiple_of(self.log_every) && step != total && !is_spike {
             return;
         }

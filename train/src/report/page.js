@@ -27,7 +27,7 @@ function memory(v) {
   if (v === 0) return "0";
   const power = Math.min(3, Math.max(0, Math.floor(Math.log2(Math.max(v, 1)) / 10)));
   const number = v / 1024 ** power;
-  return `${number.toFixed(number >= 100 ? 0 : number >= 10 ? 1 : 2)} ${["B", "KiB", "MiB", "GiB"][power]}`;
+  return `${number.toFixed(number >= 100 ? 0 : number >= 10 ? 1 : 2).replace(/\.0+$/, "")} ${["B", "KiB", "MiB", "GiB"][power]}`;
 }
 
 /// An SVG element.
