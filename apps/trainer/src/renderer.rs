@@ -14,6 +14,7 @@ use burn::train::{Interrupter, LearnerSummary};
 use train::fit::Event;
 use train::run_folder::{Line, peak_memory_bytes};
 
+use crate::dashboard::scale::number;
 use crate::dashboard::state::{
     GRADIENT_NORM, LEARNING_RATE, LOSS, MEMORY, State, TOKENS, Weight, duration,
 };
@@ -87,7 +88,8 @@ impl Renderer {
                 if !self.is_drawn() {
                     return; // the line of the step says it
                 }
-                let text = format!("step {step}  spike: loss {loss:.4} after a mean of {mean:.4}");
+                let (loss, mean) = (number(loss), number(mean));
+                let text = format!("step {step}  spike: loss {loss} after a mean of {mean}");
                 (text, Weight::Note)
             }
             Event::Skipped {
