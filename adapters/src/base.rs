@@ -290,21 +290,11 @@ pub fn base_bytes(base: &ModelFolder, scheme: Option<Scheme>) -> Result<u64> {
 
 /// How the linear layers of a model are quantised, if they are.
 pub fn scheme<B: Backend>(model: &AdaptedLlama<B>) -> Option<Scheme> {
-    let linears = model.layers.iter().flat_map(|layer| {
-        let (attention, mlp) = (&layer.self_attn, &layer.mlp);
-        [
-            &attention.q_proj,
-            &attention.k_proj,
-            &attention.v_proj,
-            &attention.o_proj,
-            &mlp.gate_proj,
-            &mlp.up_proj,
-            &mlp.down_proj,
-        ]
-    });
-    let mut schemes = linears.filter_map(|linear| match &linear.base {
-        BaseLinear::Dense(_) => None,
-        BaseLinear::Quantized(linear) => Some(linear.weight.layout.scheme),
-    });
+    let mut schemes = model
+        .projections()
+        .filter_map(|(_, linear)| match &linear.base {
+            BaseLinear::Dense(_) => None,
+            BaseLinear::Quantized(linear) => Some(linear.weight.layout.scheme),
+        });
     schemes.next()
 }

@@ -10,7 +10,8 @@ pub mod lora;
 use std::collections::HashMap;
 use std::ops::Range;
 
-use burn::module::{Module, Param};
+use burn::module::{Module, Param, ParamId};
+use burn::optim::GradientsParams;
 use burn::tensor::{Tensor, TensorData, backend::Backend};
 use model::config::LlamaConfig;
 use model::weight::named_param;
@@ -19,7 +20,7 @@ use serde::{Deserializer, Serialize};
 use serde_json::{Map, Value};
 
 use crate::attach::AdaptedLlama;
-use crate::base::{AdaptedBackend, BaseLinear};
+use crate::base::{AdaptedBackend, BaseLinear, TrainBackend};
 use crate::config::{Layer, Targets};
 
 /// What PEFT puts before the names of the base model's modules.
@@ -73,6 +74,16 @@ pub trait Settings: Clone + PartialEq + Default + Serialize + DeserializeOwned {
         false
     }
 
+    /// The factor on the learning rate of a tensor, of which `learning_rate` is the peak.
+    fn rate(&self, _part: &Part, _learning_rate: f64) -> f64 {
+        1.0
+    }
+
+    /// Whether what is saved differs from what is trained: then checkpoints hold that, too.
+    fn is_converted(&self) -> bool {
+        false
+    }
+
     /// The layers that a recipe means which does not say.
     fn default_targets() -> Targets {
         Targets::AllLinear
@@ -117,6 +128,53 @@ pub trait LayerMethod: Settings {
     /// How many numbers the update of a layer keeps from forward to backward: for each token, and
     /// beside them.
     fn kept(&self, layer: &Layer) -> [usize; 2];
+
+    /// Turns the values of all tensors, by their names, into those that are saved, and says what an
+    /// adapter of those is; of a method that [is converted](Settings::is_converted).
+    fn convert(&self, _layers: &[Layer], _values: &mut HashMap<String, Vec<f32>>) -> Option<Self> {
+        None
+    }
+
+    /// Adds to the gradients those of a term of the loss that depends on the weights of a layer
+    /// alone, and returns the term; `layers` are adapted.
+    fn regularise<B: TrainBackend>(
+        &self,
+        _update: &Self::Update<B>,
+        _layers: usize,
+        _gradients: &mut GradientsParams,
+    ) -> f64 {
+        0.0
+    }
+
+    /// What it does after each of `steps` optimizer steps.
+    fn after_step<B: Backend>(
+        &self,
+        _layers: &[Layer],
+        _steps: usize,
+    ) -> Option<Box<dyn AfterStep<B>>> {
+        None
+    }
+}
+
+/// What a method does after an optimizer step. Values and gradients are flat.
+pub trait AfterStep<B: Backend>: std::fmt::Debug + Send {
+    /// Whether it looks at a parameter.
+    fn watches(&self, id: ParamId) -> bool;
+
+    /// After `step`, counted from 1: `values` has the watched parameters as the step left them, and
+    /// takes what they are to be; `gradients` has what the step followed.
+    fn after(
+        &mut self,
+        step: usize,
+        values: &mut HashMap<ParamId, Tensor<B, 1>>,
+        gradients: &HashMap<ParamId, Tensor<B, 1>>,
+    );
+
+    /// What it remembers from step to step, by name.
+    fn state(&self) -> Vec<(String, Vec<f32>)>;
+
+    /// Remembers what [`AfterStep::state`] gave; nothing if that was of no step yet.
+    fn restore(&mut self, state: HashMap<String, Vec<f32>>, device: &B::Device);
 }
 
 /// What an update computes. Shapes: `n` tokens, `[out, in]` the layer.
@@ -153,6 +211,15 @@ pub trait PromptMethod: Settings {
 
     /// Puts the tensors on a model.
     fn place<B: Backend>(&self, model: &mut AdaptedLlama<B>, values: Values<'_, B>);
+
+    /// The tensors that are saved, and what an adapter of those is; of a method that [is
+    /// converted](Settings::is_converted).
+    fn convert<B: AdaptedBackend>(
+        &self,
+        _model: &AdaptedLlama<B>,
+    ) -> Option<(Self, HashMap<String, Vec<f32>>)> {
+        None
+    }
 }
 
 /// A tensor of an adapter.
@@ -475,6 +542,70 @@ macro_rules! methods {
                 match self {
                     $(Self::$Layer(_) => {})*
                     $(Self::$Prompt(settings) => settings.place(_model, _values),)*
+                }
+            }
+
+            /// See [`Settings::rate`].
+            pub fn rate(&self, part: &Part, learning_rate: f64) -> f64 {
+                match self {
+                    $(Self::$Layer(settings) => settings.rate(part, learning_rate),)*
+                    $(Self::$Prompt(settings) => settings.rate(part, learning_rate),)*
+                }
+            }
+
+            /// See [`Settings::is_converted`].
+            pub fn is_converted(&self) -> bool {
+                match self {
+                    $(Self::$Layer(settings) => settings.is_converted(),)*
+                    $(Self::$Prompt(settings) => settings.is_converted(),)*
+                }
+            }
+
+            /// What is saved in place of `values`, which have all tensors by their names, and what an
+            /// adapter of that is.
+            pub(crate) fn convert<B: AdaptedBackend>(
+                &self,
+                layers: &[Layer],
+                _model: &AdaptedLlama<B>,
+                values: &mut HashMap<String, Vec<f32>>,
+            ) -> Option<Self> {
+                match self {
+                    $(Self::$Layer(settings) => settings.convert(layers, values).map(Self::$Layer),)*
+                    $(Self::$Prompt(settings) => {
+                        let (settings, converted) = settings.convert(_model)?;
+                        values.extend(converted);
+                        Some(Self::$Prompt(settings))
+                    })*
+                }
+            }
+
+            /// Adds to the gradients those of the method's own terms of the loss, and returns the sum
+            /// of the terms.
+            pub fn regularise<B: TrainBackend>(
+                &self,
+                model: &AdaptedLlama<B>,
+                gradients: &mut GradientsParams,
+            ) -> f64 {
+                let updates: Vec<_> = model.projections().filter_map(|(_, p)| p.update.as_ref()).collect();
+                let one = |update: &&Update<B>| match (self, *update) {
+                    $((Self::$Layer(settings), Update::$Layer(update)) => {
+                        settings.regularise(update, updates.len(), gradients)
+                    })*
+                    #[allow(unreachable_patterns, reason = "there may be one method alone")]
+                    _ => 0.0,
+                };
+                updates.iter().map(one).sum()
+            }
+
+            /// See [`LayerMethod::after_step`].
+            pub fn after_step<B: Backend>(
+                &self,
+                layers: &[Layer],
+                steps: usize,
+            ) -> Option<Box<dyn AfterStep<B>>> {
+                match self {
+                    $(Self::$Layer(settings) => settings.after_step(layers, steps),)*
+                    $(Self::$Prompt(_) => None,)*
                 }
             }
 

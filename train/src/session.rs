@@ -168,13 +168,16 @@ fn begin<B: TrainBackend>(
         None => trained.attach(&mut model, recipe.train.seed, &device)?,
     }
     let folder = folder(&recipe)?.with_events(&recipe, 1)?;
-    let optimizer = AdamW::new(&recipe.train);
     let progress = Progress {
         rows: rows.fingerprint(),
         ..Progress::default()
     };
+    let windows = Windows::new(rows.train, &recipe.data, &recipe.train, progress.step);
+    let steps = windows.num_steps();
+    let optimizer = trained.optimizer(&model.config, &recipe.train, steps)?;
     let run = assemble(
-        recipe, trained, base, rows, device, model, optimizer, folder, progress, load_time,
+        recipe, trained, base, windows, rows.eval, device, model, optimizer, folder, progress,
+        load_time,
     );
     Ok(Run { other_base, ..run })
 }
@@ -223,20 +226,20 @@ pub fn resume<B: TrainBackend>(
         });
     }
     let start = Instant::now();
-    let mut model = load_base::<B>(&recipe, &base, &device)?;
+    let model = load_base::<B>(&recipe, &base, &device)?;
     let load_time = start.elapsed();
-    if trained == Trained::Full {
-        trained.attach(&mut model, recipe.train.seed, &device)?;
-    }
-    let model = trained.restore(model, checkpoint, &device)?;
-    let optimizer = AdamW::new(&recipe.train);
+    let model = trained.restore(model, checkpoint, recipe.train.seed, &device)?;
+    let windows = Windows::new(rows.train, &recipe.data, &recipe.train, progress.step);
+    let steps = windows.num_steps();
+    let optimizer = trained.optimizer(&model.config, &recipe.train, steps)?;
     let names = trained.parameters(&model.config)?; // of which ties may have come apart
     restore_optimizer(&optimizer, &names, checkpoint, &device)?;
     folder.write_recipe(&recipe)?;
     folder.go_back(&progress)?;
     let folder = folder.with_events(&recipe, progress.step + 1)?;
     Ok(assemble(
-        recipe, trained, base, rows, device, model, optimizer, folder, progress, load_time,
+        recipe, trained, base, windows, rows.eval, device, model, optimizer, folder, progress,
+        load_time,
     ))
 }
 
@@ -248,7 +251,8 @@ fn assemble<B: TrainBackend>(
     recipe: Recipe,
     trained: Trained,
     base: ModelFolder,
-    rows: Rows,
+    windows: Windows,
+    eval: Samples,
     device: B::Device,
     model: AdaptedLlama<B>,
     optimizer: AdamW<B::InnerBackend>,
@@ -260,12 +264,12 @@ fn assemble<B: TrainBackend>(
     Run {
         model: CausalLm {
             model,
-            is_random: trained.is_random(),
+            method: trained.method().cloned(),
             seed: train.seed,
             recompute: train.recompute == Recompute::Block,
         },
-        windows: Windows::new(rows.train, &recipe.data, train, progress.step),
-        eval: EvalBatches::new(rows.eval, train.micro_batch_size),
+        windows,
+        eval: EvalBatches::new(eval, train.micro_batch_size),
         recipe,
         trained,
         base,

@@ -2,7 +2,8 @@
 
 use std::path::{Path, PathBuf};
 
-use adapters::{AdaptedBackend, AdaptedLlama, AdapterConfig, peft};
+use adapters::methods::Part;
+use adapters::{AdaptedBackend, AdaptedLlama, AdapterConfig, Method, peft};
 use burn::tensor::backend::Backend;
 use model::checkpoint::{Checkpoint, MODEL_FILE, NamedTensor, write_safetensors};
 use model::config::LlamaConfig;
@@ -10,7 +11,12 @@ use model::folder::{ModelFolder, edit_config};
 use model::weight::param_id;
 
 use crate::error::{Error, Result};
+use crate::optimizer::AdamW;
+use crate::recipe::TrainSection;
 use crate::run_folder::io;
+
+/// The trained weights of a checkpoint whose adapter is in another form.
+const EXACT_FILE: &str = "trained.safetensors";
 
 /// What is trained.
 #[derive(Debug, Clone, PartialEq)]
@@ -38,12 +44,31 @@ impl Trained {
         })
     }
 
-    /// Whether anything is dropped while training.
-    pub fn is_random(&self) -> bool {
+    /// The method of the adapter, if it is one.
+    pub fn method(&self) -> Option<&Method> {
         match self {
-            Self::Adapter(adapter) => adapter.method.is_random(),
-            Self::Full => false,
+            Self::Adapter(adapter) => Some(&adapter.method),
+            Self::Full => None,
         }
+    }
+
+    /// The optimizer of a run of so many steps.
+    pub fn optimizer<B: Backend>(
+        &self,
+        config: &LlamaConfig,
+        train: &TrainSection,
+        steps: usize,
+    ) -> Result<AdamW<B>> {
+        let optimizer = AdamW::new(train);
+        let Self::Adapter(adapter) = self else {
+            return Ok(optimizer);
+        };
+        let rate = |part: &Part| adapter.method.rate(part, train.learning_rate);
+        let parts = adapter.parts(config)?.into_iter();
+        let rates = parts.map(|part| (param_id(&part.name), rate(&part)));
+        let rates = rates.filter(|(_, rate)| *rate != 1.0).collect();
+        let after = adapter.method.after_step(&adapter.layers(config)?, steps);
+        Ok(optimizer.with(rates, after))
     }
 
     /// Number of trained weights.
@@ -111,14 +136,43 @@ impl Trained {
         Ok(folder)
     }
 
-    /// Overwrites the trained weights of `model` with those that [`Trained::save`] wrote.
-    pub fn restore<B: Backend>(
+    /// Writes what is trained so that a run can go on with it, where [`Trained::save`] writes
+    /// something else.
+    pub fn save_exactly<B: Backend>(&self, model: &AdaptedLlama<B>, into: &Path) -> Result<()> {
+        if !self.is_converted() {
+            return Ok(());
+        }
+        let mut values = adapters::read_parameters(model);
+        let tensor = |(name, shape): (String, Vec<usize>)| NamedTensor {
+            values: values.remove(&param_id(&name)).expect("it is trained"),
+            name,
+            shape,
+        };
+        let all = self.parameters(&model.config)?.into_iter();
+        let tensors: Vec<_> = all.map(tensor).collect();
+        Ok(write_safetensors(&into.join(EXACT_FILE), &tensors, &[])?)
+    }
+
+    fn is_converted(&self) -> bool {
+        self.method().is_some_and(Method::is_converted)
+    }
+
+    /// Puts what is trained on a base model, with the weights that [`Trained::save`] and
+    /// [`Trained::save_exactly`] wrote; `seed` is that of the run.
+    pub fn restore<B: AdaptedBackend>(
         &self,
-        model: AdaptedLlama<B>,
+        mut model: AdaptedLlama<B>,
         from: &Path,
+        seed: u64,
         device: &B::Device,
     ) -> Result<AdaptedLlama<B>> {
         let folder = from.join(self.folder_name());
+        if self.is_converted() {
+            self.attach(&mut model, seed, device)?;
+            let file = Checkpoint::open_file(&from.join(EXACT_FILE))?;
+            let names = self.parameters(&model.config)?;
+            return overwrite(model, &file, &names);
+        }
         match self {
             Self::Adapter(ours) => {
                 let (model, theirs) = peft::load(model, &folder, device)?;
@@ -136,13 +190,23 @@ impl Trained {
                 }
             }
             Self::Full => {
+                self.attach(&mut model, seed, device)?;
                 let file = Checkpoint::open_file(&folder.join(MODEL_FILE))?;
                 let tensors = model.config.tensors();
-                file.check(&tensors, |_| false)?;
-                let read = |(name, _): &(String, _)| Ok((param_id(name), file.read(name)?));
-                let values = tensors.iter().map(read).collect::<Result<_>>()?;
-                Ok(adapters::write_parameters(model, values))
+                overwrite(model, &file, &tensors)
             }
         }
     }
+}
+
+/// Reads trained tensors from a file that has no others.
+fn overwrite<B: Backend>(
+    model: AdaptedLlama<B>,
+    file: &Checkpoint,
+    tensors: &[(String, Vec<usize>)],
+) -> Result<AdaptedLlama<B>> {
+    file.check(tensors, |_| false)?;
+    let read = |(name, _): &(String, _)| Ok((param_id(name), file.read(name)?));
+    let values = tensors.iter().map(read).collect::<Result<_>>()?;
+    Ok(adapters::write_parameters(model, values))
 }
