@@ -17,7 +17,7 @@ pub type AdaptedLlama<B> = Llama<B, AdaptedLinear<B>>;
 ///
 /// # Errors
 /// [`crate::Error::Fit`], see [`AdapterConfig::layers`], or for `modules_to_save` in 4 bits.
-pub fn attach<B: Backend>(
+pub fn attach<B: AdaptedBackend>(
     model: &mut AdaptedLlama<B>,
     config: &AdapterConfig,
     seed: u64,
@@ -35,7 +35,7 @@ pub(crate) enum Start<'a> {
 }
 
 /// Puts an adapter on a model and unfreezes `modules_to_save`, whose values stay as they are.
-pub(crate) fn put<B: Backend>(
+pub(crate) fn put<B: AdaptedBackend>(
     model: &mut AdaptedLlama<B>,
     config: &AdapterConfig,
     start: &Start<'_>,
@@ -79,7 +79,7 @@ pub(crate) fn share<B: Backend>(
     parts.into_iter().map(tensor).collect()
 }
 
-fn update<B: Backend>(
+fn update<B: AdaptedBackend>(
     linear: &mut AdaptedLinear<B>,
     method: &Method,
     layer: &Layer,
@@ -93,7 +93,11 @@ fn update<B: Backend>(
         Start::Read(read) => parts.iter().map(*read).collect::<Result<_>>()?,
     };
     let values = Values::new(parts.into_iter().zip(values), shared, device);
-    Ok(method.update(layer, values))
+    let mut update = method.update(layer, values);
+    if let Some(update) = &mut update {
+        update.settle(&linear.base);
+    }
+    Ok(update)
 }
 
 /// Makes every weight of the model a trained one.

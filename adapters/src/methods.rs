@@ -191,6 +191,9 @@ pub trait Computes<B: AdaptedBackend> {
         bias
     }
 
+    /// Makes ready what follows from the base layer alone, which does not change any more.
+    fn settle(&mut self, _base: &BaseLinear<B>) {}
+
     /// From here on, until the next call, `seed` decides what is dropped; before the first, nothing
     /// is.
     fn draw(&mut self, _seed: u64) {}
@@ -656,6 +659,12 @@ macro_rules! methods {
             fn merge_bias(&self, bias: Tensor<B, 1>) -> Tensor<B, 1> {
                 match self {
                     $(Self::$Layer(update) => Computes::<B>::merge_bias(update, bias),)*
+                }
+            }
+
+            fn settle(&mut self, base: &BaseLinear<B>) {
+                match self {
+                    $(Self::$Layer(update) => update.settle(base),)*
                 }
             }
 

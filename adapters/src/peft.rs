@@ -197,7 +197,7 @@ fn open_on(folder: &Path, model: &LlamaConfig) -> Result<Opened> {
 /// # Errors
 /// [`Error::Tensors`] lists every tensor that is missing, unexpected or of another shape;
 /// [`Error::Config`] if the settings do not fit the model.
-pub fn load<B: Backend>(
+pub fn load<B: AdaptedBackend>(
     mut model: AdaptedLlama<B>,
     folder: &Path,
     device: &B::Device,

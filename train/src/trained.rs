@@ -79,7 +79,7 @@ impl Trained {
     }
 
     /// Makes what is trained of a plain model: fresh adapters, or trainable weights.
-    pub fn attach<B: Backend>(
+    pub fn attach<B: AdaptedBackend>(
         &self,
         model: &mut AdaptedLlama<B>,
         seed: u64,
