@@ -228,7 +228,7 @@ pub fn resume<B: TrainBackend>(
     let start = Instant::now();
     let model = load_base::<B>(&recipe, &base, &device)?;
     let load_time = start.elapsed();
-    let model = trained.restore(model, checkpoint, recipe.train.seed, &device)?;
+    let model = trained.restore(model, checkpoint, &device)?;
     let windows = Windows::new(rows.train, &recipe.data, &recipe.train, progress.step);
     let steps = windows.num_steps();
     let optimizer = trained.optimizer(&model.config, &recipe.train, steps)?;
