@@ -124,6 +124,11 @@ pub enum DownloadEvent<'a> {
     },
 }
 
+/// Whether a text is the id of a Hub repository, `owner/name[@revision]`, and not that of a folder here.
+pub fn is_id(text: &str) -> bool {
+    HubId::parse(text).is_ok() && !Path::new(text).exists()
+}
+
 /// Where models come from, and where they are kept.
 #[derive(Clone)]
 pub struct Hub {
