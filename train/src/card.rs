@@ -13,6 +13,8 @@ use crate::recipe::{Paths, Recipe};
 use crate::report::{Entry, RunRecord};
 use crate::trained::Trained;
 
+pub mod hub;
+
 /// File name of the card.
 pub const CARD_FILE: &str = "README.md";
 /// Most steps whose losses are told.

@@ -51,7 +51,7 @@ pub fn run(args: TrainArgs, device: &str, no_tui: bool, output: &Output) -> Resu
     }
     let mut recipe = Recipe::read(args.recipe.recipe.as_deref(), &over)?;
     if args.print_recipe {
-        trained(&mut recipe)?;
+        trained(&mut recipe, output)?;
         output.result(&serde_json::to_value(&recipe)?, recipe.to_toml().trim_end())?;
         return Ok(ExitCode::SUCCESS);
     }
@@ -167,7 +167,7 @@ pub fn launch(
     };
     let trained = match begin {
         Begin::Checkpoint(..) => session::resumed(&recipe),
-        Begin::Again(_) | Begin::New => trained(&mut recipe)?,
+        Begin::Again(_) | Begin::New => trained(&mut recipe, output)?,
     };
     let folder = match resume {
         Some(run) => run.clone(),
