@@ -167,11 +167,11 @@ fn begin<B: TrainBackend>(
         }
         None => trained.attach(&mut model, recipe.train.seed, &device)?,
     }
-    let folder = folder(&recipe)?.with_events(&recipe, 1)?;
     let progress = Progress {
         rows: rows.fingerprint(),
         ..Progress::default()
     };
+    let folder = folder(&recipe)?.with_events(&recipe, &progress)?;
     let windows = Windows::new(rows.train, &recipe.data, &recipe.train, progress.step);
     let steps = windows.num_steps();
     let optimizer = trained.optimizer(&model.config, &recipe.train, steps)?;
@@ -236,7 +236,7 @@ pub fn resume<B: TrainBackend>(
     restore_optimizer(&optimizer, &names, checkpoint, &device)?;
     folder.write_recipe(&recipe)?;
     folder.go_back(&progress)?;
-    let folder = folder.with_events(&recipe, progress.step + 1)?;
+    let folder = folder.with_events(&recipe, &progress)?;
     Ok(assemble(
         recipe, trained, base, windows, rows.eval, device, model, optimizer, folder, progress,
         load_time,
