@@ -3,6 +3,7 @@
 use std::process::ExitCode;
 
 use clap::error::{ContextKind, ContextValue, ErrorKind};
+use model::error::PushFailure;
 use serde_json::json;
 
 use crate::commands::train::{Left, Unfinished};
@@ -272,6 +273,21 @@ fn adapter_advice(error: &adapters::Error) -> &'static str {
     }
 }
 
+fn push_advice(failure: &PushFailure) -> &'static str {
+    match failure {
+        PushFailure::Refused { status: 401, .. } => {
+            "set HF_TOKEN to a token that is valid (huggingface.co/settings/tokens)"
+        }
+        PushFailure::Refused { status: 403, .. } => {
+            "set HF_TOKEN to a token that may write to this owner's repositories"
+        }
+        PushFailure::Refused {
+            status: 400..500, ..
+        } => "do what the Hub says, and push again",
+        _ => "check the network (or HF_ENDPOINT) and push again: what has arrived is kept",
+    }
+}
+
 fn model_advice(error: &model::Error) -> &'static str {
     use model::Error as E;
     match error {
@@ -299,8 +315,20 @@ fn model_advice(error: &model::Error) -> &'static str {
         E::LogitsNotFinite { .. } => "check the weights of the model and of the adapter",
         E::NotAModel { .. } => "give an existing folder, or a Hub id such as owner/name",
         E::HubOffline { .. } => "unset HF_HUB_OFFLINE, or download the model first",
+        E::HubPushOffline { .. } => "unset HF_HUB_OFFLINE",
+        E::HubNotARepository { .. } => "write --repo owner/name, and perhaps --revision branch",
+        E::HubNoToken { .. } => {
+            "set HF_TOKEN to a token that may write (huggingface.co/settings/tokens)"
+        }
+        E::HubPublic { .. } => {
+            "leave --private out, choose another --repo, or make it private in its settings"
+        }
+        E::HubPush { source, .. } => push_advice(source),
+        E::HubChecksum { .. } => {
+            "try again: it has been removed; if that does not help, the copy on the Hub is damaged"
+        }
         E::HubDenied { .. } => {
-            "set HF_TOKEN to a token that has access, and accept the model's licence on its page"
+            "set HF_TOKEN to a token that has access, and accept the licence on its page"
         }
         E::HubNotFound { .. }
         | E::HubNoRepository { .. }

@@ -6,7 +6,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result};
 use indicatif::{ProgressBar, ProgressStyle};
-use model::hub::DownloadEvent;
+use model::hub::{DownloadEvent, UploadEvent};
 use serde_json::Value;
 
 use crate::cli::Cli;
@@ -85,21 +85,38 @@ impl Output {
         self.quiet
     }
 
+    /// Shows uploads as they go on.
+    pub fn uploads(&self) -> impl FnMut(UploadEvent<'_>) + use<> {
+        let output = *self;
+        let mut bar: Option<ProgressBar> = None;
+        move |event| match event {
+            UploadEvent::Created { repo } => output.note(format_args!("created {repo}")),
+            UploadEvent::Hashing { file } => output.detail(format_args!("checksum of {file}")),
+            UploadEvent::Started { file, total_bytes } if !output.quiet => {
+                bar = Some(transfer_bar(file, total_bytes));
+            }
+            UploadEvent::Advanced { bytes } => {
+                if let Some(bar) = &bar {
+                    bar.inc(bytes);
+                }
+            }
+            UploadEvent::Finished { file } => {
+                if let Some(bar) = bar.take() {
+                    bar.finish_and_clear();
+                    output.note(format_args!("uploaded {file}"));
+                }
+            }
+            _ => {}
+        }
+    }
+
     /// Shows downloads as they go on.
     pub fn downloads(&self) -> impl FnMut(DownloadEvent<'_>) + use<> {
         let output = *self;
         let mut bar: Option<ProgressBar> = None;
         move |event| match event {
             DownloadEvent::Started { file, total_bytes } if !output.quiet => {
-                let style = ProgressStyle::with_template(
-                    "{msg} {wide_bar} {bytes}/{total_bytes} {bytes_per_sec} {eta}",
-                );
-                let new = ProgressBar::new(total_bytes);
-                if let Ok(style) = style {
-                    new.set_style(style);
-                }
-                new.set_message(file.to_owned());
-                bar = Some(new);
+                bar = Some(transfer_bar(file, total_bytes));
             }
             DownloadEvent::Advanced { bytes } => {
                 if let Some(bar) = &bar {
@@ -123,6 +140,19 @@ impl Output {
             _ => {}
         }
     }
+}
+
+/// The bar of a file on its way.
+fn transfer_bar(file: &str, total_bytes: u64) -> ProgressBar {
+    let style = ProgressStyle::with_template(
+        "{msg} {wide_bar} {bytes}/{total_bytes} {bytes_per_sec} {eta}",
+    );
+    let bar = ProgressBar::new(total_bytes);
+    if let Ok(style) = style {
+        bar.set_style(style);
+    }
+    bar.set_message(file.to_owned());
+    bar
 }
 
 /// `1 row`, `2 rows`.

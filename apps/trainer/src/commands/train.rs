@@ -52,7 +52,7 @@ pub fn run(args: TrainArgs, device: &str, no_tui: bool, output: &Output) -> Resu
     }
     let mut recipe = Recipe::read(args.recipe.recipe.as_deref(), &over)?;
     if args.print_recipe {
-        trained(&mut recipe)?;
+        trained(&mut recipe, output)?;
         output.result(&serde_json::to_value(&recipe)?, recipe.to_toml().trim_end())?;
         return Ok(ExitCode::SUCCESS);
     }
@@ -100,7 +100,7 @@ pub fn launch(
     };
     let trained = match begin {
         Begin::Checkpoint(..) => session::resumed(&recipe),
-        Begin::Again(_) | Begin::New => trained(&mut recipe)?,
+        Begin::Again(_) | Begin::New => trained(&mut recipe, output)?,
     };
     let folder = match resume {
         Some(run) => run.clone(),
@@ -190,7 +190,7 @@ pub fn check_training_memory(
     let trained_bytes = trainable.saturating_mul(size_of::<f32>() as u64);
     let beside = match trained {
         Trained::Full => trained_bytes.saturating_mul(3), // gradient and moments
-        Trained::Lora(_) => trained_bytes.saturating_mul(4),
+        Trained::Adapter(_) => trained_bytes.saturating_mul(4),
     };
     check_memory(weights.saturating_add(beside), device)
 }
@@ -290,7 +290,7 @@ impl Job for TrainJob {
 pub fn all_params(trained: &Trained, base: &ModelFolder, trained_params: u64) -> u64 {
     match trained {
         Trained::Full => base.config.num_params(),
-        Trained::Lora(_) => base.config.num_params() + trained_params,
+        Trained::Adapter(_) => base.config.num_params() + trained_params,
     }
 }
 
