@@ -2,6 +2,7 @@
 
 use std::io::{self, ErrorKind, Write};
 use std::ops::ControlFlow;
+use std::path::Path;
 
 use anyhow::{Context, Result};
 use indicatif::{ProgressBar, ProgressStyle};
@@ -154,7 +155,42 @@ fn transfer_bar(file: &str, total_bytes: u64) -> ProgressBar {
     bar
 }
 
+/// `1 row`, `2 rows`.
+pub fn count(number: usize, what: &str) -> String {
+    let ending = if number == 1 { "" } else { "s" };
+    format!("{number} {what}{ending}")
+}
+
+/// A path as a shell takes it.
+pub fn word(path: &Path) -> String {
+    let text = path.display().to_string();
+    let is_plain = |c: char| c.is_alphanumeric() || "/\\._-+:@,%".contains(c);
+    match !text.is_empty() && text.chars().all(is_plain) {
+        true => text,
+        false => format!("'{}'", text.replace('\'', "'\\''")),
+    }
+}
+
 /// Prints a line on stderr. Unlike `eprintln!`, it does not end a run whose stderr is closed.
 pub fn log(text: impl std::fmt::Display) {
     let _ = writeln!(io::stderr(), "{text}");
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_is_not_many() {
+        assert_eq!(
+            [0, 1, 2].map(|n| count(n, "row")),
+            ["0 rows", "1 row", "2 rows"]
+        );
+    }
+
+    #[test]
+    fn a_path_is_one_word_of_a_shell() {
+        let words = ["runs/a-1", "my run", "it's", "$HOME"].map(|path| word(Path::new(path)));
+        assert_eq!(words, ["runs/a-1", "'my run'", "'it'\\''s'", "'$HOME'"]);
+    }
 }
