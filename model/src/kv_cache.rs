@@ -5,6 +5,8 @@
 
 use burn::tensor::{Tensor, backend::Backend};
 
+use crate::virtual_tokens::Prefix;
+
 /// One entry a layer; grows by what each forward pass adds.
 #[derive(Debug, Clone)]
 pub struct KvCache<B: Backend> {
@@ -24,6 +26,14 @@ impl<B: Backend> KvCache<B> {
         self.layers
             .iter_mut()
             .for_each(|layer| layer.truncate(length));
+    }
+
+    /// Puts learned keys and values in front of what `rows` rows will add.
+    pub(crate) fn begin(&mut self, prefix: &Prefix<B>, n_kv: usize, rows: usize) {
+        for (index, layer) in self.layers.iter_mut().enumerate() {
+            let (k, v) = prefix.layer(index).repeated(rows, n_kv);
+            layer.extend(k, v, rows);
+        }
     }
 
     /// The cache of one layer.
