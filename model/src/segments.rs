@@ -48,6 +48,10 @@ impl Segments {
     /// If there are not as many tasks as rows.
     pub fn of_tasks(self, tasks: Vec<usize>) -> Self {
         assert_eq!(tasks.len(), self.rows(), "one task a row");
+        let tasks = match tasks.iter().all(|task| *task == 0) {
+            true => Vec::new(),
+            false => tasks,
+        };
         Self { tasks, ..self }
     }
 

@@ -38,7 +38,7 @@ impl MicroBatch {
             targets: Vec::new(),
             trained: Vec::new(),
         };
-        let mut lengths = Vec::new();
+        let (mut lengths, mut tasks) = (Vec::new(), Vec::new());
         for row in rows {
             let (start, before) = (batch.input_ids.len(), batch.at.len());
             batch
@@ -52,8 +52,9 @@ impl MicroBatch {
             }
             batch.trained.push(batch.at.len() - before);
             lengths.push(row.input_ids.len());
+            tasks.extend((!row.input_ids.is_empty()).then_some(row.task as usize));
         }
-        batch.segments = Segments::new(lengths);
+        batch.segments = Segments::new(lengths).of_tasks(tasks);
         batch
     }
 
@@ -366,6 +367,7 @@ mod tests {
 
     fn rows(lengths: &[usize]) -> Samples {
         let row = |(index, length): (usize, &usize)| Sample {
+            task: 0,
             input_ids: (0..*length).map(|i| (10 * index + i) as u32).collect(),
             labels: (0..*length)
                 .map(|i| if i < 2 { -100 } else { (10 * index + i) as i32 })

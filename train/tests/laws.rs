@@ -43,6 +43,7 @@ fn row(start: u32, length: usize, prompt: usize) -> Sample {
         .collect();
     let label = |(index, id): (usize, &u32)| if index < prompt { IGNORED } else { *id as i32 };
     Sample {
+        task: 0,
         labels: input_ids.iter().enumerate().map(label).collect(),
         input_ids,
     }

@@ -212,6 +212,11 @@ fn train_advice(error: &train::Error) -> &'static str {
             "raise data.max_length, or correct these rows: every one needs a token to train on"
         }
         E::EvalFraction { .. } => "set another data.eval_fraction, or give more rows",
+        E::Task { .. } => {
+            "give every row the number of its task, from 0 on, as \"task_id\", or raise \
+             adapter.num_tasks"
+                .into()
+        }
         E::UnknownColumns { .. } | E::MissingColumn { .. } => {
             "rename the columns, or set data.format"
         }

@@ -144,6 +144,7 @@ mod tests {
 
     fn row(labels: &[i32]) -> Sample {
         Sample {
+            task: 0,
             input_ids: (0..labels.len() as u32).collect(),
             labels: labels.to_vec(),
         }
@@ -171,6 +172,7 @@ mod tests {
     fn evaluation_rows_come_first() {
         let rows = |count: usize, first: u32| {
             let one = |_| Sample {
+                task: 0,
                 input_ids: vec![first, 1, 2, 3],
                 labels: vec![-100, -100, 2, 3],
             };
