@@ -13,7 +13,8 @@ use quant::{PackedWeight, QuantBackend, QuantLinear, Quantized, Scheme, quantize
 
 use crate::attach::AdaptedLlama;
 use crate::error::{Error, Result};
-use crate::lora::{AdaptedLinear, LoraBackend};
+use crate::linear::AdaptedLinear;
+use crate::methods::lora::LoraBackend;
 
 /// The tensor of the embeddings, which may be that of `lm_head`, too.
 pub(crate) const EMBEDDINGS: &str = "model.embed_tokens.weight";
@@ -164,7 +165,7 @@ impl<'a> Base<'a> {
             bias: source.bias()?,
             weight: PackedWeight::new(weight, source.device),
         });
-        Ok(AdaptedLinear { base, lora: None })
+        Ok(AdaptedLinear { base, update: None })
     }
 
     /// A tensor in 4 bits: as it is stored, or, if it is the weight of a linear layer of the
@@ -253,7 +254,7 @@ fn linear_shape(name: &str, shape: &[usize]) -> Option<[usize; 2]> {
 /// A linear layer as it is, without an adapter.
 pub(crate) fn dense<B: Backend>(source: LinearSource<B>) -> Result<AdaptedLinear<B>> {
     let base = BaseLinear::Dense(source.linear()?);
-    Ok(AdaptedLinear { base, lora: None })
+    Ok(AdaptedLinear { base, update: None })
 }
 
 /// Makes a base model with fresh weights, see [`fresh`]; it is dense.

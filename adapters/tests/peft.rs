@@ -4,7 +4,7 @@ mod harness;
 
 use std::path::{Path, PathBuf};
 
-use adapters::{AdaptedLlama, LoraConfig, Targets, peft};
+use adapters::{AdaptedLlama, Targets, peft};
 use burn::tensor::{Tensor, TensorData};
 use harness::{B, lora, root};
 use model::checkpoint::Checkpoint;
@@ -153,16 +153,14 @@ fn what_was_loaded_is_saved_again() {
 
 #[test]
 fn fresh_adapters_leave_the_logits_unchanged() {
-    let config = LoraConfig {
-        modules_to_save: vec!["lm_head".into()],
-        ..lora(Targets::AllLinear)
-    };
+    let mut config = lora(Targets::AllLinear);
+    config.selection.modules_to_save = vec!["lm_head".into()];
     let folder = root("../model/tests/fixtures/models/gqa");
     let mut model = base("gqa");
     adapters::attach(&mut model, &config, 1, &Default::default()).unwrap();
     assert!(max_off(&model, &folder) < 2e-5);
     let values = adapters::read_parameters(&model);
-    let parameters = adapters::parameters(&config, &model.config).unwrap();
+    let parameters = config.parameters(&model.config).unwrap();
     assert_eq!(values.len(), parameters.len());
     for (name, shape) in parameters
         .iter()

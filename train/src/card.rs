@@ -35,12 +35,17 @@ fn card(run: &RunRecord, recipe: &Recipe, trained: &Trained) -> String {
     let base = recipe.model.path.as_str();
     let mut text = front_matter(base, trained);
     let what = match trained {
-        Trained::Lora(_) => "LoRA adapter for",
-        Trained::Full => "fine-tuned version of",
+        Trained::Adapter(adapter) => format!("{} adapter for", adapter.method.title()),
+        Trained::Full => "fine-tuned version of".into(),
+    };
+    let article = if what.starts_with(['A', 'I']) {
+        "An"
+    } else {
+        "A"
     };
     let _ = write!(
         text,
-        "\n# {}\n\nA {what} `{base}`, trained with `trainer`.\n",
+        "\n# {}\n\n{article} {what} `{base}`, trained with `trainer`.\n",
         short_name(base)
     );
     usage(&mut text, base, trained);
@@ -51,7 +56,7 @@ fn card(run: &RunRecord, recipe: &Recipe, trained: &Trained) -> String {
         "\n## Recipe\n\n```toml\n{}```\n\n### Framework versions\n\n",
         without_paths(recipe).to_toml()
     );
-    if let Trained::Lora(_) = trained {
+    if let Trained::Adapter(_) = trained {
         let _ = writeln!(text, "- PEFT {}", peft::PEFT_VERSION);
     }
     for (name, version) in run
@@ -69,17 +74,17 @@ fn front_matter(base: &str, trained: &Trained) -> String {
     // a JSON string is a YAML string
     let quoted = |text: &str| serde_json::Value::from(text).to_string();
     let (library, kind) = match trained {
-        Trained::Lora(_) => ("peft", "adapter"),
+        Trained::Adapter(_) => ("peft", "adapter"),
         Trained::Full => ("transformers", "finetune"),
     };
-    let lora = match trained {
-        Trained::Lora(_) => "- lora\n",
-        Trained::Full => "",
+    let method = match trained {
+        Trained::Adapter(adapter) => format!("- {}\n", adapter.method.name()),
+        Trained::Full => String::new(),
     };
     let (id, _) = base.split_once('@').unwrap_or((base, ""));
     format!(
         "---\nbase_model: {}\nlibrary_name: {library}\npipeline_tag: text-generation\ntags:\n- {}\n\
-         {lora}- transformers\n---\n",
+         {method}- transformers\n---\n",
         quoted(id),
         quoted(&format!("base_model:{kind}:{id}")),
     )
@@ -93,7 +98,7 @@ fn short_name(base: &str) -> &str {
 
 fn usage(text: &mut String, base: &str, trained: &Trained) {
     let python = match trained {
-        Trained::Lora(_) => format!(
+        Trained::Adapter(_) => format!(
             "from peft import PeftModel\nfrom transformers import AutoModelForCausalLM, \
              AutoTokenizer\n\ntokenizer = AutoTokenizer.from_pretrained(\"PATH\")  # this folder\n\
              model = AutoModelForCausalLM.from_pretrained({base:?})\n\
@@ -105,7 +110,7 @@ fn usage(text: &mut String, base: &str, trained: &Trained) {
             .into(),
     };
     let command = match trained {
-        Trained::Lora(_) => format!("trainer chat --model {base} --adapter PATH"),
+        Trained::Adapter(_) => format!("trainer chat --model {base} --adapter PATH"),
         Trained::Full => "trainer chat --model PATH".into(),
     };
     let _ = write!(

@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::path::{Path, PathBuf};
 
-use adapters::AdaptedLlama;
+use adapters::{AdaptedBackend, AdaptedLlama};
 use burn::tensor::{Tensor, TensorData, backend::Backend};
 use model::checkpoint::{Checkpoint, NamedTensor, write_file, write_safetensors};
 use model::folder::ModelFolder;
@@ -104,7 +104,7 @@ impl Checkpoints {
     ///
     /// # Errors
     /// Files that cannot be written; what was there before stays as it was.
-    pub fn save<B: Backend>(&self, snapshot: &Snapshot<'_, B>) -> Result<PathBuf> {
+    pub fn save<B: AdaptedBackend>(&self, snapshot: &Snapshot<'_, B>) -> Result<PathBuf> {
         let step = snapshot.progress.step;
         let done = self.folder.join(format!("step-{step:06}"));
         replace_folder(&done, |part| {
@@ -176,7 +176,7 @@ impl Checkpoints {
 }
 
 /// Everything that a checkpoint is made of, and its checksums at last.
-fn write_parts<B: Backend>(snapshot: &Snapshot<'_, B>, into: &Path) -> Result<()> {
+fn write_parts<B: AdaptedBackend>(snapshot: &Snapshot<'_, B>, into: &Path) -> Result<()> {
     let recipe = snapshot.recipe;
     snapshot
         .trained

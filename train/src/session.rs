@@ -51,7 +51,7 @@ pub fn trained(recipe: &mut Recipe) -> Result<Trained> {
     }
     if let Some(folder) = recipe.adapter.init_from.clone() {
         let theirs = peft::read_config(&folder)?;
-        let differ = recipe.adapter.lora().differences(&theirs).into_iter();
+        let differ = recipe.adapter.config().differences(&theirs).into_iter();
         let asked = differ.map(|key| format!("adapter.{key}"));
         let problem = |key: String| {
             format!(
@@ -64,11 +64,8 @@ pub fn trained(recipe: &mut Recipe) -> Result<Trained> {
         if !problems.is_empty() {
             return Err(Error::Recipe { problems });
         }
-        let dropout = recipe.adapter.dropout;
-        recipe.adapter.set_lora(&theirs);
-        if recipe.given.contains("adapter.dropout") {
-            recipe.adapter.dropout = dropout; // it does not change what the tensors mean
-        }
+        let given = |key: &str| recipe.given.contains(&format!("adapter.{key}"));
+        recipe.adapter.continue_from(&theirs, given);
         if recipe.data.chat_template.is_none() && ChatTemplate::from_folder(&folder)?.is_some() {
             recipe.data.chat_template = Some(folder.display().to_string());
         }
@@ -80,7 +77,7 @@ pub fn trained(recipe: &mut Recipe) -> Result<Trained> {
 pub fn resumed(recipe: &Recipe) -> Trained {
     match recipe.adapter.is_full() {
         true => Trained::Full,
-        false => Trained::Lora(recipe.adapter.lora()),
+        false => Trained::Adapter(recipe.adapter.config()),
     }
 }
 
@@ -90,8 +87,8 @@ pub fn resumed(recipe: &Recipe) -> Trained {
 /// # Errors
 /// [`adapters::Error::Fit`] or [`adapters::Error::Config`] with everything that does not fit.
 pub fn num_params(recipe: &Recipe, trained: &Trained, model: &LlamaConfig) -> Result<u64> {
-    if let (Trained::Lora(lora), None) = (trained, &recipe.adapter.init_from) {
-        lora.check_names(model)?;
+    if let (Trained::Adapter(adapter), None) = (trained, &recipe.adapter.init_from) {
+        adapter.check_names(model)?;
     }
     trained
         .num_params(model)
@@ -263,7 +260,7 @@ fn assemble<B: TrainBackend>(
     Run {
         model: CausalLm {
             model,
-            dropout: recipe.adapter.dropout,
+            is_random: trained.is_random(),
             seed: train.seed,
             recompute: train.recompute == Recompute::Block,
         },

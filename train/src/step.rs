@@ -4,7 +4,7 @@
 //! trained tokens in it, so that one batch of eight rows and eight batches of one are the same
 //! step.
 
-use adapters::{AdaptedBackend, AdaptedLlama, TrainBackend, set_dropout};
+use adapters::{AdaptedBackend, AdaptedLlama, TrainBackend, draw};
 use burn::module::{AutodiffModule, Module, ModuleVisitor, Param};
 use burn::optim::{GradientsAccumulator, GradientsParams};
 use burn::tensor::{Int, Tensor, backend::Backend};
@@ -24,8 +24,8 @@ pub(crate) const LOGITS_AT_A_TIME: usize = 1 << 23;
 pub struct CausalLm<B: Backend> {
     /// The model.
     pub model: AdaptedLlama<B>,
-    /// Dropout before `lora_a`, while training.
-    pub dropout: f64,
+    /// Whether its adapter drops anything while training.
+    pub is_random: bool,
     /// Decides what is dropped.
     #[module(skip)]
     pub seed: u64,
@@ -70,9 +70,9 @@ impl<B: TrainBackend> TrainStep for CausalLm<B> {
         let mut total: Option<Tensor<B::InnerBackend, 1>> = None;
         for (index, batch) in window.micro_batches.iter().enumerate() {
             let mut lm = self.clone();
-            if self.dropout > 0.0 {
+            if self.is_random {
                 let seed = self.seed ^ ((window.step as u64) << 20 | index as u64);
-                set_dropout(&mut lm.model, self.dropout, seed);
+                draw(&mut lm.model, seed);
             }
             let sum = lm.accumulate(batch, 1.0 / trained_tokens as f64, &mut gradients);
             total = Some(match total {

@@ -1,8 +1,8 @@
-//! What a run trains and leaves behind: a LoRA adapter, or the whole model.
+//! What a run trains and leaves behind: an adapter, or the whole model.
 
 use std::path::{Path, PathBuf};
 
-use adapters::{AdaptedLlama, LoraConfig, peft};
+use adapters::{AdaptedBackend, AdaptedLlama, AdapterConfig, peft};
 use burn::tensor::backend::Backend;
 use model::checkpoint::{Checkpoint, MODEL_FILE, NamedTensor, write_safetensors};
 use model::config::LlamaConfig;
@@ -15,8 +15,8 @@ use crate::run_folder::io;
 /// What is trained.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Trained {
-    /// A LoRA adapter; saved in PEFT's format.
-    Lora(LoraConfig),
+    /// An adapter; saved in PEFT's format.
+    Adapter(AdapterConfig),
     /// Every weight; saved as a Hugging Face model folder.
     Full,
 }
@@ -25,7 +25,7 @@ impl Trained {
     /// The folder inside a run or checkpoint that holds it.
     pub fn folder_name(&self) -> &'static str {
         match self {
-            Self::Lora(_) => "adapter",
+            Self::Adapter(_) => "adapter",
             Self::Full => "model",
         }
     }
@@ -33,9 +33,17 @@ impl Trained {
     /// Name and shape of every trained tensor.
     pub fn parameters(&self, config: &LlamaConfig) -> Result<Vec<(String, Vec<usize>)>> {
         Ok(match self {
-            Self::Lora(lora) => adapters::parameters(lora, config)?,
+            Self::Adapter(adapter) => adapter.parameters(config)?,
             Self::Full => config.tensors(),
         })
+    }
+
+    /// Whether anything is dropped while training.
+    pub fn is_random(&self) -> bool {
+        match self {
+            Self::Adapter(adapter) => adapter.method.is_random(),
+            Self::Full => false,
+        }
     }
 
     /// Number of trained weights.
@@ -53,7 +61,7 @@ impl Trained {
         device: &B::Device,
     ) -> Result<()> {
         match self {
-            Self::Lora(lora) => adapters::attach(model, lora, seed, device)?,
+            Self::Adapter(adapter) => adapters::attach(model, adapter, seed, device)?,
             Self::Full => adapters::train_all(model)?,
         }
         Ok(())
@@ -61,7 +69,7 @@ impl Trained {
 
     /// Writes the adapter, or the model with the files of its base folder, to `into/adapter` or
     /// `into/model`; with it goes a chat template that is not the base model's own.
-    pub fn save<B: Backend>(
+    pub fn save<B: AdaptedBackend>(
         &self,
         model: &AdaptedLlama<B>,
         base: &ModelFolder,
@@ -70,8 +78,8 @@ impl Trained {
     ) -> Result<PathBuf> {
         let folder = into.join(self.folder_name());
         match self {
-            Self::Lora(lora) => {
-                peft::save(model, lora, base_name, &folder)?;
+            Self::Adapter(adapter) => {
+                peft::save(model, adapter, base_name, &folder)?;
                 if let Some(template) = &base.template {
                     template.save(&folder)?;
                 }
@@ -112,9 +120,9 @@ impl Trained {
     ) -> Result<AdaptedLlama<B>> {
         let folder = from.join(self.folder_name());
         match self {
-            Self::Lora(ours) => {
+            Self::Adapter(ours) => {
                 let (model, theirs) = peft::load(model, &folder, device)?;
-                let problem = |key| {
+                let problem = |key: String| {
                     format!(
                         "adapter.{key} is not what the run began with ({})",
                         folder.display()

@@ -72,8 +72,7 @@ pub struct RecipeArgs {
     /// quantization.format: nf4 or fp4 keeps the linear layers in 4 bits
     #[arg(long, value_name = "FORMAT")]
     pub quant: Option<String>,
-    /// adapter.method: lora or full
-    #[arg(long)]
+    #[arg(long, help = methods())]
     pub method: Option<String>,
     /// adapter.rank
     #[arg(long, allow_negative_numbers = true)]
@@ -87,6 +86,11 @@ pub struct RecipeArgs {
     /// Any recipe key (repeatable)
     #[arg(long, value_name = "SECTION.KEY=VALUE")]
     pub set: Vec<String>,
+}
+
+fn methods() -> String {
+    let all: Vec<_> = adapters::Method::names().collect();
+    format!("adapter.method: {} or full", all.join(", "))
 }
 
 #[derive(Debug, Args)]

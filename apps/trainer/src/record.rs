@@ -1,6 +1,6 @@
 //! What a run leaves beside its metrics: `run.json` from its start on, the report at its end.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
@@ -150,7 +150,7 @@ fn versions(trained: &Trained) -> BTreeMap<String, String> {
         ("trainer", env!("CARGO_PKG_VERSION")),
         ("Burn", BURN_VERSION),
     ];
-    if let Trained::Lora(_) = trained {
+    if let Trained::Adapter(_) = trained {
         all.push(("PEFT", peft::PEFT_VERSION)); // of the format
     }
     let owned = |(name, version): (&str, &str)| (name.to_owned(), version.to_owned());
@@ -181,13 +181,15 @@ fn architecture(config: &LlamaConfig) -> String {
 /// How many layers of each name end are adapted, or trained as a whole.
 fn targets(trained: &Trained, config: &LlamaConfig) -> Result<BTreeMap<String, usize>> {
     let mut counts = BTreeMap::new();
-    if let Trained::Lora(_) = trained {
-        for (name, _) in trained.parameters(config)? {
-            let (module, part) = name.rsplit_once('.').unwrap_or((&name, ""));
-            if part != "lora_b" {
-                let end = module.rsplit('.').next().unwrap_or(module);
-                *counts.entry(end.to_owned()).or_insert(0) += 1;
-            }
+    if let Trained::Adapter(_) = trained {
+        let names = trained.parameters(config)?;
+        let modules: BTreeSet<&str> = names
+            .iter()
+            .filter_map(|(name, _)| Some(name.rsplit_once('.')?.0))
+            .collect();
+        for module in modules {
+            let end = module.rsplit('.').next().unwrap_or(module);
+            *counts.entry(end.to_owned()).or_insert(0) += 1;
         }
     }
     Ok(counts)

@@ -1,5 +1,6 @@
 //! Everything about runs that is said in words: groups of labelled values, one for each run.
 
+use adapters::Method;
 use toml::Value;
 
 use super::facts::{DataFacts, End, Session};
@@ -169,16 +170,15 @@ pub fn method(run: &RunRecord) -> Option<String> {
     if method == "full" {
         return Some("all weights".into());
     }
-    let name = match method {
-        "lora" => "LoRA",
-        other => other,
+    let mut text = match Method::named(method) {
+        Some(method) => method.title().to_owned(),
+        None => method.to_owned(),
     };
     let number = |key| Some(run.value("adapter", key)?.to_string());
-    let mut text = format!(
-        "{name}, rank {}, alpha {}",
-        number("rank")?,
-        plain(&number("alpha")?)
-    );
+    for key in ["rank", "alpha", "num_virtual_tokens"] {
+        let value = number(key);
+        text.extend(value.map(|value| format!(", {} {}", key.replace('_', " "), plain(&value))));
+    }
     let dropout = number("dropout").filter(|dropout| dropout != "0.0");
     text.extend(dropout.map(|dropout| format!(", dropout {dropout}")));
     for key in ["use_rslora", "use_dora"] {

@@ -133,7 +133,7 @@ impl Job for EvalJob {
         let model = self.adapted.load::<B::InnerBackend>(&device)?;
         let lm = CausalLm::<B::InnerBackend> {
             model,
-            dropout: 0.0,
+            is_random: false,
             seed: 0,
             recompute: false,
         };

@@ -254,7 +254,7 @@ pub fn check_training_memory(
     let trained_bytes = trainable.saturating_mul(size_of::<f32>() as u64);
     let beside = match trained {
         Trained::Full => trained_bytes.saturating_mul(3), // gradient and moments
-        Trained::Lora(_) => trained_bytes.saturating_mul(4),
+        Trained::Adapter(_) => trained_bytes.saturating_mul(4),
     };
     check_memory(weights.saturating_add(beside), device)
 }
@@ -349,7 +349,7 @@ impl Job for TrainJob {
 pub fn all_params(trained: &Trained, base: &ModelFolder, trained_params: u64) -> u64 {
     match trained {
         Trained::Full => base.config.num_params(),
-        Trained::Lora(_) => base.config.num_params() + trained_params,
+        Trained::Adapter(_) => base.config.num_params() + trained_params,
     }
 }
 

@@ -8,8 +8,7 @@ use std::ops::ControlFlow;
 use std::path::Path;
 use std::process::ExitCode;
 
-use adapters::lora::AdaptedLinear;
-use adapters::{AdaptedBackend, AdaptedLlama, TrainBackend};
+use adapters::{AdaptedBackend, AdaptedLinear, AdaptedLlama, TrainBackend};
 use anyhow::Result;
 use model::generate::{FinishReason, Generation, Generator, Sampling};
 
