@@ -8,7 +8,7 @@ use crate::base::{AdaptedBackend, BaseLinear};
 use crate::config::{AdapterConfig, Layer};
 use crate::error::{Error, Result};
 use crate::linear::{AdaptedLinear, mix};
-use crate::methods::{Computes, Method, Part, Update, Values};
+use crate::methods::{Computes, Method, Part, Role, Update, Values};
 
 /// A model whose linear layers may be adapted.
 pub type AdaptedLlama<B> = Llama<B, AdaptedLinear<B>>;
@@ -24,6 +24,25 @@ pub fn attach<B: Backend>(
     device: &B::Device,
 ) -> Result<()> {
     put(model, config, &Start::Fresh(seed), device)
+}
+
+/// Puts an adapter on a model that goes on being trained: `read` has all of its tensors that are not
+/// weights of the model, by their names here.
+///
+/// # Errors
+/// Those of [`attach`] and of `read`.
+pub fn attach_again<B: Backend>(
+    model: &mut AdaptedLlama<B>,
+    config: &AdapterConfig,
+    read: &dyn Fn(&str) -> Result<Vec<f32>>,
+    device: &B::Device,
+) -> Result<()> {
+    put(
+        model,
+        config,
+        &Start::Read(&|part| read(&part.name)),
+        device,
+    )
 }
 
 /// What the tensors of an adapter start with.
@@ -50,6 +69,7 @@ pub(crate) fn put<B: Backend>(
         Ok::<_, Error>((part, values))
     };
     let parts = method.model_parts(&layers, &model.config).into_iter();
+    let parts = parts.filter(|part| part.role != Role::Encoded);
     let parts: Vec<_> = parts
         .map(|part| in_model(model, part))
         .collect::<Result<_>>()?;
@@ -62,7 +82,7 @@ pub(crate) fn put<B: Backend>(
             }
         }
     } else {
-        method.place(model, Values::new(parts, &[], device));
+        model.virtual_tokens = method.virtual_tokens(Values::new(parts, &[], device));
     }
     unfreeze(model, |module| config.saves(module))
 }

@@ -29,6 +29,7 @@ pub struct AdapterConfig {
 #[serde(default, deny_unknown_fields)]
 pub struct Selection {
     /// The layers that are adapted.
+    #[serde(skip_serializing_if = "Targets::is_nothing")]
     pub target_modules: Targets,
     /// Layers that are not adapted even if `target_modules` names them.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -122,13 +123,31 @@ impl AdapterConfig {
         Ok(all)
     }
 
+    /// The tensors that are trained and no part of what PEFT saves, which has only what they make.
+    ///
+    /// # Errors
+    /// Those of [`AdapterConfig::layers`].
+    pub fn encoder(&self, model: &LlamaConfig) -> Result<Vec<(String, Vec<usize>)>> {
+        let parts = self.parts(model)?.into_iter();
+        let encoder = parts.filter(|part| part.role == Role::Encoder);
+        Ok(encoder.map(|part| (part.name, part.shape)).collect())
+    }
+
+    /// The settings of the adapter that is read from what this one saves.
+    pub fn saved(&self) -> Self {
+        Self {
+            method: self.method.saved(),
+            ..self.clone()
+        }
+    }
+
     /// Name and shape of every tensor that is trained.
     ///
     /// # Errors
     /// Those of [`AdapterConfig::layers`].
     pub fn parameters(&self, model: &LlamaConfig) -> Result<Vec<(String, Vec<usize>)>> {
         let parts = self.parts(model)?.into_iter();
-        let trained = parts.filter(|part| part.role != Role::Frozen);
+        let trained = parts.filter(|part| part.role.is_trained());
         Ok(trained.map(|part| (part.name, part.shape)).collect())
     }
 
@@ -303,6 +322,11 @@ pub(crate) fn number(x: f64) -> Value {
 }
 
 impl Targets {
+    /// Those of a method that adapts no layers.
+    pub fn is_nothing(&self) -> bool {
+        matches!(self, Self::Names(names) if names.is_empty())
+    }
+
     /// The same in the one spelling that can be compared.
     pub(crate) fn sorted(&self) -> Self {
         let mut names: Vec<String> = match self {

@@ -6,13 +6,18 @@
 //! one that puts something in front of the tokens ([`PromptMethod`]) places it on the model.
 
 pub mod lora;
+pub mod mpt;
+pub mod prefix;
+pub mod prompt;
+pub mod ptuning;
+mod virtual_tokens;
 
-use std::collections::HashMap;
 use std::ops::Range;
 
 use burn::module::{Module, Param};
 use burn::tensor::{Tensor, TensorData, backend::Backend};
 use model::config::LlamaConfig;
+use model::virtual_tokens::VirtualTokens;
 use model::weight::named_param;
 use serde::de::DeserializeOwned;
 use serde::{Deserializer, Serialize};
@@ -151,8 +156,26 @@ pub trait PromptMethod: Settings {
     /// The values that a tensor starts with.
     fn fresh<B: Backend>(&self, part: &Part, model: &AdaptedLlama<B>, seed: u64) -> Vec<f32>;
 
-    /// Puts the tensors on a model.
-    fn place<B: Backend>(&self, model: &mut AdaptedLlama<B>, values: Values<'_, B>);
+    /// The module that makes of the tensors what stands in front of the rows.
+    fn virtual_tokens<B: Backend>(&self, values: Values<'_, B>) -> VirtualTokens<B>;
+
+    /// Settings in PEFT's spelling that follow from the model, and from its name.
+    fn peft_of_model(&self, model: &LlamaConfig, base: &str) -> Map<String, Value>;
+
+    /// The settings of the adapter that is read from what this one saves: without an encoder.
+    fn saved(&self) -> Self {
+        self.clone()
+    }
+
+    /// How many tasks there are, if it tells them apart.
+    fn tasks(&self) -> Option<usize> {
+        None
+    }
+
+    /// A text whose tokens are to be known before fresh tensors are made, and where they belong.
+    fn text(&mut self) -> Option<(&str, &mut Vec<u32>)> {
+        None
+    }
 }
 
 /// A tensor of an adapter.
@@ -177,6 +200,22 @@ pub enum Role {
     Frozen,
     /// It is trained and takes the place of a weight of the model.
     Whole,
+    /// It is trained, and saved is only what it makes of others.
+    Encoder,
+    /// It is saved and made of others.
+    Encoded,
+}
+
+impl Role {
+    /// Whether the optimizer updates such a tensor.
+    pub fn is_trained(self) -> bool {
+        matches!(self, Self::Trained | Self::Whole | Self::Encoder)
+    }
+
+    /// Whether PEFT's file has such a tensor.
+    pub fn is_saved(self) -> bool {
+        self != Self::Encoder
+    }
 }
 
 impl Part {
@@ -223,7 +262,7 @@ impl Part {
 
 /// The values of an adapter's tensors on their way into a module.
 pub struct Values<'a, B: Backend> {
-    own: HashMap<String, (Part, Vec<f32>)>,
+    own: Vec<(Part, Vec<f32>)>,
     shared: &'a [(Part, Tensor<B, 2>)],
     device: &'a B::Device,
 }
@@ -234,21 +273,21 @@ impl<'a, B: Backend> Values<'a, B> {
         shared: &'a [(Part, Tensor<B, 2>)],
         device: &'a B::Device,
     ) -> Self {
-        let own = own.into_iter();
-        let by_end = |(part, values): (Part, Vec<f32>)| (part.end().to_owned(), (part, values));
         Self {
-            own: own.map(by_end).collect(),
+            own: own.into_iter().collect(),
             shared,
             device,
         }
     }
 
-    /// Takes a trained tensor, by the end of its name.
+    /// Takes a trained tensor, by its name or, in a layer, by the end of it.
     ///
     /// # Panics
     /// If the method's parts have no such tensor of `D` dimensions.
     pub fn param<const D: usize>(&mut self, end: &str) -> Param<Tensor<B, D>> {
-        let (part, values) = self.own.remove(end).expect("it is one of the parts");
+        let named = |(part, _): &(Part, _)| part.name == end || part.end() == end;
+        let at = self.own.iter().position(named);
+        let (part, values) = self.own.remove(at.expect("it is one of the parts"));
         let data = TensorData::new(values, part.shape.as_slice());
         named_param(&part.name, Tensor::from_data(data, self.device))
     }
@@ -421,10 +460,10 @@ macro_rules! methods {
             }
 
             /// The tensors that belong to no single layer.
-            pub(crate) fn model_parts(&self, layers: &[Layer], _model: &LlamaConfig) -> Vec<Part> {
+            pub(crate) fn model_parts(&self, layers: &[Layer], model: &LlamaConfig) -> Vec<Part> {
                 match self {
                     $(Self::$Layer(settings) => settings.shared_parts(layers),)*
-                    $(Self::$Prompt(settings) => settings.parts(_model),)*
+                    $(Self::$Prompt(settings) => settings.parts(model),)*
                 }
             }
 
@@ -445,12 +484,12 @@ macro_rules! methods {
             pub(crate) fn fresh_in_model<B: Backend>(
                 &self,
                 part: &Part,
-                _model: &AdaptedLlama<B>,
+                model: &AdaptedLlama<B>,
                 seed: u64,
             ) -> Vec<f32> {
                 match self {
                     $(Self::$Layer(settings) => settings.fresh_shared(part, seed),)*
-                    $(Self::$Prompt(settings) => settings.fresh(part, _model, seed),)*
+                    $(Self::$Prompt(settings) => settings.fresh(part, model, seed),)*
                 }
             }
 
@@ -466,15 +505,51 @@ macro_rules! methods {
                 }
             }
 
-            /// Puts on a model what belongs in front of its tokens.
-            pub(crate) fn place<B: Backend>(
+            /// What belongs in front of the rows; nothing of a method that changes layers.
+            pub(crate) fn virtual_tokens<B: Backend>(
                 &self,
-                _model: &mut AdaptedLlama<B>,
-                _values: Values<'_, B>,
-            ) {
+                values: Values<'_, B>,
+            ) -> Option<VirtualTokens<B>> {
                 match self {
-                    $(Self::$Layer(_) => {})*
-                    $(Self::$Prompt(settings) => settings.place(_model, _values),)*
+                    $(Self::$Layer(_) => None,)*
+                    $(Self::$Prompt(settings) => Some(settings.virtual_tokens(values)),)*
+                }
+            }
+
+            /// See [`PromptMethod::peft_of_model`].
+            pub(crate) fn peft_of_model(
+                &self,
+                model: &LlamaConfig,
+                base: &str,
+            ) -> Map<String, Value> {
+                match self {
+                    $(Self::$Layer(_) => Map::new(),)*
+                    $(Self::$Prompt(settings) => settings.peft_of_model(model, base),)*
+                }
+            }
+
+            /// The settings of the adapter that is read from what this one saves.
+            pub fn saved(&self) -> Self {
+                match self {
+                    $(Self::$Layer(_) => self.clone(),)*
+                    $(Self::$Prompt(settings) => Self::$Prompt(settings.saved()),)*
+                }
+            }
+
+            /// How many tasks there are, if it tells them apart: a row says which it is of.
+            pub fn tasks(&self) -> Option<usize> {
+                match self {
+                    $(Self::$Layer(_) => None,)*
+                    $(Self::$Prompt(settings) => settings.tasks(),)*
+                }
+            }
+
+            /// A text whose tokens are to be known before fresh tensors are made, and where they
+            /// belong.
+            pub fn text(&mut self) -> Option<(&str, &mut Vec<u32>)> {
+                match self {
+                    $(Self::$Layer(_) => None,)*
+                    $(Self::$Prompt(settings) => settings.text(),)*
                 }
             }
 
@@ -597,5 +672,10 @@ methods! {
     layers {
         Lora: lora::LoraSettings, Lora;
     }
-    prompts {}
+    prompts {
+        Prefix: prefix::PrefixSettings;
+        Prompt: prompt::PromptSettings;
+        Mpt: mpt::MptSettings;
+        PTuning: ptuning::PTuningSettings;
+    }
 }

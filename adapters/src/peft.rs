@@ -242,6 +242,7 @@ pub fn save<B: AdaptedBackend>(
     let tensor = |part: Part| NamedTensor {
         values: match part.role {
             Role::Frozen => frozen(model, &part),
+            Role::Encoded => encoded(model),
             _ => values.remove(&param_id(&part.name)),
         }
         .expect("every tensor of the adapter is on the model"),
@@ -249,10 +250,11 @@ pub fn save<B: AdaptedBackend>(
         shape: part.shape,
     };
     let parts = config.parts(&model.config)?.into_iter();
-    let tensors: Vec<_> = parts.map(tensor).collect();
+    let saved = parts.filter(|part| part.role.is_saved());
+    let tensors: Vec<_> = saved.map(tensor).collect();
     let metadata = [(BASE_QUANTIZATION, quantization(model))];
     write_safetensors(&folder.join(MODEL_FILE), &tensors, &metadata)?;
-    let json = serde_json::to_string_pretty(&config_json(config, base_model));
+    let json = serde_json::to_string_pretty(&config_json(config, &model.config, base_model));
     let json = json.expect("a JSON value can be written");
     write_file(&folder.join(CONFIG_FILE), json.as_bytes())?;
     Ok(())
@@ -266,6 +268,13 @@ fn frozen<B: AdaptedBackend>(model: &AdaptedLlama<B>, part: &Part) -> Option<Vec
         .filter(|(name, _)| part.module().is_none_or(|module| module == name))
         .filter_map(|(_, linear)| linear.update.as_ref()?.frozen(part.end()));
     let data = updates.next()?.into_data().convert::<f32>();
+    data.into_vec().ok()
+}
+
+/// What the encoder of virtual tokens makes.
+fn encoded<B: AdaptedBackend>(model: &AdaptedLlama<B>) -> Option<Vec<f32>> {
+    let virtual_tokens = model.virtual_tokens.as_ref()?;
+    let data = virtual_tokens.encode(&[0]).into_data().convert::<f32>();
     data.into_vec().ok()
 }
 
@@ -301,7 +310,7 @@ fn is_base_copy(key: &str) -> bool {
 
 /// The settings in PEFT's spelling, keys sorted. Keys that came late to PEFT and hold their
 /// default are left out: older versions refuse keys that they do not know.
-fn config_json(config: &AdapterConfig, base_model: &str) -> Value {
+fn config_json(config: &AdapterConfig, model: &LlamaConfig, base_model: &str) -> Value {
     let (base_model, revision) = match base_model.split_once('@') {
         Some((id, revision)) if !Path::new(base_model).exists() => (id, Some(revision)),
         _ => (base_model, None),
@@ -309,6 +318,7 @@ fn config_json(config: &AdapterConfig, base_model: &str) -> Value {
     let names = |targets: &Targets| json!(targets.sorted()); // sets in PEFT
     let selection = &config.selection;
     let mut all = config.method.to_peft();
+    all.extend(config.method.peft_of_model(model, base_model));
     let mut set = |key: &str, value: Value| all.insert(key.to_owned(), value);
     set("auto_mapping", Value::Null);
     set("base_model_name_or_path", json!(base_model));

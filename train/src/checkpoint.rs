@@ -181,6 +181,7 @@ fn write_parts<B: AdaptedBackend>(snapshot: &Snapshot<'_, B>, into: &Path) -> Re
     snapshot
         .trained
         .save(snapshot.model, snapshot.base, &recipe.model.path, into)?;
+    snapshot.trained.save_encoder(snapshot.model, into)?;
     let moments = moments_to_tensors(snapshot)?;
     write_safetensors(&into.join(OPTIMIZER_FILE), &moments, &[])?;
     let progress = Progress {

@@ -4,7 +4,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use adapters::TrainBackend;
-use adapters::{AdaptedLlama, peft};
+use adapters::{AdaptedLlama, AdapterConfig, peft};
 use burn::tensor::backend::Backend;
 use model::chat::ChatTemplate;
 use model::config::LlamaConfig;
@@ -150,7 +150,7 @@ pub fn start_again<B: TrainBackend>(
 
 fn begin<B: TrainBackend>(
     recipe: Recipe,
-    trained: Trained,
+    mut trained: Trained,
     base: ModelFolder,
     rows: Rows,
     folder: impl FnOnce(&Recipe) -> Result<RunFolder>,
@@ -165,7 +165,10 @@ fn begin<B: TrainBackend>(
             model = peft::load(model, folder, &device)?.0;
             other_base = peft::other_base(&model, folder)?;
         }
-        None => trained.attach(&mut model, recipe.train.seed, &device)?,
+        None => {
+            read_text(&mut trained, &base)?;
+            trained.attach(&mut model, recipe.train.seed, &device)?;
+        }
     }
     let folder = folder(&recipe)?.with_events(&recipe, 1)?;
     let optimizer = AdamW::new(&recipe.train);
@@ -177,6 +180,26 @@ fn begin<B: TrainBackend>(
         recipe, trained, base, rows, device, model, optimizer, folder, progress, load_time,
     );
     Ok(Run { other_base, ..run })
+}
+
+/// Tells a method that begins with a text which tokens that has.
+fn read_text(trained: &mut Trained, base: &ModelFolder) -> Result<()> {
+    let Trained::Adapter(AdapterConfig { method, .. }) = trained else {
+        return Ok(());
+    };
+    let Some((text, ids)) = method.text() else {
+        return Ok(());
+    };
+    let problem = |why: &str| Error::Recipe {
+        problems: vec![format!("adapter.prompt_tuning_init_text {why}")],
+    };
+    let tokenizer = base.tokenizer()?;
+    let tokenizer = tokenizer.ok_or_else(|| problem("needs the model's tokenizer.json"))?;
+    *ids = tokenizer.encode(text, true)?.ids;
+    match ids.is_empty() {
+        true => Err(problem("has no tokens")),
+        false => Ok(()),
+    }
 }
 
 /// Refuses a recipe that asks for another run than the one that wrote a checkpoint.

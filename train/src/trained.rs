@@ -12,6 +12,9 @@ use model::weight::param_id;
 use crate::error::{Error, Result};
 use crate::run_folder::io;
 
+/// The tensors of an encoder, in a checkpoint.
+const ENCODER_FILE: &str = "encoder.safetensors";
+
 /// What is trained.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Trained {
@@ -111,7 +114,37 @@ impl Trained {
         Ok(folder)
     }
 
-    /// Overwrites the trained weights of `model` with those that [`Trained::save`] wrote.
+    /// Writes what [`Trained::save`] leaves out, as PEFT does: the layers that make virtual tokens.
+    pub fn save_encoder<B: AdaptedBackend>(
+        &self,
+        model: &AdaptedLlama<B>,
+        into: &Path,
+    ) -> Result<()> {
+        let encoder = self.encoder(&model.config)?;
+        if encoder.is_empty() {
+            return Ok(());
+        }
+        let mut values = adapters::read_parameters(model);
+        let tensor = |(name, shape): (String, Vec<usize>)| NamedTensor {
+            values: values
+                .remove(&param_id(&name))
+                .expect("every tensor of the encoder is trained"),
+            name,
+            shape,
+        };
+        let tensors: Vec<_> = encoder.into_iter().map(tensor).collect();
+        Ok(write_safetensors(&into.join(ENCODER_FILE), &tensors, &[])?)
+    }
+
+    fn encoder(&self, config: &LlamaConfig) -> Result<Vec<(String, Vec<usize>)>> {
+        Ok(match self {
+            Self::Adapter(adapter) => adapter.encoder(config)?,
+            Self::Full => Vec::new(),
+        })
+    }
+
+    /// Overwrites the trained weights of `model` with those that [`Trained::save`] wrote, and
+    /// [`Trained::save_encoder`].
     pub fn restore<B: Backend>(
         &self,
         model: AdaptedLlama<B>,
@@ -121,19 +154,26 @@ impl Trained {
         let folder = from.join(self.folder_name());
         match self {
             Self::Adapter(ours) => {
-                let (model, theirs) = peft::load(model, &folder, device)?;
+                let (mut model, theirs) = peft::load(model, &folder, device)?;
                 let problem = |key: String| {
                     format!(
                         "adapter.{key} is not what the run began with ({})",
                         folder.display()
                     )
                 };
-                match ours.differences(&theirs) {
-                    differ if differ.is_empty() => Ok(model),
-                    differ => Err(Error::Recipe {
-                        problems: differ.into_iter().map(problem).collect(),
-                    }),
+                let differ = ours.saved().differences(&theirs);
+                if !differ.is_empty() {
+                    let problems = differ.into_iter().map(problem).collect();
+                    return Err(Error::Recipe { problems });
                 }
+                let encoder = ours.encoder(&model.config)?;
+                if !encoder.is_empty() {
+                    let file = Checkpoint::open_file(&from.join(ENCODER_FILE))?;
+                    file.check(&encoder, |_| false)?;
+                    let read = |name: &str| Ok(file.read(name)?);
+                    adapters::attach_again(&mut model, ours, &read, device)?;
+                }
+                Ok(model)
             }
             Self::Full => {
                 let file = Checkpoint::open_file(&folder.join(MODEL_FILE))?;
