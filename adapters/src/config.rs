@@ -133,6 +133,17 @@ impl AdapterConfig {
         Ok(encoder.map(|part| (part.name, part.shape)).collect())
     }
 
+    /// Numbers in the file that is saved.
+    ///
+    /// # Errors
+    /// Those of [`AdapterConfig::layers`].
+    pub fn num_saved(&self, model: &LlamaConfig) -> Result<u64> {
+        let parts = self.parts(model)?.into_iter();
+        let saved = parts.filter(|part| part.role.is_saved());
+        let size = |shape: &[usize]| shape.iter().map(|n| *n as u64).product::<u64>();
+        Ok(saved.map(|part| size(&part.shape)).sum())
+    }
+
     /// The settings of the adapter that is read from what this one saves.
     pub fn saved(&self) -> Self {
         Self {

@@ -167,6 +167,10 @@ pub trait PromptMethod: Settings {
         self.clone()
     }
 
+    /// How many positions of every row virtual tokens take; those that are keys and values alone take
+    /// none.
+    fn positions(&self) -> usize;
+
     /// How many tasks there are, if it tells them apart.
     fn tasks(&self) -> Option<usize> {
         None
@@ -533,6 +537,14 @@ macro_rules! methods {
                 match self {
                     $(Self::$Layer(_) => self.clone(),)*
                     $(Self::$Prompt(settings) => Self::$Prompt(settings.saved()),)*
+                }
+            }
+
+            /// How many virtual tokens stand beside the tokens of every row, in all layers.
+            pub fn positions(&self) -> usize {
+                match self {
+                    $(Self::$Layer(_) => 0,)*
+                    $(Self::$Prompt(settings) => settings.positions(),)*
                 }
             }
 

@@ -151,7 +151,20 @@ impl Windows {
     /// `max_steps` windows are all full, over as many epochs as that takes; otherwise the last
     /// window holds what is left of `epochs`.
     pub fn new(rows: Samples, data: &DataSection, train: &TrainSection, first_step: usize) -> Self {
-        let packer = Packer::new(rows.lengths(), data, train);
+        Self::behind(0, rows, data, train, first_step)
+    }
+
+    /// The same when `virtual_tokens` stand in front of every row: a sequence has room for fewer
+    /// rows then.
+    pub fn behind(
+        virtual_tokens: usize,
+        rows: Samples,
+        data: &DataSection,
+        train: &TrainSection,
+        first_step: usize,
+    ) -> Self {
+        let lengths = rows.lengths().map(|length| virtual_tokens + length);
+        let packer = Packer::new(lengths, data, train);
         let mut tokens = packer.tokens();
         let sequences_per_step = train.micro_batch_size * train.gradient_accumulation_steps;
         let by_epochs = ((tokens.len() as f64 * train.epochs).round() as usize).max(1);
@@ -189,7 +202,7 @@ impl Windows {
         self.fill_ratio
     }
 
-    /// Tokens of the largest micro batch there can be.
+    /// Tokens of the largest micro batch there can be, virtual ones among them.
     pub fn max_tokens(&self) -> usize {
         self.max_tokens
     }

@@ -235,7 +235,8 @@ pub fn resume<B: TrainBackend>(
             checkpoint: checkpoint.into(),
         });
     }
-    let windows = Windows::new(rows.train.clone(), &recipe.data, &recipe.train, 0);
+    let (data, train) = (&recipe.data, &recipe.train);
+    let windows = Windows::behind(trained.virtual_tokens(), rows.train.clone(), data, train, 0);
     if windows.num_steps() < progress.step {
         let (steps, taken) = (windows.num_steps(), progress.step);
         let problem = format!(
@@ -287,7 +288,13 @@ fn assemble<B: TrainBackend>(
             seed: train.seed,
             recompute: train.recompute == Recompute::Block,
         },
-        windows: Windows::new(rows.train, &recipe.data, train, progress.step),
+        windows: Windows::behind(
+            trained.virtual_tokens(),
+            rows.train,
+            &recipe.data,
+            train,
+            progress.step,
+        ),
         eval: EvalBatches::new(rows.eval, train.micro_batch_size),
         recipe,
         trained,

@@ -49,6 +49,22 @@ impl Trained {
         }
     }
 
+    /// Numbers in the file that is saved.
+    pub fn num_saved(&self, config: &LlamaConfig) -> Result<u64> {
+        match self {
+            Self::Adapter(adapter) => Ok(adapter.num_saved(config)?),
+            Self::Full => self.num_params(config),
+        }
+    }
+
+    /// How many virtual tokens stand beside the tokens of every row.
+    pub fn virtual_tokens(&self) -> usize {
+        match self {
+            Self::Adapter(adapter) => adapter.method.positions(),
+            Self::Full => 0,
+        }
+    }
+
     /// Number of trained weights.
     pub fn num_params(&self, config: &LlamaConfig) -> Result<u64> {
         let parameters = self.parameters(config)?;

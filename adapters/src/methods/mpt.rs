@@ -153,6 +153,10 @@ impl PromptMethod for MptSettings {
         }
     }
 
+    fn positions(&self) -> usize {
+        self.num_virtual_tokens
+    }
+
     fn virtual_tokens<B: Backend>(&self, mut values: Values<'_, B>) -> VirtualTokens<B> {
         VirtualTokens {
             embedding: values.param(EMBEDDINGS),

@@ -146,6 +146,10 @@ impl PromptMethod for PrefixSettings {
         }
     }
 
+    fn positions(&self) -> usize {
+        0
+    }
+
     fn virtual_tokens<B: Backend>(&self, mut values: Values<'_, B>) -> VirtualTokens<B> {
         let encoder = self.prefix_projection.then(|| Encoder {
             lstm: Vec::new(),

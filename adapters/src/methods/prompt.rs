@@ -173,6 +173,10 @@ impl PromptMethod for PromptSettings {
         self.fresh_embeddings(part, model, seed)
     }
 
+    fn positions(&self) -> usize {
+        self.num_virtual_tokens
+    }
+
     fn virtual_tokens<B: Backend>(&self, mut values: Values<'_, B>) -> VirtualTokens<B> {
         VirtualTokens {
             embedding: values.param(EMBEDDINGS),

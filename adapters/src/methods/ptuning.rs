@@ -193,6 +193,10 @@ impl PromptMethod for PTuningSettings {
         }
     }
 
+    fn positions(&self) -> usize {
+        self.num_virtual_tokens
+    }
+
     fn virtual_tokens<B: Backend>(&self, mut values: Values<'_, B>) -> VirtualTokens<B> {
         let encoder = self.encoder(&mut values);
         VirtualTokens {

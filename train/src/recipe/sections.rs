@@ -379,6 +379,12 @@ impl AdapterSection {
         }
     }
 
+    /// How many tasks the adapter tells apart, if it does.
+    pub fn tasks(&self) -> Option<usize> {
+        let tasks = self.settings.tasks();
+        tasks.filter(|_| !self.is_full())
+    }
+
     /// Takes over the settings of an adapter that training continues from, but those that `given`
     /// names and that may change.
     pub fn continue_from(&mut self, theirs: &AdapterConfig, given: impl Fn(&str) -> bool) {

@@ -32,6 +32,8 @@ pub struct Prompt {
     pub ids: Vec<u32>,
     /// The row's own continuation.
     pub expected: Vec<u32>,
+    /// The row's task.
+    pub task: usize,
 }
 
 /// A continuation.
@@ -71,6 +73,7 @@ fn prompt(row: &Sample) -> Option<Prompt> {
     fits.then(|| Prompt {
         ids: row.input_ids[..start].to_vec(),
         expected: row.input_ids[start..end].to_vec(),
+        task: row.task as usize,
     })
 }
 
@@ -98,7 +101,7 @@ fn continued<B: AdaptedBackend>(
     deadline: Instant,
 ) -> Answer {
     let mut answer = Answer::default();
-    let mut generator = Generator::new(model, device);
+    let mut generator = Generator::new(model, device).of_task(prompt.task);
     // read in parts, since a prompt may take longer than there is time
     let (mut read, mut part) = (0, FIRST_TOKENS);
     while read < prompt.ids.len() {
