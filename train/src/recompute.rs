@@ -71,7 +71,8 @@ impl<'a, B: TrainBackend> Blocks<'a, B> {
         let reads = reads(model, &input);
         let mut d_x = Some(d_x);
         let mut d_prefix = Vec::new(); // of the layers, the last one first
-        while let (Some(x), Some(d_y)) = (self.inputs.pop(), d_x.take()) {
+        while let Some(x) = self.inputs.pop() {
+            let Some(d_y) = d_x.take() else { break }; // nothing below is trained
             let index = first + self.inputs.len();
             let x = tracked_if(reads || index > first, x);
             let prefix = input.prefix.as_ref().map(|all| {
