@@ -8,7 +8,7 @@ use crate::base::{AdaptedBackend, BaseLinear};
 use crate::config::{AdapterConfig, Layer};
 use crate::error::{Error, Result};
 use crate::linear::{AdaptedLinear, mix};
-use crate::methods::{Computes, Method, Part, Role, Update, Values};
+use crate::methods::{Computes, Method, Part, Update, Values};
 
 /// A model whose linear layers may be adapted.
 pub type AdaptedLlama<B> = Llama<B, AdaptedLinear<B>>;
@@ -17,32 +17,13 @@ pub type AdaptedLlama<B> = Llama<B, AdaptedLinear<B>>;
 ///
 /// # Errors
 /// [`crate::Error::Fit`], see [`AdapterConfig::layers`], or for `modules_to_save` in 4 bits.
-pub fn attach<B: Backend>(
+pub fn attach<B: AdaptedBackend>(
     model: &mut AdaptedLlama<B>,
     config: &AdapterConfig,
     seed: u64,
     device: &B::Device,
 ) -> Result<()> {
     put(model, config, &Start::Fresh(seed), device)
-}
-
-/// Puts an adapter on a model that goes on being trained: `read` has all of its tensors that are not
-/// weights of the model, by their names here.
-///
-/// # Errors
-/// Those of [`attach`] and of `read`.
-pub fn attach_again<B: Backend>(
-    model: &mut AdaptedLlama<B>,
-    config: &AdapterConfig,
-    read: &dyn Fn(&str) -> Result<Vec<f32>>,
-    device: &B::Device,
-) -> Result<()> {
-    put(
-        model,
-        config,
-        &Start::Read(&|part| read(&part.name)),
-        device,
-    )
 }
 
 /// What the tensors of an adapter start with.
@@ -54,7 +35,7 @@ pub(crate) enum Start<'a> {
 }
 
 /// Puts an adapter on a model and unfreezes `modules_to_save`, whose values stay as they are.
-pub(crate) fn put<B: Backend>(
+pub(crate) fn put<B: AdaptedBackend>(
     model: &mut AdaptedLlama<B>,
     config: &AdapterConfig,
     start: &Start<'_>,
@@ -69,7 +50,6 @@ pub(crate) fn put<B: Backend>(
         Ok::<_, Error>((part, values))
     };
     let parts = method.model_parts(&layers, &model.config).into_iter();
-    let parts = parts.filter(|part| part.role != Role::Encoded);
     let parts: Vec<_> = parts
         .map(|part| in_model(model, part))
         .collect::<Result<_>>()?;
@@ -99,7 +79,7 @@ pub(crate) fn share<B: Backend>(
     parts.into_iter().map(tensor).collect()
 }
 
-fn update<B: Backend>(
+fn update<B: AdaptedBackend>(
     linear: &mut AdaptedLinear<B>,
     method: &Method,
     layer: &Layer,
@@ -113,7 +93,11 @@ fn update<B: Backend>(
         Start::Read(read) => parts.iter().map(*read).collect::<Result<_>>()?,
     };
     let values = Values::new(parts.into_iter().zip(values), shared, device);
-    Ok(method.update(layer, values))
+    let mut update = method.update(layer, values);
+    if let Some(update) = &mut update {
+        update.settle(&linear.base);
+    }
+    Ok(update)
 }
 
 /// Makes every weight of the model a trained one.

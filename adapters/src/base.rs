@@ -8,6 +8,7 @@ use model::folder::ModelFolder;
 use model::linear::{Linear, Projection};
 use model::load::{LinearSource, build, fresh, is_redundant};
 use model::ops::{MatmulBackend, ModelBackend, matmul};
+use model::weight::BaseWeight;
 use quant::bitsandbytes::{self, Stored};
 use quant::{PackedWeight, QuantBackend, QuantLinear, Quantized, Scheme, quantize};
 
@@ -57,6 +58,41 @@ impl<B: Backend> BaseLinear<B> {
     /// Whether any of it is trained itself.
     pub fn is_trained(&self) -> bool {
         self.num_params() > 0
+    }
+
+    /// The weight `[out, in]`, decoded if it is in 4 bits.
+    pub fn weight(&self) -> Tensor<B, 2> {
+        match self {
+            Self::Dense(linear) => linear.weight.val(),
+            Self::Quantized(linear) => linear.weight.dequantize(),
+        }
+    }
+
+    /// The bias `[out]`, if there is one.
+    pub fn bias(&self) -> Option<Tensor<B, 1>> {
+        match self {
+            Self::Dense(linear) => linear.bias.as_ref().map(BaseWeight::val),
+            Self::Quantized(linear) => linear.bias.clone(),
+        }
+    }
+
+    /// The same weight alone.
+    pub fn without_bias(&self) -> Self {
+        match self {
+            Self::Dense(linear) => Self::Dense(Linear {
+                weight: linear.weight.clone(),
+                bias: None,
+            }),
+            Self::Quantized(linear) => Self::Quantized(QuantLinear {
+                weight: linear.weight.clone(),
+                bias: None,
+            }),
+        }
+    }
+
+    /// The sums of the squares of the weight's rows, `[out]`.
+    pub fn row_squares(&self) -> Tensor<B, 1> {
+        self.weight().powi_scalar(2).sum_dim(1).squeeze_dim(1)
     }
 }
 
@@ -290,21 +326,11 @@ pub fn base_bytes(base: &ModelFolder, scheme: Option<Scheme>) -> Result<u64> {
 
 /// How the linear layers of a model are quantised, if they are.
 pub fn scheme<B: Backend>(model: &AdaptedLlama<B>) -> Option<Scheme> {
-    let linears = model.layers.iter().flat_map(|layer| {
-        let (attention, mlp) = (&layer.self_attn, &layer.mlp);
-        [
-            &attention.q_proj,
-            &attention.k_proj,
-            &attention.v_proj,
-            &attention.o_proj,
-            &mlp.gate_proj,
-            &mlp.up_proj,
-            &mlp.down_proj,
-        ]
-    });
-    let mut schemes = linears.filter_map(|linear| match &linear.base {
-        BaseLinear::Dense(_) => None,
-        BaseLinear::Quantized(linear) => Some(linear.weight.layout.scheme),
-    });
+    let mut schemes = model
+        .projections()
+        .filter_map(|(_, linear)| match &linear.base {
+            BaseLinear::Dense(_) => None,
+            BaseLinear::Quantized(linear) => Some(linear.weight.layout.scheme),
+        });
     schemes.next()
 }

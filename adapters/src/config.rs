@@ -123,33 +123,17 @@ impl AdapterConfig {
         Ok(all)
     }
 
-    /// The tensors that are trained and no part of what PEFT saves, which has only what they make.
-    ///
-    /// # Errors
-    /// Those of [`AdapterConfig::layers`].
-    pub fn encoder(&self, model: &LlamaConfig) -> Result<Vec<(String, Vec<usize>)>> {
-        let parts = self.parts(model)?.into_iter();
-        let encoder = parts.filter(|part| part.role == Role::Encoder);
-        Ok(encoder.map(|part| (part.name, part.shape)).collect())
-    }
-
     /// Numbers in the file that is saved.
     ///
     /// # Errors
     /// Those of [`AdapterConfig::layers`].
     pub fn num_saved(&self, model: &LlamaConfig) -> Result<u64> {
-        let parts = self.parts(model)?.into_iter();
-        let saved = parts.filter(|part| part.role.is_saved());
-        let size = |shape: &[usize]| shape.iter().map(|n| *n as u64).product::<u64>();
-        Ok(saved.map(|part| size(&part.shape)).sum())
-    }
-
-    /// The settings of the adapter that is read from what this one saves.
-    pub fn saved(&self) -> Self {
-        Self {
+        let saved = Self {
             method: self.method.saved(),
             ..self.clone()
-        }
+        };
+        let size = |part: &Part| part.shape.iter().map(|n| *n as u64).product::<u64>();
+        Ok(saved.parts(model)?.iter().map(size).sum())
     }
 
     /// Name and shape of every tensor that is trained.
@@ -158,7 +142,7 @@ impl AdapterConfig {
     /// Those of [`AdapterConfig::layers`].
     pub fn parameters(&self, model: &LlamaConfig) -> Result<Vec<(String, Vec<usize>)>> {
         let parts = self.parts(model)?.into_iter();
-        let trained = parts.filter(|part| part.role.is_trained());
+        let trained = parts.filter(|part| part.role != Role::Frozen);
         Ok(trained.map(|part| (part.name, part.shape)).collect())
     }
 

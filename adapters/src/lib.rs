@@ -18,7 +18,7 @@ mod parameters;
 pub mod peft;
 mod quantize;
 
-pub use attach::{AdaptedLlama, attach, attach_again, draw, train_all};
+pub use attach::{AdaptedLlama, attach, draw, train_all};
 pub use base::{AdaptedBackend, BaseLinear, TrainBackend, base_bytes, check, init, load, scheme};
 pub use config::{AdapterConfig, Layer, MAX_RANK, Pattern, Selection, Targets};
 pub use drift::{Drift, drift};

@@ -381,6 +381,8 @@ fn sum_of_loras<B: Backend>(
     Ok(Lora {
         lora_a: named_param(&names[0], tensor(a, [rank, r#in])),
         lora_b: named_param(&names[1], tensor(b, [out, rank])),
+        magnitude: None,
+        base_squares: None,
         scaling: 1.0,
         dropout: 0.0,
         seed: None,

@@ -12,9 +12,11 @@ pub mod prompt;
 pub mod ptuning;
 mod virtual_tokens;
 
+use std::collections::HashMap;
 use std::ops::Range;
 
-use burn::module::{Module, Param};
+use burn::module::{Module, Param, ParamId};
+use burn::optim::GradientsParams;
 use burn::tensor::{Tensor, TensorData, backend::Backend};
 use model::config::LlamaConfig;
 use model::virtual_tokens::VirtualTokens;
@@ -24,7 +26,7 @@ use serde::{Deserializer, Serialize};
 use serde_json::{Map, Value};
 
 use crate::attach::AdaptedLlama;
-use crate::base::{AdaptedBackend, BaseLinear};
+use crate::base::{AdaptedBackend, BaseLinear, TrainBackend};
 use crate::config::{Layer, Targets};
 
 /// What PEFT puts before the names of the base model's modules.
@@ -78,6 +80,16 @@ pub trait Settings: Clone + PartialEq + Default + Serialize + DeserializeOwned {
         false
     }
 
+    /// The factor on the learning rate of a tensor, of which `learning_rate` is the peak.
+    fn rate(&self, _part: &Part, _learning_rate: f64) -> f64 {
+        1.0
+    }
+
+    /// Whether what is saved differs from what is trained: then checkpoints hold that, too.
+    fn is_converted(&self) -> bool {
+        false
+    }
+
     /// The layers that a recipe means which does not say.
     fn default_targets() -> Targets {
         Targets::AllLinear
@@ -122,6 +134,53 @@ pub trait LayerMethod: Settings {
     /// How many numbers the update of a layer keeps from forward to backward: for each token, and
     /// beside them.
     fn kept(&self, layer: &Layer) -> [usize; 2];
+
+    /// Turns the values of all tensors, by their names, into those that are saved, and says what an
+    /// adapter of those is; of a method that [is converted](Settings::is_converted).
+    fn convert(&self, _layers: &[Layer], _values: &mut HashMap<String, Vec<f32>>) -> Option<Self> {
+        None
+    }
+
+    /// Adds to the gradients those of a term of the loss that depends on the weights of a layer
+    /// alone, and returns the term; `layers` are adapted.
+    fn regularise<B: TrainBackend>(
+        &self,
+        _update: &Self::Update<B>,
+        _layers: usize,
+        _gradients: &mut GradientsParams,
+    ) -> f64 {
+        0.0
+    }
+
+    /// What it does after each of `steps` optimizer steps.
+    fn after_step<B: Backend>(
+        &self,
+        _layers: &[Layer],
+        _steps: usize,
+    ) -> Option<Box<dyn AfterStep<B>>> {
+        None
+    }
+}
+
+/// What a method does after an optimizer step. Values and gradients are flat.
+pub trait AfterStep<B: Backend>: std::fmt::Debug + Send {
+    /// Whether it looks at a parameter.
+    fn watches(&self, id: ParamId) -> bool;
+
+    /// After `step`, counted from 1: `values` has the watched parameters as the step left them, and
+    /// takes what they are to be; `gradients` has what the step followed.
+    fn after(
+        &mut self,
+        step: usize,
+        values: &mut HashMap<ParamId, Tensor<B, 1>>,
+        gradients: &HashMap<ParamId, Tensor<B, 1>>,
+    );
+
+    /// What it remembers from step to step, by name.
+    fn state(&self) -> Vec<(String, Vec<f32>)>;
+
+    /// Remembers what [`AfterStep::state`] gave; nothing if that was of no step yet.
+    fn restore(&mut self, state: HashMap<String, Vec<f32>>, device: &B::Device);
 }
 
 /// What an update computes. Shapes: `n` tokens, `[out, in]` the layer.
@@ -137,6 +196,9 @@ pub trait Computes<B: AdaptedBackend> {
     fn merge_bias(&self, bias: Tensor<B, 1>) -> Tensor<B, 1> {
         bias
     }
+
+    /// Makes ready what follows from the base layer alone, which does not change any more.
+    fn settle(&mut self, _base: &BaseLinear<B>) {}
 
     /// From here on, until the next call, `seed` decides what is dropped; before the first, nothing
     /// is.
@@ -162,7 +224,7 @@ pub trait PromptMethod: Settings {
     /// Settings in PEFT's spelling that follow from the model, and from its name.
     fn peft_of_model(&self, model: &LlamaConfig, base: &str) -> Map<String, Value>;
 
-    /// The settings of the adapter that is read from what this one saves: without an encoder.
+    /// The settings of the adapter that is saved: of what an encoder made, without it.
     fn saved(&self) -> Self {
         self.clone()
     }
@@ -204,22 +266,6 @@ pub enum Role {
     Frozen,
     /// It is trained and takes the place of a weight of the model.
     Whole,
-    /// It is trained, and saved is only what it makes of others.
-    Encoder,
-    /// It is saved and made of others.
-    Encoded,
-}
-
-impl Role {
-    /// Whether the optimizer updates such a tensor.
-    pub fn is_trained(self) -> bool {
-        matches!(self, Self::Trained | Self::Whole | Self::Encoder)
-    }
-
-    /// Whether PEFT's file has such a tensor.
-    pub fn is_saved(self) -> bool {
-        self != Self::Encoder
-    }
 }
 
 impl Part {
@@ -565,6 +611,72 @@ macro_rules! methods {
                 }
             }
 
+            /// See [`Settings::rate`].
+            pub fn rate(&self, part: &Part, learning_rate: f64) -> f64 {
+                match self {
+                    $(Self::$Layer(settings) => settings.rate(part, learning_rate),)*
+                    $(Self::$Prompt(settings) => settings.rate(part, learning_rate),)*
+                }
+            }
+
+            /// See [`Settings::is_converted`].
+            pub fn is_converted(&self) -> bool {
+                match self {
+                    $(Self::$Layer(settings) => settings.is_converted(),)*
+                    $(Self::$Prompt(settings) => settings.is_converted(),)*
+                }
+            }
+
+            /// What is saved in place of `values`, which have all tensors by their names, and what an
+            /// adapter of that is.
+            pub(crate) fn convert<B: AdaptedBackend>(
+                &self,
+                layers: &[Layer],
+                _model: &AdaptedLlama<B>,
+                values: &mut HashMap<String, Vec<f32>>,
+            ) -> Option<Self> {
+                match self {
+                    $(Self::$Layer(settings) => settings.convert(layers, values).map(Self::$Layer),)*
+                    $(Self::$Prompt(settings) => {
+                        let virtual_tokens = _model.virtual_tokens.as_ref()?;
+                        let encoded = virtual_tokens.encode(&[0]).into_data().convert::<f32>();
+                        let encoded = encoded.into_vec().expect("converted to f32");
+                        values.insert(virtual_tokens::EMBEDDINGS.into(), encoded);
+                        Some(Self::$Prompt(settings.saved()))
+                    })*
+                }
+            }
+
+            /// Adds to the gradients those of the method's own terms of the loss, and returns the sum
+            /// of the terms.
+            pub fn regularise<B: TrainBackend>(
+                &self,
+                model: &AdaptedLlama<B>,
+                gradients: &mut GradientsParams,
+            ) -> f64 {
+                let updates: Vec<_> = model.projections().filter_map(|(_, p)| p.update.as_ref()).collect();
+                let one = |update: &&Update<B>| match (self, *update) {
+                    $((Self::$Layer(settings), Update::$Layer(update)) => {
+                        settings.regularise(update, updates.len(), gradients)
+                    })*
+                    #[allow(unreachable_patterns, reason = "there may be one method alone")]
+                    _ => 0.0,
+                };
+                updates.iter().map(one).sum()
+            }
+
+            /// See [`LayerMethod::after_step`].
+            pub fn after_step<B: Backend>(
+                &self,
+                layers: &[Layer],
+                steps: usize,
+            ) -> Option<Box<dyn AfterStep<B>>> {
+                match self {
+                    $(Self::$Layer(settings) => settings.after_step(layers, steps),)*
+                    $(Self::$Prompt(_) => None,)*
+                }
+            }
+
             /// See [`LayerMethod::kept`].
             pub fn kept(&self, layer: &Layer) -> [usize; 2] {
                 match self {
@@ -612,6 +724,12 @@ macro_rules! methods {
             fn merge_bias(&self, bias: Tensor<B, 1>) -> Tensor<B, 1> {
                 match self {
                     $(Self::$Layer(update) => Computes::<B>::merge_bias(update, bias),)*
+                }
+            }
+
+            fn settle(&mut self, base: &BaseLinear<B>) {
+                match self {
+                    $(Self::$Layer(update) => update.settle(base),)*
                 }
             }
 

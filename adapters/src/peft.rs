@@ -2,6 +2,7 @@
 //!
 //! Source: `peft/config.py`, `peft/utils/save_and_load.py`.
 
+use std::collections::HashMap;
 use std::path::Path;
 
 use burn::tensor::backend::Backend;
@@ -196,7 +197,7 @@ fn open_on(folder: &Path, model: &LlamaConfig) -> Result<Opened> {
 /// # Errors
 /// [`Error::Tensors`] lists every tensor that is missing, unexpected or of another shape;
 /// [`Error::Config`] if the settings do not fit the model.
-pub fn load<B: Backend>(
+pub fn load<B: AdaptedBackend>(
     mut model: AdaptedLlama<B>,
     folder: &Path,
     device: &B::Device,
@@ -238,43 +239,61 @@ pub fn save<B: AdaptedBackend>(
         path: folder.into(),
         source,
     })?;
-    let mut values = read_parameters(model);
+    let (config, mut values) = saved(model, config)?;
     let tensor = |part: Part| NamedTensor {
-        values: match part.role {
-            Role::Frozen => frozen(model, &part),
-            Role::Encoded => encoded(model),
-            _ => values.remove(&param_id(&part.name)),
-        }
-        .expect("every tensor of the adapter is on the model"),
+        values: values
+            .remove(&part.name)
+            .expect("every tensor of the adapter is on the model"),
         name: part.key,
         shape: part.shape,
     };
     let parts = config.parts(&model.config)?.into_iter();
-    let saved = parts.filter(|part| part.role.is_saved());
-    let tensors: Vec<_> = saved.map(tensor).collect();
+    let tensors: Vec<_> = parts.map(tensor).collect();
     let metadata = [(BASE_QUANTIZATION, quantization(model))];
     write_safetensors(&folder.join(MODEL_FILE), &tensors, &metadata)?;
-    let json = serde_json::to_string_pretty(&config_json(config, &model.config, base_model));
+    let json = serde_json::to_string_pretty(&config_json(&config, &model.config, base_model));
     let json = json.expect("a JSON value can be written");
     write_file(&folder.join(CONFIG_FILE), json.as_bytes())?;
     Ok(())
 }
 
+/// What is saved of a model: the settings, and the values of all tensors by name.
+fn saved<B: AdaptedBackend>(
+    model: &AdaptedLlama<B>,
+    config: &AdapterConfig,
+) -> Result<(AdapterConfig, HashMap<String, Vec<f32>>)> {
+    let mut by_id = read_parameters(model);
+    let value = |part: Part| {
+        let values = match part.role {
+            Role::Frozen => frozen(model, &part),
+            _ => by_id.remove(&param_id(&part.name)),
+        };
+        (
+            part.name,
+            values.expect("every tensor of the adapter is on the model"),
+        )
+    };
+    let mut values = config
+        .parts(&model.config)?
+        .into_iter()
+        .map(value)
+        .collect();
+    let mut config = config.clone();
+    if config.method.is_converted() {
+        let layers = config.layers(&model.config)?;
+        let converted = config.method.convert(&layers, model, &mut values);
+        config.method = converted.unwrap_or(config.method);
+    }
+    Ok((config, values))
+}
+
 /// The values of a tensor that is not trained: of the first layer that has it.
 fn frozen<B: AdaptedBackend>(model: &AdaptedLlama<B>, part: &Part) -> Option<Vec<f32>> {
-    let mut model = model.clone(); // shares the weights
     let mut updates = model
-        .projections_mut()
+        .projections()
         .filter(|(name, _)| part.module().is_none_or(|module| module == name))
         .filter_map(|(_, linear)| linear.update.as_ref()?.frozen(part.end()));
     let data = updates.next()?.into_data().convert::<f32>();
-    data.into_vec().ok()
-}
-
-/// What the encoder of virtual tokens makes.
-fn encoded<B: AdaptedBackend>(model: &AdaptedLlama<B>) -> Option<Vec<f32>> {
-    let virtual_tokens = model.virtual_tokens.as_ref()?;
-    let data = virtual_tokens.encode(&[0]).into_data().convert::<f32>();
     data.into_vec().ok()
 }
 

@@ -213,7 +213,7 @@ fn missing_and_unexpected_keys_and_unknown_settings_are_errors() {
         "{text}"
     );
     assert!(set("r", 5.into()).contains("is [4, 32], expected [5, 32]"));
-    assert!(set("use_dora", true.into()).contains("use_dora is true"));
+    assert!(set("use_dora", true.into()).contains("lora_magnitude_vector is missing"));
     assert!(set("init_lora_weights", "pissa_niter_4".into()).contains("pissa_niter_4"));
     assert!(set("bias", "all".into()).contains("bias is \"all\""));
     assert!(set("peft_type", "IA3".into()).contains("IA3"));

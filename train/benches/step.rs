@@ -42,7 +42,7 @@ fn language_model() -> CausalLm<B> {
     attach(&mut model, &Recipe::default().adapter.config(), 1, &device).expect("it fits");
     CausalLm {
         model,
-        is_random: false,
+        method: None,
         seed: 1,
         recompute: false,
     }

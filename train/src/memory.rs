@@ -9,6 +9,7 @@
 
 use std::collections::BTreeMap;
 
+use adapters::Method;
 use model::config::LlamaConfig;
 use model::ops::ATTENTION_QUERIES;
 use serde::{Deserialize, Serialize};
@@ -303,7 +304,11 @@ impl Work<'_> {
             true => layers.iter().copied().max().unwrap_or(0).into(),
             false => 0,
         };
-        let wide = if self.trained.is_random() { 4 } else { 2 };
+        let wide = if self.trained.method().is_some_and(Method::is_random) {
+            4
+        } else {
+            2
+        };
         let linear = n * (wide * i + 2 * d + again);
         bytes(linear) + self.attention_scores() + self.decoded_weights()
     }

@@ -280,10 +280,6 @@ mod tests {
                 "train.recompute: unknown variant `layer`, expected one of `auto`, `none`, `block`",
             ),
             (
-                "adapter.use_dora=true",
-                "adapter.use_dora = true is not supported",
-            ),
-            (
                 "adapter.method=ia3",
                 "adapter.method = \"ia3\" is not supported: expected \"lora\" or \"full\"",
             ),

@@ -171,13 +171,18 @@ fn begin<B: TrainBackend>(
         }
     }
     let folder = folder(&recipe)?.with_events(&recipe, 1)?;
-    let optimizer = AdamW::new(&recipe.train);
     let progress = Progress {
         rows: rows.fingerprint(),
         ..Progress::default()
     };
+    let virtual_tokens = trained.virtual_tokens();
+    let (data, train) = (&recipe.data, &recipe.train);
+    let windows = Windows::behind(virtual_tokens, rows.train, data, train, progress.step);
+    let steps = windows.num_steps();
+    let optimizer = trained.optimizer(&model.config, &recipe.train, steps)?;
     let run = assemble(
-        recipe, trained, base, rows, device, model, optimizer, folder, progress, load_time,
+        recipe, trained, base, windows, rows.eval, device, model, optimizer, folder, progress,
+        load_time,
     );
     Ok(Run { other_base, ..run })
 }
@@ -247,20 +252,21 @@ pub fn resume<B: TrainBackend>(
         });
     }
     let start = Instant::now();
-    let mut model = load_base::<B>(&recipe, &base, &device)?;
+    let model = load_base::<B>(&recipe, &base, &device)?;
     let load_time = start.elapsed();
-    if trained == Trained::Full {
-        trained.attach(&mut model, recipe.train.seed, &device)?;
-    }
-    let model = trained.restore(model, checkpoint, &device)?;
-    let optimizer = AdamW::new(&recipe.train);
+    let model = trained.restore(model, checkpoint, recipe.train.seed, &device)?;
+    let virtual_tokens = trained.virtual_tokens();
+    let windows = Windows::behind(virtual_tokens, rows.train, data, train, progress.step);
+    let steps = windows.num_steps();
+    let optimizer = trained.optimizer(&model.config, &recipe.train, steps)?;
     let names = trained.parameters(&model.config)?; // of which ties may have come apart
     restore_optimizer(&optimizer, &names, checkpoint, &device)?;
     folder.write_recipe(&recipe)?;
     folder.go_back(&progress)?;
     let folder = folder.with_events(&recipe, progress.step + 1)?;
     Ok(assemble(
-        recipe, trained, base, rows, device, model, optimizer, folder, progress, load_time,
+        recipe, trained, base, windows, rows.eval, device, model, optimizer, folder, progress,
+        load_time,
     ))
 }
 
@@ -272,7 +278,8 @@ fn assemble<B: TrainBackend>(
     recipe: Recipe,
     trained: Trained,
     base: ModelFolder,
-    rows: Rows,
+    windows: Windows,
+    eval: Samples,
     device: B::Device,
     model: AdaptedLlama<B>,
     optimizer: AdamW<B::InnerBackend>,
@@ -284,18 +291,12 @@ fn assemble<B: TrainBackend>(
     Run {
         model: CausalLm {
             model,
-            is_random: trained.is_random(),
+            method: trained.method().cloned(),
             seed: train.seed,
             recompute: train.recompute == Recompute::Block,
         },
-        windows: Windows::behind(
-            trained.virtual_tokens(),
-            rows.train,
-            &recipe.data,
-            train,
-            progress.step,
-        ),
-        eval: EvalBatches::new(rows.eval, train.micro_batch_size),
+        windows,
+        eval: EvalBatches::new(eval, train.micro_batch_size),
         recipe,
         trained,
         base,

@@ -4,7 +4,7 @@
 //! trained tokens in it, so that one batch of eight rows and eight batches of one are the same
 //! step.
 
-use adapters::{AdaptedBackend, AdaptedLlama, TrainBackend, draw};
+use adapters::{AdaptedBackend, AdaptedLlama, Method, TrainBackend, draw};
 use burn::module::{AutodiffModule, Module, ModuleVisitor, Param};
 use burn::optim::{GradientsAccumulator, GradientsParams};
 use burn::tensor::{Int, Tensor, backend::Backend};
@@ -24,8 +24,9 @@ pub(crate) const LOGITS_AT_A_TIME: usize = 1 << 23;
 pub struct CausalLm<B: Backend> {
     /// The model.
     pub model: AdaptedLlama<B>,
-    /// Whether its adapter drops anything while training.
-    pub is_random: bool,
+    /// The method of its adapter, if it has one.
+    #[module(skip)]
+    pub method: Option<Method>,
     /// Decides what is dropped.
     #[module(skip)]
     pub seed: u64,
@@ -70,7 +71,7 @@ impl<B: TrainBackend> TrainStep for CausalLm<B> {
         let mut total: Option<Tensor<B::InnerBackend, 1>> = None;
         for (index, batch) in window.micro_batches.iter().enumerate() {
             let mut lm = self.clone();
-            if self.is_random {
+            if self.method.as_ref().is_some_and(Method::is_random) {
                 let seed = self.seed ^ ((window.step as u64) << 20 | index as u64);
                 draw(&mut lm.model, seed);
             }
@@ -81,10 +82,13 @@ impl<B: TrainBackend> TrainStep for CausalLm<B> {
             });
         }
         let total = total.map_or(0.0, |total| f64::from(total.into_scalar_f32()));
+        let mut grads = gradients.grads();
+        let regularise = |method: &Method| method.regularise(&self.model, &mut grads);
+        let term = self.method.as_ref().map_or(0.0, regularise);
         TrainOutput {
-            grads: gradients.grads(),
+            grads,
             item: StepItem {
-                loss: total / trained_tokens as f64,
+                loss: total / trained_tokens as f64 + term,
                 trained_tokens,
                 tokens: window.num_tokens(),
                 epoch: window.epoch,

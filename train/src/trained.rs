@@ -2,7 +2,8 @@
 
 use std::path::{Path, PathBuf};
 
-use adapters::{AdaptedBackend, AdaptedLlama, AdapterConfig, peft};
+use adapters::methods::Part;
+use adapters::{AdaptedBackend, AdaptedLlama, AdapterConfig, Method, peft};
 use burn::tensor::backend::Backend;
 use model::checkpoint::{Checkpoint, MODEL_FILE, NamedTensor, write_safetensors};
 use model::config::LlamaConfig;
@@ -10,10 +11,12 @@ use model::folder::{ModelFolder, edit_config};
 use model::weight::param_id;
 
 use crate::error::{Error, Result};
+use crate::optimizer::AdamW;
+use crate::recipe::TrainSection;
 use crate::run_folder::io;
 
-/// The tensors of an encoder, in a checkpoint.
-const ENCODER_FILE: &str = "encoder.safetensors";
+/// The trained weights of a checkpoint whose adapter is in another form.
+const EXACT_FILE: &str = "trained.safetensors";
 
 /// What is trained.
 #[derive(Debug, Clone, PartialEq)]
@@ -41,12 +44,31 @@ impl Trained {
         })
     }
 
-    /// Whether anything is dropped while training.
-    pub fn is_random(&self) -> bool {
+    /// The method of the adapter, if it is one.
+    pub fn method(&self) -> Option<&Method> {
         match self {
-            Self::Adapter(adapter) => adapter.method.is_random(),
-            Self::Full => false,
+            Self::Adapter(adapter) => Some(&adapter.method),
+            Self::Full => None,
         }
+    }
+
+    /// The optimizer of a run of so many steps.
+    pub fn optimizer<B: Backend>(
+        &self,
+        config: &LlamaConfig,
+        train: &TrainSection,
+        steps: usize,
+    ) -> Result<AdamW<B>> {
+        let optimizer = AdamW::new(train);
+        let Self::Adapter(adapter) = self else {
+            return Ok(optimizer);
+        };
+        let rate = |part: &Part| adapter.method.rate(part, train.learning_rate);
+        let parts = adapter.parts(config)?.into_iter();
+        let rates = parts.map(|part| (param_id(&part.name), rate(&part)));
+        let rates = rates.filter(|(_, rate)| *rate != 1.0).collect();
+        let after = adapter.method.after_step(&adapter.layers(config)?, steps);
+        Ok(optimizer.with(rates, after))
     }
 
     /// Numbers in the file that is saved.
@@ -59,10 +81,7 @@ impl Trained {
 
     /// How many virtual tokens stand beside the tokens of every row.
     pub fn virtual_tokens(&self) -> usize {
-        match self {
-            Self::Adapter(adapter) => adapter.method.positions(),
-            Self::Full => 0,
-        }
+        self.method().map_or(0, Method::positions)
     }
 
     /// Number of trained weights.
@@ -73,7 +92,7 @@ impl Trained {
     }
 
     /// Makes what is trained of a plain model: fresh adapters, or trainable weights.
-    pub fn attach<B: Backend>(
+    pub fn attach<B: AdaptedBackend>(
         &self,
         model: &mut AdaptedLlama<B>,
         seed: u64,
@@ -130,75 +149,77 @@ impl Trained {
         Ok(folder)
     }
 
-    /// Writes what [`Trained::save`] leaves out, as PEFT does: the layers that make virtual tokens.
-    pub fn save_encoder<B: AdaptedBackend>(
-        &self,
-        model: &AdaptedLlama<B>,
-        into: &Path,
-    ) -> Result<()> {
-        let encoder = self.encoder(&model.config)?;
-        if encoder.is_empty() {
+    /// Writes what is trained so that a run can go on with it, where [`Trained::save`] writes
+    /// something else.
+    pub fn save_exactly<B: Backend>(&self, model: &AdaptedLlama<B>, into: &Path) -> Result<()> {
+        if !self.is_converted() {
             return Ok(());
         }
         let mut values = adapters::read_parameters(model);
         let tensor = |(name, shape): (String, Vec<usize>)| NamedTensor {
-            values: values
-                .remove(&param_id(&name))
-                .expect("every tensor of the encoder is trained"),
+            values: values.remove(&param_id(&name)).expect("it is trained"),
             name,
             shape,
         };
-        let tensors: Vec<_> = encoder.into_iter().map(tensor).collect();
-        Ok(write_safetensors(&into.join(ENCODER_FILE), &tensors, &[])?)
+        let all = self.parameters(&model.config)?.into_iter();
+        let tensors: Vec<_> = all.map(tensor).collect();
+        Ok(write_safetensors(&into.join(EXACT_FILE), &tensors, &[])?)
     }
 
-    fn encoder(&self, config: &LlamaConfig) -> Result<Vec<(String, Vec<usize>)>> {
-        Ok(match self {
-            Self::Adapter(adapter) => adapter.encoder(config)?,
-            Self::Full => Vec::new(),
-        })
+    fn is_converted(&self) -> bool {
+        self.method().is_some_and(Method::is_converted)
     }
 
-    /// Overwrites the trained weights of `model` with those that [`Trained::save`] wrote, and
-    /// [`Trained::save_encoder`].
-    pub fn restore<B: Backend>(
+    /// Puts what is trained on a base model, with the weights that [`Trained::save`] and
+    /// [`Trained::save_exactly`] wrote; `seed` is that of the run.
+    pub fn restore<B: AdaptedBackend>(
         &self,
-        model: AdaptedLlama<B>,
+        mut model: AdaptedLlama<B>,
         from: &Path,
+        seed: u64,
         device: &B::Device,
     ) -> Result<AdaptedLlama<B>> {
         let folder = from.join(self.folder_name());
+        if self.is_converted() {
+            self.attach(&mut model, seed, device)?;
+            let file = Checkpoint::open_file(&from.join(EXACT_FILE))?;
+            let names = self.parameters(&model.config)?;
+            return overwrite(model, &file, &names);
+        }
         match self {
             Self::Adapter(ours) => {
-                let (mut model, theirs) = peft::load(model, &folder, device)?;
+                let (model, theirs) = peft::load(model, &folder, device)?;
                 let problem = |key: String| {
                     format!(
                         "adapter.{key} is not what the run began with ({})",
                         folder.display()
                     )
                 };
-                let differ = ours.saved().differences(&theirs);
-                if !differ.is_empty() {
-                    let problems = differ.into_iter().map(problem).collect();
-                    return Err(Error::Recipe { problems });
+                match ours.differences(&theirs) {
+                    differ if differ.is_empty() => Ok(model),
+                    differ => Err(Error::Recipe {
+                        problems: differ.into_iter().map(problem).collect(),
+                    }),
                 }
-                let encoder = ours.encoder(&model.config)?;
-                if !encoder.is_empty() {
-                    let file = Checkpoint::open_file(&from.join(ENCODER_FILE))?;
-                    file.check(&encoder, |_| false)?;
-                    let read = |name: &str| Ok(file.read(name)?);
-                    adapters::attach_again(&mut model, ours, &read, device)?;
-                }
-                Ok(model)
             }
             Self::Full => {
+                self.attach(&mut model, seed, device)?;
                 let file = Checkpoint::open_file(&folder.join(MODEL_FILE))?;
                 let tensors = model.config.tensors();
-                file.check(&tensors, |_| false)?;
-                let read = |(name, _): &(String, _)| Ok((param_id(name), file.read(name)?));
-                let values = tensors.iter().map(read).collect::<Result<_>>()?;
-                Ok(adapters::write_parameters(model, values))
+                overwrite(model, &file, &tensors)
             }
         }
     }
+}
+
+/// Reads trained tensors from a file that has no others.
+fn overwrite<B: Backend>(
+    model: AdaptedLlama<B>,
+    file: &Checkpoint,
+    tensors: &[(String, Vec<usize>)],
+) -> Result<AdaptedLlama<B>> {
+    file.check(tensors, |_| false)?;
+    let read = |(name, _): &(String, _)| Ok((param_id(name), file.read(name)?));
+    let values = tensors.iter().map(read).collect::<Result<_>>()?;
+    Ok(adapters::write_parameters(model, values))
 }

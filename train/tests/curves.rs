@@ -129,3 +129,18 @@ fn doubly_quantised_fp4_follows_peft_and_bitsandbytes() {
 fn two_targets_linear_and_clipping_follow_peft() {
     follow("linear");
 }
+
+#[test]
+fn dora_follows_peft() {
+    follow("dora");
+}
+
+#[test]
+fn dora_over_nf4_follows_peft_and_bitsandbytes() {
+    follow("dora_nf4");
+}
+
+#[test]
+fn learning_rates_of_lora_plus_follow_peft() {
+    follow("loraplus");
+}

@@ -144,7 +144,7 @@ fn load(folder: &Path) -> AdaptedLlama<Flex> {
 fn lm(model: AdaptedLlama<Flex>) -> CausalLm<Flex> {
     CausalLm {
         model,
-        is_random: false,
+        method: None,
         seed: 0,
         recompute: false,
     }
@@ -567,7 +567,7 @@ fn dropout_acts_while_training_and_not_while_evaluating() {
     assert_ne!(first, mean(1, &[row, row]));
     let valid = |run: &Run<B>| evaluation(run.model.valid().model, &eval, 2).loss;
     let eval_with = valid(&run);
-    run.model.is_random = false;
+    run.model.method = None;
     assert_ne!(with, loss(&run));
     assert_eq!(eval_with, valid(&run));
     let evals = numbers(&metrics(plain.path(), "eval"), "loss");

@@ -87,7 +87,7 @@ fn measure(
     trained.attach(&mut model, 1, &device).unwrap();
     let lm = CausalLm::<Autodiff<Flex>> {
         model,
-        is_random: trained.is_random(),
+        method: trained.method().cloned(),
         seed: 1,
         recompute,
     };

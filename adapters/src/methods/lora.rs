@@ -2,6 +2,7 @@
 //!
 //! Source: <https://arxiv.org/abs/2106.09685>, `peft/tuners/lora/{config,layer}.py`.
 
+mod dora;
 mod linear;
 
 use std::ops::Range;
@@ -10,17 +11,22 @@ use burn::module::{Module, Param};
 use burn::tensor::{Tensor, backend::Backend};
 use model::load::normal;
 use model::ops::{MatmulBackend, matmul};
-use model::weight::param_id;
+use model::weight::{BaseWeight, param_id};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
-use super::{Computes, LayerMethod, Part, Settings, Values};
+use super::{Computes, LayerMethod, Part, Role, Settings, Values};
 use crate::base::{AdaptedBackend, BaseLinear};
 use crate::config::{Layer, MAX_RANK, Pattern, number};
 use crate::linear::{Dropout, dropped};
 pub use linear::{LoraBackend, lora_linear, reference};
+
+/// The module of the embeddings.
+const EMBEDDINGS: &str = "model.embed_tokens";
+/// The tensor of DoRA's lengths.
+const MAGNITUDE: &str = "lora_magnitude_vector";
 
 /// The settings of LoRA.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -34,10 +40,17 @@ pub struct LoraSettings {
     pub dropout: f64,
     /// Scale by `alpha / √rank` instead of `alpha / rank` (<https://arxiv.org/abs/2312.03732>).
     pub use_rslora: bool,
-    /// Weight-decomposed LoRA.
+    /// Weight-decomposed LoRA: the lengths of the weight's rows are trained, too.
     pub use_dora: bool,
     /// How `lora_a` starts; `lora_b` starts as zeros.
     pub init: LoraInit,
+    /// LoRA+: how many times the learning rate of `lora_a` that of `lora_b` and of vectors is
+    /// (<https://arxiv.org/abs/2402.12354>).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub loraplus_lr_ratio: Option<f64>,
+    /// The learning rate of LoRA on embeddings if there is a `loraplus_lr_ratio`; 1e-6 if not given.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub loraplus_lr_embedding: Option<f64>,
     /// Ranks of single layers: the first key that matches decides.
     pub rank_pattern: Pattern<usize>,
     /// Alphas of single layers: the first key that matches decides.
@@ -63,6 +76,8 @@ impl Default for LoraSettings {
             use_rslora: false,
             use_dora: false,
             init: LoraInit::Default,
+            loraplus_lr_ratio: None,
+            loraplus_lr_embedding: None,
             rank_pattern: Pattern::default(),
             alpha_pattern: Pattern::default(),
         }
@@ -77,6 +92,7 @@ struct PeftLora {
     lora_alpha: f64,
     lora_dropout: f64,
     use_rslora: bool,
+    use_dora: bool,
     rank_pattern: Pattern<usize>,
     alpha_pattern: Pattern<f64>,
 }
@@ -88,6 +104,7 @@ impl Default for PeftLora {
             lora_alpha: 8.0,
             lora_dropout: 0.0,
             use_rslora: false,
+            use_dora: false,
             rank_pattern: Pattern::default(),
             alpha_pattern: Pattern::default(),
         }
@@ -114,13 +131,17 @@ impl Settings for LoraSettings {
         ("target_parameters", Value::Null),
         ("trainable_token_indices", Value::Null),
         ("use_bdlora", Value::Null),
-        ("use_dora", Value::Bool(false)),
         ("use_qalora", Value::Bool(false)),
         ("velora_config", Value::Null),
         ("ensure_weight_tying", Value::Bool(false)),
         ("loftq_config", Value::Null),
     ];
-    const FREE: &'static [&'static str] = &["dropout", "init"];
+    const FREE: &'static [&'static str] = &[
+        "dropout",
+        "init",
+        "loraplus_lr_ratio",
+        "loraplus_lr_embedding",
+    ];
 
     fn from_peft(json: &str) -> serde_json::Result<Self> {
         let peft: PeftLora = serde_json::from_str(json)?;
@@ -129,10 +150,10 @@ impl Settings for LoraSettings {
             alpha: peft.lora_alpha,
             dropout: peft.lora_dropout,
             use_rslora: peft.use_rslora,
-            use_dora: false,
-            init: LoraInit::Default,
+            use_dora: peft.use_dora,
             rank_pattern: peft.rank_pattern,
             alpha_pattern: peft.alpha_pattern,
+            ..Self::default()
         })
     }
 
@@ -154,7 +175,7 @@ impl Settings for LoraSettings {
             "lora_dropout": self.dropout,
             "r": self.rank,
             "rank_pattern": self.rank_pattern,
-            "use_dora": false,
+            "use_dora": self.use_dora,
             "use_rslora": self.use_rslora,
         });
         settings.as_object().cloned().unwrap_or_default()
@@ -203,9 +224,21 @@ impl Settings for LoraSettings {
             "alpha_pattern",
             format!("has an alpha that {finite}"),
         );
+        let positive = |rate: Option<f64>| rate.is_none_or(|rate| rate > 0.0 && rate.is_finite());
+        for (key, rate) in [
+            ("loraplus_lr_ratio", self.loraplus_lr_ratio),
+            ("loraplus_lr_embedding", self.loraplus_lr_embedding),
+        ] {
+            unless(positive(rate), key, "must be above 0".into());
+        }
+        let needed = self.loraplus_lr_embedding.is_none() || self.loraplus_lr_ratio.is_some();
+        unless(
+            needed,
+            "loraplus_lr_embedding",
+            "needs adapter.loraplus_lr_ratio".into(),
+        );
         let share = (0.0..1.0).contains(&self.dropout);
         unless(share, "dropout", "must be from 0 to below 1".into());
-        unless(!self.use_dora, "use_dora", "= true is not supported".into());
         problems
     }
 
@@ -216,6 +249,18 @@ impl Settings for LoraSettings {
 
     fn is_random(&self) -> bool {
         self.dropout > 0.0
+    }
+
+    /// The groups of `create_loraplus_optimizer` in `peft/optimizers/loraplus.py`.
+    fn rate(&self, part: &Part, learning_rate: f64) -> f64 {
+        match self.loraplus_lr_ratio {
+            None => 1.0,
+            Some(_) if part.module() == Some(EMBEDDINGS) && part.role == Role::Trained => {
+                self.loraplus_lr_embedding.unwrap_or(1e-6) / learning_rate
+            }
+            Some(ratio) if part.end() == "lora_b" || part.shape.len() == 1 => ratio,
+            Some(_) => 1.0,
+        }
     }
 }
 
@@ -245,24 +290,43 @@ impl LoraSettings {
     }
 }
 
+/// Elements on the host.
+fn numbers<B: Backend, const D: usize>(tensor: Tensor<B, D>) -> Vec<f32> {
+    let data = tensor.into_data().convert::<f32>();
+    data.into_vec().expect("converted to f32")
+}
+
 impl LayerMethod for LoraSettings {
     type Update<B: Backend> = Lora<B>;
 
     fn parts(&self, layer: &Layer) -> Vec<Part> {
         let [out, r#in] = layer.shape;
         let (rank, _) = self.rank_and_scaling(&layer.name);
-        vec![
+        let mut parts = vec![
             Part::of_layer(layer, "lora_a", "lora_A.weight", &[rank, r#in]),
             Part::of_layer(layer, "lora_b", "lora_B.weight", &[out, rank]),
-        ]
+        ];
+        if self.use_dora {
+            parts.push(Part::of_layer(layer, MAGNITUDE, MAGNITUDE, &[out]));
+        }
+        parts
     }
 
     /// `lora_a` random, `lora_b` zero: the adapted layer starts as the base layer.
-    fn fresh<B: Backend>(&self, layer: &Layer, _: &mut BaseLinear<B>, seed: u64) -> Vec<Vec<f32>> {
+    fn fresh<B: Backend>(
+        &self,
+        layer: &Layer,
+        base: &mut BaseLinear<B>,
+        seed: u64,
+    ) -> Vec<Vec<f32>> {
         let [out, r#in] = layer.shape;
         let (rank, _) = self.rank_and_scaling(&layer.name);
         let name = format!("{}.lora_a", layer.name);
-        vec![self.fresh_a(&name, rank, r#in, seed), vec![0.0; out * rank]]
+        let mut values = vec![self.fresh_a(&name, rank, r#in, seed), vec![0.0; out * rank]];
+        if self.use_dora {
+            values.push(numbers(base.row_squares().sqrt()));
+        }
+        values
     }
 
     fn update<B: Backend>(&self, layer: &Layer, mut values: Values<'_, B>) -> Lora<B> {
@@ -270,6 +334,8 @@ impl LayerMethod for LoraSettings {
         Lora {
             lora_a: values.param("lora_a"),
             lora_b: values.param("lora_b"),
+            magnitude: self.use_dora.then(|| values.param(MAGNITUDE)),
+            base_squares: None,
             scaling,
             dropout: self.dropout,
             seed: None,
@@ -278,7 +344,8 @@ impl LayerMethod for LoraSettings {
 
     fn kept(&self, layer: &Layer) -> [usize; 2] {
         let (rank, _) = self.rank_and_scaling(&layer.name);
-        [rank, 0] // between `lora_a` and `lora_b`
+        let scaled = if self.use_dora { layer.shape[0] } else { 0 };
+        [rank + scaled, 0] // between `lora_a` and `lora_b`, and before the rows are scaled
     }
 }
 
@@ -289,6 +356,10 @@ pub struct Lora<B: Backend> {
     pub lora_a: Param<Tensor<B, 2>>,
     /// `[out, r]`.
     pub lora_b: Param<Tensor<B, 2>>,
+    /// Of DoRA, the lengths of the rows of the adapted weight, `[out]`.
+    pub magnitude: Option<Param<Tensor<B, 1>>>,
+    /// Of DoRA, the sums of the squares of the base weight's rows, `[out]`, once they are known.
+    pub base_squares: Option<BaseWeight<B, 1>>,
     /// The factor on the update.
     pub scaling: f64,
     /// Share of the input elements that are dropped while training.
@@ -300,12 +371,27 @@ pub struct Lora<B: Backend> {
 
 impl<B: AdaptedBackend> Computes<B> for Lora<B> {
     fn forward(&self, x: Tensor<B, 2>, base: &BaseLinear<B>) -> Tensor<B, 2> {
-        lora_linear(x, base, self)
+        match &self.magnitude {
+            None => lora_linear(x, base, self),
+            Some(magnitude) => dora::forward(self, magnitude.val(), x, base),
+        }
     }
 
     fn merge(&self, rows: Range<usize>, weight: Tensor<B, 2>) -> Tensor<B, 2> {
         let b = self.lora_b.val().narrow(0, rows.start, rows.len()); // [rows, r]
-        weight + matmul(b, self.lora_a.val()).mul_scalar(self.scaling)
+        let sum = weight + matmul(b, self.lora_a.val()).mul_scalar(self.scaling);
+        match &self.magnitude {
+            None => sum,
+            Some(lengths) => {
+                let lengths = lengths.val().narrow(0, rows.start, rows.len());
+                dora::with_lengths(sum, lengths)
+            }
+        }
+    }
+
+    fn settle(&mut self, base: &BaseLinear<B>) {
+        let squares = self.magnitude.is_some().then(|| base.row_squares());
+        self.base_squares = squares.map(BaseWeight::Frozen);
     }
 
     fn draw(&mut self, seed: u64) {
@@ -325,7 +411,11 @@ impl<B: Backend> Lora<B> {
 impl<B: MatmulBackend> Lora<B> {
     /// `x` `[n, in]` to the update `[n, out]`, in plain tensor operations.
     pub fn addition(&self, x: Tensor<B, 2>) -> Tensor<B, 2> {
-        let x = dropped(x, self.drops());
+        self.addition_to(dropped(x, self.drops()))
+    }
+
+    /// The same of an `x` of which nothing is dropped any more.
+    fn addition_to(&self, x: Tensor<B, 2>) -> Tensor<B, 2> {
         let narrow = matmul(x, self.lora_a.val().transpose()); // [n, r]
         let narrow = narrow.mul_scalar(self.scaling);
         matmul(narrow, self.lora_b.val().transpose()) // [n, out]

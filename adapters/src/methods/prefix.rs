@@ -9,8 +9,8 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
 use super::virtual_tokens::{
-    EMBEDDINGS, ENCODED, NUM_VIRTUAL_TOKENS, count_problem, dense, dense_parts, encoded,
-    encoder_part, fresh_embedding, fresh_uniform, of_model, unsupported,
+    EMBEDDINGS, ENCODED, NUM_VIRTUAL_TOKENS, count_problem, dense, dense_parts, fresh_embedding,
+    fresh_uniform, of_model, unsupported,
 };
 use super::{Part, PromptMethod, Settings, Values};
 use crate::attach::AdaptedLlama;
@@ -31,6 +31,9 @@ pub struct PrefixSettings {
     /// `"zero"`: keys and values start as zeros; else as normal numbers.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub init_weights: Option<InitWeights>,
+    /// Whether they came out of these layers before they were saved.
+    #[serde(skip)]
+    pub was_projected: bool,
 }
 
 /// Other numbers than random ones to start with.
@@ -48,6 +51,7 @@ impl Default for PrefixSettings {
             prefix_projection: false,
             encoder_hidden_size: None,
             init_weights: None,
+            was_projected: false,
         }
     }
 }
@@ -56,6 +60,8 @@ impl Default for PrefixSettings {
 #[derive(Deserialize)]
 struct PeftPrefix {
     num_virtual_tokens: usize,
+    #[serde(default)]
+    prefix_projection: bool,
     encoder_hidden_size: Option<usize>,
     #[serde(default)]
     init_weights: Option<InitWeights>,
@@ -75,6 +81,7 @@ impl Settings for PrefixSettings {
             prefix_projection: false,
             encoder_hidden_size: peft.encoder_hidden_size,
             init_weights: peft.init_weights,
+            was_projected: peft.prefix_projection,
         })
     }
 
@@ -83,7 +90,7 @@ impl Settings for PrefixSettings {
             "encoder_hidden_size": self.encoder_hidden_size,
             "init_weights": self.init_weights,
             "num_virtual_tokens": self.num_virtual_tokens,
-            "prefix_projection": self.prefix_projection,
+            "prefix_projection": self.prefix_projection || self.was_projected,
         });
         settings.as_object().cloned().unwrap_or_default()
     }
@@ -98,6 +105,10 @@ impl Settings for PrefixSettings {
             count_problem("encoder_hidden_size", self.encoder_hidden_size.unwrap_or(1)),
         ];
         counts.into_iter().flatten().collect()
+    }
+
+    fn is_converted(&self) -> bool {
+        self.prefix_projection
     }
 
     fn default_targets() -> Targets {
@@ -127,7 +138,7 @@ impl PromptMethod for PrefixSettings {
         if !self.prefix_projection {
             return vec![Part::of_model(EMBEDDINGS, &[p, all])];
         }
-        let mut parts = vec![encoded([p, all]), encoder_part(ENCODED, &[p, w])];
+        let mut parts = vec![Part::of_model(ENCODED, &[p, w])];
         parts.extend(dense_parts("transform.0", [h, w]));
         parts.extend(dense_parts("transform.2", [all, h]));
         parts
@@ -173,7 +184,7 @@ impl PromptMethod for PrefixSettings {
     /// The width of a token and the heads are those of the keys, as PEFT rewrites them.
     fn peft_of_model(&self, model: &LlamaConfig, _: &str) -> Map<String, Value> {
         let mut keys = of_model(model, width(model), model.num_key_value_heads);
-        if self.prefix_projection {
+        if self.prefix_projection || self.was_projected {
             keys.insert("encoder_hidden_size".into(), json!(self.hidden(model)));
         }
         keys
@@ -182,6 +193,7 @@ impl PromptMethod for PrefixSettings {
     fn saved(&self) -> Self {
         Self {
             prefix_projection: false,
+            was_projected: self.prefix_projection || self.was_projected,
             ..self.clone()
         }
     }

@@ -10,8 +10,8 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
 use super::virtual_tokens::{
-    EMBEDDINGS, ENCODED, NUM_VIRTUAL_TOKENS, count_problem, dense, dense_parts, encoded,
-    encoder_part, fresh_embedding, fresh_uniform, lstm, lstm_parts, of_model, unsupported,
+    EMBEDDINGS, ENCODED, NUM_VIRTUAL_TOKENS, count_problem, dense, dense_parts, fresh_embedding,
+    fresh_uniform, lstm, lstm_parts, of_model, unsupported,
 };
 use super::{Part, PromptMethod, Settings, Values};
 use crate::attach::AdaptedLlama;
@@ -32,6 +32,9 @@ pub struct PTuningSettings {
     pub encoder_num_layers: usize,
     /// Dropout in the encoder; only 0 is supported.
     pub encoder_dropout: f64,
+    /// What they came out of before they were saved.
+    #[serde(skip)]
+    pub came_of: Reparameterization,
 }
 
 /// What embeddings come out of; in PEFT's spelling.
@@ -58,6 +61,7 @@ impl Default for PTuningSettings {
             encoder_hidden_size: None,
             encoder_num_layers: 2,
             encoder_dropout: 0.0,
+            came_of: Reparameterization::Mlp,
         }
     }
 }
@@ -66,6 +70,8 @@ impl Default for PTuningSettings {
 #[derive(Deserialize)]
 struct PeftPTuning {
     num_virtual_tokens: usize,
+    #[serde(default)]
+    encoder_reparameterization_type: Reparameterization,
     encoder_hidden_size: Option<usize>,
     #[serde(default = "two")]
     encoder_num_layers: usize,
@@ -93,18 +99,15 @@ impl Settings for PTuningSettings {
             encoder_hidden_size: peft.encoder_hidden_size,
             encoder_num_layers: peft.encoder_num_layers,
             encoder_dropout: 0.0,
+            came_of: peft.encoder_reparameterization_type,
         })
     }
 
     fn to_peft(&self) -> Map<String, Value> {
-        let kind = match self.encoder_reparameterization_type {
-            Reparameterization::None => Reparameterization::Mlp, // PEFT builds neither of a saved one
-            kind => kind,
-        };
         let settings = json!({
             "encoder_dropout": self.encoder_dropout,
             "encoder_num_layers": self.encoder_num_layers,
-            "encoder_reparameterization_type": kind,
+            "encoder_reparameterization_type": self.kind(),
             "num_virtual_tokens": self.num_virtual_tokens,
         });
         settings.as_object().cloned().unwrap_or_default()
@@ -127,6 +130,10 @@ impl Settings for PTuningSettings {
         problems
     }
 
+    fn is_converted(&self) -> bool {
+        self.encoder_reparameterization_type != Reparameterization::None
+    }
+
     fn default_targets() -> Targets {
         Targets::Names(Vec::new())
     }
@@ -137,6 +144,14 @@ impl Settings for PTuningSettings {
 }
 
 impl PTuningSettings {
+    /// What PEFT is told; it has no word for none.
+    fn kind(&self) -> Reparameterization {
+        match self.encoder_reparameterization_type {
+            Reparameterization::None => self.came_of,
+            kind => kind,
+        }
+    }
+
     fn hidden(&self, model: &LlamaConfig) -> usize {
         self.encoder_hidden_size.unwrap_or(model.hidden_size)
     }
@@ -163,7 +178,7 @@ impl PromptMethod for PTuningSettings {
             model.hidden_size,
             self.hidden(model),
         );
-        let mut parts = vec![encoded([p, d]), encoder_part(ENCODED, &[p, d])];
+        let mut parts = vec![Part::of_model(ENCODED, &[p, d])];
         match self.encoder_reparameterization_type {
             Reparameterization::None => return vec![Part::of_model(EMBEDDINGS, &[p, d])],
             Reparameterization::Mlp => {
@@ -219,6 +234,7 @@ impl PromptMethod for PTuningSettings {
     fn saved(&self) -> Self {
         Self {
             encoder_reparameterization_type: Reparameterization::None,
+            came_of: self.kind(),
             ..self.clone()
         }
     }

@@ -12,11 +12,11 @@ use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use serde_json::{Map, Value, json};
 
-use super::{Part, Role, Values};
+use super::{Part, Values};
 use crate::config::MAX_RANK;
 
 /// The tensor in PEFT's file, and its name here where no encoder stands before it.
-pub(super) const EMBEDDINGS: &str = "prompt_embeddings";
+pub(crate) const EMBEDDINGS: &str = "prompt_embeddings";
 /// What an encoder reads.
 pub(super) const ENCODED: &str = "embedding.weight";
 /// What a recipe means that does not say.
@@ -54,27 +54,11 @@ pub(super) fn of_model(model: &LlamaConfig, width: usize, heads: usize) -> Map<S
     keys.as_object().cloned().unwrap_or_default()
 }
 
-/// A tensor that is trained and not saved, and what is saved in its place: a tensor of this shape.
-pub(super) fn encoded(shape: [usize; 2]) -> Part {
-    Part {
-        role: Role::Encoded,
-        ..Part::of_model(EMBEDDINGS, &shape)
-    }
-}
-
-/// A tensor of an encoder.
-pub(super) fn encoder_part(name: &str, shape: &[usize]) -> Part {
-    Part {
-        role: Role::Encoder,
-        ..Part::of_model(name, shape)
-    }
-}
-
 /// The tensors of a linear layer.
 pub(super) fn dense_parts(name: &str, [out, r#in]: [usize; 2]) -> [Part; 2] {
     [
-        encoder_part(&format!("{name}.weight"), &[out, r#in]),
-        encoder_part(&format!("{name}.bias"), &[out]),
+        Part::of_model(&format!("{name}.weight"), &[out, r#in]),
+        Part::of_model(&format!("{name}.bias"), &[out]),
     ]
 }
 
@@ -97,7 +81,7 @@ pub(super) fn lstm_parts(index: usize, [h, r#in]: [usize; 2]) -> Vec<Part> {
         ("bias_hh", &[4 * h]),
     ];
     let of = |direction: &str| {
-        shapes.map(|(part, shape)| encoder_part(&lstm_name(part, index, direction), shape))
+        shapes.map(|(part, shape)| Part::of_model(&lstm_name(part, index, direction), shape))
     };
     DIRECTIONS
         .iter()

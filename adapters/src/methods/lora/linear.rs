@@ -216,6 +216,8 @@ mod tests {
         Lora {
             lora_a: Param::from_tensor(noise("a", [RANK, IN])),
             lora_b: Param::from_tensor(noise("b", [OUT, RANK])),
+            magnitude: None,
+            base_squares: None,
             scaling: 0.7,
             dropout: dropout.map_or(0.0, |dropout| dropout.probability),
             seed: dropout.map(|dropout| dropout.seed),

@@ -137,7 +137,7 @@ impl Job for EvalJob {
         let model = self.adapted.load::<B::InnerBackend>(&device)?;
         let lm = CausalLm::<B::InnerBackend> {
             model,
-            is_random: false,
+            method: None,
             seed: 0,
             recompute: false,
         };

@@ -17,7 +17,7 @@ use ::train::recipe::{Recipe, parse_setting};
 use ::train::run_folder::check_empty;
 use ::train::session;
 use ::train::trained::Trained;
-use adapters::{AdaptedLlama, base_bytes, peft};
+use adapters::{AdaptedBackend, AdaptedLlama, base_bytes, peft};
 use anyhow::Result;
 use burn::tensor::backend::Backend;
 use model::folder::ModelFolder;
@@ -242,7 +242,7 @@ impl Adapted {
     }
 
     /// Loads the model and puts the adapter on it.
-    pub fn load<B: Backend>(&self, device: &B::Device) -> Result<AdaptedLlama<B>> {
+    pub fn load<B: AdaptedBackend>(&self, device: &B::Device) -> Result<AdaptedLlama<B>> {
         self.adapt(self.load_base(device)?, device)
     }
 
@@ -256,7 +256,7 @@ impl Adapted {
     }
 
     /// Puts the adapter, if there is one, on the model.
-    pub fn adapt<B: Backend>(
+    pub fn adapt<B: AdaptedBackend>(
         &self,
         model: AdaptedLlama<B>,
         device: &B::Device,
