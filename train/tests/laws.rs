@@ -802,7 +802,7 @@ fn virtual_tokens_learn_and_are_saved_as_they_are() {
         let (out, outcome) = run_gqa(&text);
         let losses = numbers(&metrics(out.path(), "train"), "loss");
         let (first, last) = (losses[0], losses[59]);
-        assert!(last < 0.9 * first, "{method}: {first} to {last}");
+        assert!(last < 0.95 * first, "{method}: {first} to {last}");
 
         let folder = ModelFolder::open(&tiny_model("gqa")).unwrap();
         let checkpoint = folder.checkpoint().unwrap();
