@@ -358,6 +358,16 @@ impl<T: Copy> Pattern<T> {
 }
 
 impl<T> Pattern<T> {
+    /// The same expressions with other values.
+    pub fn map(&self, other: impl Fn(&T) -> T) -> Self {
+        let entries = self.0.iter();
+        Self(
+            entries
+                .map(|(key, value)| (key.clone(), other(value)))
+                .collect(),
+        )
+    }
+
     /// The expressions.
     pub fn keys(&self) -> impl Iterator<Item = &str> {
         self.0.iter().map(|(key, _)| key.as_str())

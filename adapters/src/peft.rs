@@ -257,11 +257,56 @@ pub fn save<B: AdaptedBackend>(
     Ok(())
 }
 
-/// What is saved of a model: the settings, and the values of all tensors by name.
-fn saved<B: AdaptedBackend>(
+/// Writes all tensors of an adapter as they are on the model, by our names: where [`save`] converts
+/// them, this is what training goes on with.
+///
+/// # Errors
+/// A file that cannot be written; it is complete or absent.
+pub fn save_exactly<B: AdaptedBackend>(
     model: &AdaptedLlama<B>,
     config: &AdapterConfig,
-) -> Result<(AdapterConfig, HashMap<String, Vec<f32>>)> {
+    file: &Path,
+) -> Result<()> {
+    let mut values = values(model, config)?;
+    let tensor = |part: Part| NamedTensor {
+        values: values.remove(&part.name).expect("it is one of the parts"),
+        name: part.name,
+        shape: part.shape,
+    };
+    let tensors: Vec<_> = config
+        .parts(&model.config)?
+        .into_iter()
+        .map(tensor)
+        .collect();
+    Ok(write_safetensors(file, &tensors, &[])?)
+}
+
+/// Puts an adapter on a model that [`save_exactly`] wrote.
+///
+/// # Errors
+/// Those of [`load`].
+pub fn load_exactly<B: AdaptedBackend>(
+    mut model: AdaptedLlama<B>,
+    config: &AdapterConfig,
+    file: &Path,
+    device: &B::Device,
+) -> Result<AdaptedLlama<B>> {
+    let file = Checkpoint::open_file(file)?;
+    let parts = config.parts(&model.config)?;
+    let wanted = |part: &Part| (part.name.clone(), part.shape.clone());
+    file.check(&parts.iter().map(wanted).collect::<Vec<_>>(), |_| false)?;
+    let read = |part: &Part| Ok(file.read(&part.name)?);
+    put(&mut model, config, &Start::Read(&read), device)?;
+    let whole = parts.iter().filter(|part| part.role == Role::Whole);
+    let whole = whole.map(|part| Ok((param_id(&part.name), read(part)?)));
+    Ok(write_parameters(model, whole.collect::<Result<_>>()?))
+}
+
+/// The values of all tensors of an adapter, by name.
+fn values<B: AdaptedBackend>(
+    model: &AdaptedLlama<B>,
+    config: &AdapterConfig,
+) -> Result<HashMap<String, Vec<f32>>> {
     let mut by_id = read_parameters(model);
     let value = |part: Part| {
         let values = match part.role {
@@ -273,11 +318,16 @@ fn saved<B: AdaptedBackend>(
             values.expect("every tensor of the adapter is on the model"),
         )
     };
-    let mut values = config
-        .parts(&model.config)?
-        .into_iter()
-        .map(value)
-        .collect();
+    let parts = config.parts(&model.config)?.into_iter();
+    Ok(parts.map(value).collect())
+}
+
+/// What is saved of a model: the settings, and the values of all tensors by name.
+fn saved<B: AdaptedBackend>(
+    model: &AdaptedLlama<B>,
+    config: &AdapterConfig,
+) -> Result<(AdapterConfig, HashMap<String, Vec<f32>>)> {
+    let mut values = values(model, config)?;
     let mut config = config.clone();
     if config.method.is_converted() {
         let layers = config.layers(&model.config)?;

@@ -107,7 +107,7 @@ impl Case {
         let model = adapters::load(config, checkpoint, scheme, &device);
         let mut model: AdaptedLlama<Flex> = model.expect("it fits");
         if lora {
-            let lora = Recipe::default().adapter.lora();
+            let lora = Recipe::default().adapter.config();
             attach(&mut model, &lora, 1, &device).expect("it fits");
         }
         Self {

@@ -284,8 +284,8 @@ mod tests {
                 "adapter.method = \"ia3\" is not supported: expected \"lora\" or \"full\"",
             ),
             (
-                "adapter.init=pissa",
-                "adapter.init: unknown variant `pissa`, expected `default` or `gaussian`",
+                "adapter.init=eva",
+                "adapter.init: unknown variant `eva`, expected `default`, `gaussian`",
             ),
             (
                 "train.optimizer=lion",

@@ -170,11 +170,11 @@ fn begin<B: TrainBackend>(
             trained.attach(&mut model, recipe.train.seed, &device)?;
         }
     }
-    let folder = folder(&recipe)?.with_events(&recipe, 1)?;
     let progress = Progress {
         rows: rows.fingerprint(),
         ..Progress::default()
     };
+    let folder = folder(&recipe)?.with_events(&recipe, &progress)?;
     let virtual_tokens = trained.virtual_tokens();
     let (data, train) = (&recipe.data, &recipe.train);
     let windows = Windows::behind(virtual_tokens, rows.train, data, train, progress.step);
@@ -254,7 +254,7 @@ pub fn resume<B: TrainBackend>(
     let start = Instant::now();
     let model = load_base::<B>(&recipe, &base, &device)?;
     let load_time = start.elapsed();
-    let model = trained.restore(model, checkpoint, recipe.train.seed, &device)?;
+    let model = trained.restore(model, checkpoint, &device)?;
     let virtual_tokens = trained.virtual_tokens();
     let windows = Windows::behind(virtual_tokens, rows.train, data, train, progress.step);
     let steps = windows.num_steps();
@@ -263,7 +263,7 @@ pub fn resume<B: TrainBackend>(
     restore_optimizer(&optimizer, &names, checkpoint, &device)?;
     folder.write_recipe(&recipe)?;
     folder.go_back(&progress)?;
-    let folder = folder.with_events(&recipe, progress.step + 1)?;
+    let folder = folder.with_events(&recipe, &progress)?;
     Ok(assemble(
         recipe, trained, base, windows, rows.eval, device, model, optimizer, folder, progress,
         load_time,

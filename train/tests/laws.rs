@@ -302,8 +302,8 @@ const EVENTFUL: &str = "train.epochs=2.6 train.micro_batch_size=2 train.gradient
     train.learning_rate=1e-2 train.weight_decay=0.01 train.eval_every=3 train.save_every=2 \
     train.keep_checkpoints=9";
 
-/// [`EVENTFUL`] with a method, `lora`, `full` or `packed`, which is LoRA with packing: 6 sequences
-/// an epoch, where there are 11 rows.
+/// [`EVENTFUL`] with a method, `full` or LoRA in one of its forms; `packed` is LoRA with packing: 6
+/// sequences an epoch, where there are 11 rows.
 fn eventful(method: &str) -> String {
     match method {
         "packed" => {
@@ -314,6 +314,9 @@ fn eventful(method: &str) -> String {
         "prompt" | "prefix" | "projected" | "mpt" | "ptuning" | "lstm" => {
             format!("{EVENTFUL} {}", in_front(method))
         }
+        "dora" => format!("{} adapter.use_dora=true", eventful("lora")),
+        "pissa" => format!("{} adapter.init=pissa_niter_2", eventful("lora")),
+        "olora" => format!("{EVENTFUL} adapter.init=olora adapter.use_rslora=true"),
         method => format!("{EVENTFUL} adapter.method={method}"),
     }
 }
@@ -341,6 +344,8 @@ fn a_resumed_run_is_the_uninterrupted_one() {
     for (method, result) in [
         ("lora", "adapter"),
         ("packed", "adapter"),
+        ("dora", "adapter"),
+        ("pissa", "adapter"),
         ("full", "model"),
         ("prompt", "adapter"),
         ("projected", "adapter"),
@@ -498,6 +503,9 @@ fn layers_that_are_computed_again_change_nothing() {
     let cases = [
         ("gqa", "lora", ""),
         ("gqa", "lora", "quantization.format=nf4"),
+        ("gqa", "dora", "quantization.format=nf4"),
+        ("gqa", "pissa", "quantization.format=nf4"),
+        ("gqa", "olora", ""),
         ("gqa", "lora", "adapter.layers_to_transform=[1]"),
         ("gqa", "lora", "adapter.layers_to_transform=[0]"),
         (

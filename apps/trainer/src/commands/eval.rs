@@ -21,7 +21,7 @@ use crate::cli::EvalArgs;
 use crate::device::{Device, Job};
 use crate::encoder;
 use crate::failure::Advised;
-use crate::output::Output;
+use crate::output::{Output, count};
 use crate::signals;
 
 /// Measures the loss of a model on rows.
@@ -144,7 +144,7 @@ impl Job for EvalJob {
         let interrupter = signals::interrupter("stopping after this batch (again: at once)");
         let rows = self.row_numbers.len();
         let output = self.adapted.output;
-        output.note(format_args!("evaluating {rows} rows"));
+        output.note(format_args!("evaluating {}", count(rows, "row")));
         let mut lines = Vec::new();
         let mut row_numbers = self.row_numbers.iter();
         let wanted = self.per_token.is_some();

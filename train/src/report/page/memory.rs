@@ -3,7 +3,6 @@
 use std::fmt::Write;
 
 use super::super::record::RunRecord;
-use super::super::table;
 use super::super::words::{bytes, escape};
 
 /// The memory of some runs: predicted beside measured.
@@ -66,7 +65,7 @@ pub fn section(page: &mut String, runs: &[RunRecord]) {
 /// holds beside it says nothing about it.
 fn measured(run: &RunRecord) -> Option<u64> {
     let is_card = !matches!(run.facts.device.id.as_str(), "" | "cpu");
-    table::measured_bytes(run).filter(|_| !is_card)
+    run.measured_bytes().filter(|_| !is_card)
 }
 
 fn meter(page: &mut String, what: &str, size: Option<u64>, scale: f64, color: &str) {
