@@ -268,7 +268,8 @@ fn adapter_advice(error: &adapters::Error) -> &'static str {
         }
         E::Quantized { .. } => "give the original model",
         E::Merge { .. } => {
-            "merge fewer adapters at a time, leave weights of 1 out, or merge --onto original"
+            "merge fewer adapters at a time, leave weights of 1 out, merge --onto original, or give \
+             what cannot be merged to --adapter of eval, generate and chat"
         }
         E::NoOriginal { .. } => "give the original model by --model, or leave --onto original out",
         E::NotFinite { .. } => "check the weights of the adapter, and the weight it is given",

@@ -166,6 +166,7 @@ impl Row {
         let task = match self.columns.get("task_id") {
             None | Some(Value::Null) if tasks == 1 => Some(0),
             Some(Value::Number(number)) => number.as_u64(),
+            Some(Value::String(text)) => text.trim().parse().ok(), // a cell of a table
             _ => None,
         };
         let task = task.and_then(|task| u32::try_from(task).ok());
