@@ -29,6 +29,7 @@ pub struct AdapterConfig {
 #[serde(default, deny_unknown_fields)]
 pub struct Selection {
     /// The layers that are adapted.
+    #[serde(skip_serializing_if = "Targets::is_nothing")]
     pub target_modules: Targets,
     /// Layers that are not adapted even if `target_modules` names them.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -120,6 +121,19 @@ impl AdapterConfig {
         let is_saved = |part: &Part| self.saves(part.module().unwrap_or(&part.name));
         all.extend(whole.filter(is_saved));
         Ok(all)
+    }
+
+    /// Numbers in the file that is saved.
+    ///
+    /// # Errors
+    /// Those of [`AdapterConfig::layers`].
+    pub fn num_saved(&self, model: &LlamaConfig) -> Result<u64> {
+        let saved = Self {
+            method: self.method.saved(),
+            ..self.clone()
+        };
+        let size = |part: &Part| part.shape.iter().map(|n| *n as u64).product::<u64>();
+        Ok(saved.parts(model)?.iter().map(size).sum())
     }
 
     /// Name and shape of every tensor that is trained.
@@ -303,6 +317,11 @@ pub(crate) fn number(x: f64) -> Value {
 }
 
 impl Targets {
+    /// Those of a method that adapts no layers.
+    pub fn is_nothing(&self) -> bool {
+        matches!(self, Self::Names(names) if names.is_empty())
+    }
+
     /// The same in the one spelling that can be compared.
     pub(crate) fn sorted(&self) -> Self {
         let mut names: Vec<String> = match self {

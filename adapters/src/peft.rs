@@ -251,7 +251,7 @@ pub fn save<B: AdaptedBackend>(
     let tensors: Vec<_> = parts.map(tensor).collect();
     let metadata = [(BASE_QUANTIZATION, quantization(model))];
     write_safetensors(&folder.join(MODEL_FILE), &tensors, &metadata)?;
-    let json = serde_json::to_string_pretty(&config_json(&config, base_model));
+    let json = serde_json::to_string_pretty(&config_json(&config, &model.config, base_model));
     let json = json.expect("a JSON value can be written");
     write_file(&folder.join(CONFIG_FILE), json.as_bytes())?;
     Ok(())
@@ -379,7 +379,7 @@ fn is_base_copy(key: &str) -> bool {
 
 /// The settings in PEFT's spelling, keys sorted. Keys that came late to PEFT and hold their
 /// default are left out: older versions refuse keys that they do not know.
-fn config_json(config: &AdapterConfig, base_model: &str) -> Value {
+fn config_json(config: &AdapterConfig, model: &LlamaConfig, base_model: &str) -> Value {
     let (base_model, revision) = match base_model.split_once('@') {
         Some((id, revision)) if !Path::new(base_model).exists() => (id, Some(revision)),
         _ => (base_model, None),
@@ -387,6 +387,7 @@ fn config_json(config: &AdapterConfig, base_model: &str) -> Value {
     let names = |targets: &Targets| json!(targets.sorted()); // sets in PEFT
     let selection = &config.selection;
     let mut all = config.method.to_peft();
+    all.extend(config.method.peft_of_model(model, base_model));
     let mut set = |key: &str, value: Value| all.insert(key.to_owned(), value);
     set("auto_mapping", Value::Null);
     set("base_model_name_or_path", json!(base_model));

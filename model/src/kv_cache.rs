@@ -7,6 +7,7 @@
 use burn::tensor::{Tensor, backend::Backend};
 
 use crate::ops::{AttentionBackend, write_positions};
+use crate::virtual_tokens::Prefix;
 
 /// One entry a layer; grows by what each forward pass adds.
 #[derive(Debug, Clone)]
@@ -36,6 +37,16 @@ impl<B: Backend> KvCache<B> {
     /// The cache of one layer.
     pub fn layer(&mut self, index: usize) -> &mut LayerCache<B> {
         &mut self.layers[index]
+    }
+}
+
+impl<B: AttentionBackend> KvCache<B> {
+    /// Puts learned keys and values in front of what `rows` rows will add.
+    pub(crate) fn begin(&mut self, prefix: &Prefix<B>, n_kv: usize, rows: usize) {
+        for (index, layer) in self.layers.iter_mut().enumerate() {
+            let (k, v) = prefix.layer(index).repeated(rows, n_kv);
+            layer.extend(k, v, rows);
+        }
     }
 }
 

@@ -71,6 +71,19 @@ impl Trained {
         Ok(optimizer.with(rates, after))
     }
 
+    /// Numbers in the file that is saved.
+    pub fn num_saved(&self, config: &LlamaConfig) -> Result<u64> {
+        match self {
+            Self::Adapter(adapter) => Ok(adapter.num_saved(config)?),
+            Self::Full => self.num_params(config),
+        }
+    }
+
+    /// How many virtual tokens stand beside the tokens of every row.
+    pub fn virtual_tokens(&self) -> usize {
+        self.method().map_or(0, Method::positions)
+    }
+
     /// Number of trained weights.
     pub fn num_params(&self, config: &LlamaConfig) -> Result<u64> {
         let parameters = self.parameters(config)?;
