@@ -12,6 +12,7 @@ use burn::tensor::{
     Tensor,
     backend::{AutodiffBackend, Backend},
 };
+use model::ops::{AdamwStep, UpdateBackend, Updated, adamw};
 
 use crate::recipe::TrainSection;
 
@@ -65,7 +66,11 @@ impl<B: Backend> AdamW<B> {
     }
 }
 
-impl<A: AutodiffBackend, M: AutodiffModule<A>> Optimizer<M, A> for AdamW<A::InnerBackend> {
+impl<A, M> Optimizer<M, A> for AdamW<A::InnerBackend>
+where
+    A: AutodiffBackend<InnerBackend: UpdateBackend>,
+    M: AutodiffModule<A>,
+{
     /// The state is saved by name, see `checkpoint`.
     type Record = ();
 
@@ -75,12 +80,13 @@ impl<A: AutodiffBackend, M: AutodiffModule<A>> Optimizer<M, A> for AdamW<A::Inne
         let step = state.step as i32;
         let [beta1, beta2] = self.betas;
         let mut update = Update {
-            beta1,
-            beta2,
-            eps: self.eps,
-            decay: 1.0 - lr * self.weight_decay,
-            step_size: lr / (1.0 - beta1.powi(step)),
-            root: (1.0 - beta2.powi(step)).sqrt(),
+            step: AdamwStep {
+                betas: self.betas,
+                eps: self.eps,
+                decay: 1.0 - lr * self.weight_decay,
+                step_size: lr / (1.0 - beta1.powi(step)),
+                root: (1.0 - beta2.powi(step)).sqrt(),
+            },
             grads,
             moments: &mut state.moments,
         };
@@ -103,17 +109,15 @@ impl<A: AutodiffBackend, M: AutodiffModule<A>> Optimizer<M, A> for AdamW<A::Inne
 }
 
 struct Update<'a, B: Backend> {
-    beta1: f64,
-    beta2: f64,
-    eps: f64,
-    decay: f64,
-    step_size: f64,
-    root: f64,
+    step: AdamwStep,
     grads: GradientsParams,
     moments: &'a mut HashMap<ParamId, Moments<B>>,
 }
 
-impl<A: AutodiffBackend> ModuleMapper<A> for Update<'_, A::InnerBackend> {
+impl<A> ModuleMapper<A> for Update<'_, A::InnerBackend>
+where
+    A: AutodiffBackend<InnerBackend: UpdateBackend>,
+{
     fn map_float<const D: usize>(&mut self, param: Param<Tensor<A, D>>) -> Param<Tensor<A, D>> {
         let Some(grad) = self.grads.remove::<A::InnerBackend, D>(param.id) else {
             return param;
@@ -127,22 +131,23 @@ impl<A: AutodiffBackend> ModuleMapper<A> for Update<'_, A::InnerBackend> {
     }
 }
 
-impl<B: Backend> Update<'_, B> {
-    fn update(&mut self, id: ParamId, param: Tensor<B, 1>, grad: Tensor<B, 1>) -> Tensor<B, 1> {
-        let (beta1, beta2) = (self.beta1, self.beta2);
+impl<B: UpdateBackend> Update<'_, B> {
+    fn update(&mut self, id: ParamId, weight: Tensor<B, 1>, grad: Tensor<B, 1>) -> Tensor<B, 1> {
         let Moments { first, second } = self.moments.remove(&id).unwrap_or_else(|| Moments {
             first: grad.zeros_like(),
             second: grad.zeros_like(),
         });
-        let first = first.mul_scalar(beta1) + grad.clone().mul_scalar(1.0 - beta1);
-        let second = second.mul_scalar(beta2) + (grad.clone() * grad).mul_scalar(1.0 - beta2);
-        let denominator = second
-            .clone()
-            .sqrt()
-            .div_scalar(self.root)
-            .add_scalar(self.eps);
-        let change = (first.clone() / denominator).mul_scalar(self.step_size);
-        self.moments.insert(id, Moments { first, second });
-        param.mul_scalar(self.decay) - change
+        let old = Updated {
+            weight,
+            first,
+            second,
+        };
+        let new = adamw(old, grad, &self.step);
+        let moments = Moments {
+            first: new.first,
+            second: new.second,
+        };
+        self.moments.insert(id, moments);
+        new.weight
     }
 }
