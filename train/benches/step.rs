@@ -4,9 +4,11 @@
 use std::ops::ControlFlow;
 
 use adapters::attach;
+use adapters::lora::{lora_linear, reference};
 use burn::backend::{Autodiff, Flex};
 use burn::module::AutodiffModule;
 use burn::optim::Optimizer;
+use burn::tensor::{Distribution, Tensor};
 use burn::train::TrainStep;
 use divan::Bencher;
 use model::config::LlamaConfig;
@@ -82,6 +84,24 @@ fn gradients_by_block(bencher: Bencher<'_, '_>, shape: [usize; 2]) {
 fn evaluation(bencher: Bencher<'_, '_>, shape: [usize; 2]) {
     let (lm, window) = (language_model().valid(), window(shape));
     bencher.bench_local(|| lm.token_nll(&window.micro_batches[0]));
+}
+
+/// Forward and backward of the widest adapted layer at 1,024 tokens; `fused` or of plain operations.
+#[divan::bench(args = [true, false], sample_count = 20)]
+fn adapted_layer(bencher: Bencher<'_, '_>, fused: bool) {
+    let lm = language_model();
+    let layer = &lm.model.layers[0].mlp.gate_proj;
+    let lora = layer.lora.as_ref().expect("every linear layer has one");
+    let shape = [1024, config().hidden_size];
+    let x = Tensor::<B, 2>::random(shape, Distribution::Default, &Default::default());
+    let x = x.require_grad();
+    bencher.bench_local(|| {
+        let y = match fused {
+            true => lora_linear(x.clone(), &layer.base, lora),
+            false => reference(x.clone(), &layer.base, lora),
+        };
+        y.sum().backward()
+    });
 }
 
 /// Clipping and AdamW over all adapters.
