@@ -4,7 +4,6 @@
 use std::ops::ControlFlow;
 
 use adapters::attach;
-use adapters::lora::{lora_linear, reference};
 use burn::backend::{Autodiff, Flex};
 use burn::module::AutodiffModule;
 use burn::optim::Optimizer;
@@ -13,6 +12,7 @@ use burn::train::TrainStep;
 use divan::Bencher;
 use model::config::LlamaConfig;
 use model::generate::{Sampling, generate};
+use model::linear::Projection;
 use train::batch::{MicroBatch, Window};
 use train::data::Sample;
 use train::optimizer::AdamW;
@@ -41,10 +41,10 @@ fn config() -> LlamaConfig {
 fn language_model() -> CausalLm<B> {
     let device = Default::default();
     let mut model = adapters::init(&config(), 1, &device);
-    attach(&mut model, &Recipe::default().adapter.lora(), 1, &device).expect("it fits");
+    attach(&mut model, &Recipe::default().adapter.config(), 1, &device).expect("it fits");
     CausalLm {
         model,
-        dropout: 0.0,
+        method: None,
         seed: 1,
         recompute: false,
     }
@@ -86,19 +86,18 @@ fn evaluation(bencher: Bencher<'_, '_>, shape: [usize; 2]) {
     bencher.bench_local(|| lm.token_nll(&window.micro_batches[0]));
 }
 
-/// Forward and backward of the widest adapted layer at 1,024 tokens; `fused` or of plain operations.
+/// Forward and backward of the widest layer at 1,024 tokens, adapted or without its update.
 #[divan::bench(args = [true, false], sample_count = 20)]
-fn adapted_layer(bencher: Bencher<'_, '_>, fused: bool) {
+fn layer(bencher: Bencher<'_, '_>, adapted: bool) {
     let lm = language_model();
     let layer = &lm.model.layers[0].mlp.gate_proj;
-    let lora = layer.lora.as_ref().expect("every linear layer has one");
     let shape = [1024, config().hidden_size];
     let x = Tensor::<B, 2>::random(shape, Distribution::Default, &Default::default());
     let x = x.require_grad();
     bencher.bench_local(|| {
-        let y = match fused {
-            true => lora_linear(x.clone(), &layer.base, lora),
-            false => reference(x.clone(), &layer.base, lora),
+        let y = match adapted {
+            true => layer.forward(x.clone()),
+            false => layer.base.forward(x.clone()),
         };
         y.sum().backward()
     });

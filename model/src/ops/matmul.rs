@@ -1,5 +1,7 @@
 //! The matrix product.
 
+mod one_row;
+
 use burn::backend::autodiff::NodeId;
 use burn::backend::autodiff::checkpoint::{base::Checkpointer, strategy::CheckpointStrategy};
 use burn::backend::autodiff::grads::Gradients;
@@ -37,6 +39,11 @@ pub trait MatmulBackend: Backend {
         Self::float_matmul(a, b)
     }
 
+    /// Runs what consists of many small products.
+    fn together<T: Send>(run: impl FnOnce() -> T + Send) -> T {
+        run()
+    }
+
     /// See [`add_matmul`].
     fn add_matmul(
         sum: FloatTensor<Self>,
@@ -69,6 +76,9 @@ impl MatmulBackend for Flex {
         if !(cpu::all_f32([&a, &b]) && is_matrix(&a) && is_matrix(&b)) {
             return Flex::float_matmul(a, b);
         }
+        if let Some(y) = one_row::product(&a, &b) {
+            return y;
+        }
         let ([m, k], [inner, n]) = (cpu::dims(&a), cpu::dims(&b));
         assert_eq!(k, inner, "columns of a and rows of b");
         if m * n * k == 0 {
@@ -84,8 +94,18 @@ impl MatmulBackend for Flex {
         cpu::from_vec(y, [m, n])
     }
 
+    /// On a thread of the pool: each product that is called from outside of it waits until one has
+    /// woken up.
+    fn together<T: Send>(run: impl FnOnce() -> T + Send) -> T {
+        rayon::scope(|_| run())
+    }
+
     /// In place where nobody else holds `sum`.
     fn add_matmul(sum: FlexTensor, a: FlexTensor, b: FlexTensor) -> FlexTensor {
+        let sum = match one_row::add(sum, &a, &b) {
+            Ok(sum) => return sum,
+            Err(sum) => sum,
+        };
         if !cpu::all_f32([&sum, &a, &b]) {
             return reference::<Flex>(sum, a, b);
         }
@@ -175,6 +195,10 @@ impl<B: MatmulBackend> Backward<B, 2> for ProductBackward {
 }
 
 impl<B: MatmulBackend, C: CheckpointStrategy> MatmulBackend for Autodiff<B, C> {
+    fn together<T: Send>(run: impl FnOnce() -> T + Send) -> T {
+        B::together(run)
+    }
+
     /// The batch dimensions of both operands are the same.
     fn product(a: FloatTensor<Self>, b: FloatTensor<Self>) -> FloatTensor<Self> {
         let y = B::product(a.primitive.clone(), b.primitive.clone());

@@ -233,3 +233,25 @@ fn rows_that_are_too_long() {
         "{run}"
     );
 }
+
+#[test]
+fn tables_that_only_look_like_some() {
+    let dir = Dir::with_chat();
+    dir.write("semicolons.csv", "prompt;completion\na;b\n");
+    refused(
+        &dir,
+        "semicolons.csv",
+        &["prompt;completion", "by commas (.csv)"],
+    );
+    dir.write("header.csv", "prompt,completion\n");
+    refused(
+        &dir,
+        "header.csv",
+        &["header.csv is empty", "put rows under its header"],
+    );
+    dir.write(
+        "null.jsonl",
+        json!({"prompt": "a", "completion": null}).to_string(),
+    );
+    refused(&dir, "null.jsonl", &["null.jsonl:1", "completion (null)"]);
+}
