@@ -116,7 +116,11 @@ fn header(page: &mut String, run: &RunRecord) {
     tile(Some(duration(table::wall_seconds(run))), "wall time".into());
     let speed = table::speed(run).map(|speed| count(speed.round() as u64));
     tile(speed, "tokens per second".into());
-    tile(run.measured_bytes().map(bytes), "peak memory".into());
+    let of = match memory::is_card(run) {
+        true => "peak memory, without the card's",
+        false => "peak memory",
+    };
+    tile(run.measured_bytes().map(bytes), of.into());
     page.push_str("</ul>\n");
 }
 
