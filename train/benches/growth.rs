@@ -14,7 +14,7 @@ use burn::train::TrainStep;
 use model::config::LlamaConfig;
 use train::batch::{MicroBatch, Window};
 use train::data::Sample;
-use train::recipe::Recipe;
+use train::recipe::{Recipe, parse_setting};
 use train::step::CausalLm;
 
 /// The system's allocator, with a count of the bytes that are held.
@@ -99,14 +99,16 @@ fn language_model(case: &Case, recompute: bool) -> CausalLm<Autodiff<Flex>> {
         "num_key_value_heads": 3, "rope_theta": 100000.0, "tie_word_embeddings": true,
     });
     let config = LlamaConfig::from_json(&json).expect("a good config");
-    let mut recipe = Recipe::default();
-    recipe.adapter.rank = case.rank;
+    let rank = format!("adapter.rank={}", case.rank);
+    let given = ["model.path=m", "data.train=d", &rank];
+    let given = given.map(|setting| parse_setting(setting).expect("a setting"));
+    let recipe = Recipe::read(None, &given).expect("a good recipe");
     let device = Default::default();
     let mut model = adapters::init(&config, 1, &device);
-    adapters::attach(&mut model, &recipe.adapter.lora(), 1, &device).expect("it fits");
+    adapters::attach(&mut model, &recipe.adapter.config(), 1, &device).expect("it fits");
     CausalLm {
         model,
-        dropout: 0.0,
+        method: None,
         seed: 1,
         recompute,
     }
