@@ -176,8 +176,10 @@ fn begin<B: TrainBackend>(
         rows: rows.fingerprint(),
         ..Progress::default()
     };
+    let windows = Windows::new(rows.train, &recipe.data, &recipe.train, 0);
     let run = assemble(
-        recipe, trained, base, rows, device, model, optimizer, folder, progress, load_time,
+        recipe, trained, base, windows, rows.eval, device, model, optimizer, folder, progress,
+        load_time,
     );
     Ok(Run { other_base, ..run })
 }
@@ -215,7 +217,7 @@ pub fn resume<B: TrainBackend>(
             checkpoint: checkpoint.into(),
         });
     }
-    let windows = Windows::new(rows.train.clone(), &recipe.data, &recipe.train, 0);
+    let windows = Windows::new(rows.train, &recipe.data, &recipe.train, progress.step);
     if windows.num_steps() < progress.step {
         let (steps, taken) = (windows.num_steps(), progress.step);
         let problem = format!(
@@ -239,7 +241,8 @@ pub fn resume<B: TrainBackend>(
     folder.go_back(&progress)?;
     let folder = folder.with_events(&recipe, progress.step + 1)?;
     Ok(assemble(
-        recipe, trained, base, rows, device, model, optimizer, folder, progress, load_time,
+        recipe, trained, base, windows, rows.eval, device, model, optimizer, folder, progress,
+        load_time,
     ))
 }
 
@@ -251,7 +254,8 @@ fn assemble<B: TrainBackend>(
     recipe: Recipe,
     trained: Trained,
     base: ModelFolder,
-    rows: Rows,
+    windows: Windows,
+    eval: Samples,
     device: B::Device,
     model: AdaptedLlama<B>,
     optimizer: AdamW<B::InnerBackend>,
@@ -267,8 +271,8 @@ fn assemble<B: TrainBackend>(
             seed: train.seed,
             recompute: train.recompute == Recompute::Block,
         },
-        windows: Windows::new(rows.train, &recipe.data, train, progress.step),
-        eval: EvalBatches::new(rows.eval, train.micro_batch_size),
+        windows,
+        eval: EvalBatches::new(eval, train.micro_batch_size),
         recipe,
         trained,
         base,

@@ -54,9 +54,42 @@ struct Asked<'a> {
     trained: &'a Trained,
     base: &'a ModelFolder,
     /// The rows that have been read; without them micro batches are full.
-    rows: Option<&'a Rows>,
+    rows: Option<Lengths>,
     place: Place,
     available: Option<u64>,
+}
+
+/// How long the rows of a run are.
+struct Lengths {
+    /// `train.micro_batch_size` and `data.max_length` of the run.
+    of: (usize, usize),
+    /// Tokens of its largest micro batch.
+    largest: usize,
+    /// Tokens of its sequences, the most first.
+    sequences: Vec<usize>,
+    /// Tokens of its longest row.
+    longest: usize,
+}
+
+impl Lengths {
+    fn new(rows: &Rows, recipe: &Recipe) -> Self {
+        let windows = Windows::new(rows.train.clone(), &recipe.data, &recipe.train, 0);
+        Self {
+            of: (recipe.train.micro_batch_size, recipe.data.max_length),
+            largest: windows.max_tokens(),
+            sequences: windows.sequence_tokens(),
+            longest: rows.train.lengths().max().unwrap_or(0),
+        }
+    }
+
+    /// The most tokens that a micro batch of so many sequences of this length can have.
+    fn most(&self, micro_batch_size: usize, max_length: usize) -> usize {
+        if self.of == (micro_batch_size, max_length) {
+            return self.largest;
+        }
+        let sequences = self.sequences.iter().take(micro_batch_size);
+        sequences.map(|tokens| *tokens.min(&max_length)).sum()
+    }
 }
 
 /// Predicts what the run of a recipe will hold on a device.
@@ -70,7 +103,7 @@ pub fn forecast(
     let asked = Asked {
         trained,
         base,
-        rows,
+        rows: rows.map(|rows| Lengths::new(rows, recipe)),
         place: device.place(),
         available: device.available_bytes(),
     };
@@ -90,11 +123,11 @@ impl Asked<'_> {
         let random = recipe.model.init == ModelInit::Random;
         let scheme = recipe.quantization.scheme();
         let most = train.micro_batch_size.saturating_mul(data.max_length);
-        let tokens = self.rows.map_or(most, |rows| {
-            Windows::new(rows.train.clone(), data, train, 0).max_tokens()
+        let rows = self.rows.as_ref();
+        let tokens = rows.map_or(most, |rows| {
+            rows.most(train.micro_batch_size, data.max_length)
         });
-        let longest = self.rows.and_then(|rows| rows.train.lengths().max());
-        let longest = longest.unwrap_or(data.max_length);
+        let longest = rows.map_or(data.max_length, |rows| rows.longest);
         let mut work = Work {
             trained: self.trained,
             config: &self.base.config,

@@ -325,6 +325,7 @@ impl DataSection {
             format: self.format,
             max_length: self.max_length,
             truncate: self.truncate,
+            skip_untrained: false,
         }
     }
 }
