@@ -1,38 +1,103 @@
-//! From a plain model to one that trains: LoRA layers beside its linear layers, whole modules, or
-//! everything.
+//! From a plain model to one that trains: what a method puts on it, whole modules, or everything.
 
 use burn::tensor::{Tensor, TensorData, backend::Backend};
 use model::llama::Llama;
-use model::load::normal;
-use model::weight::{BaseWeight, named_param, param_id};
-use rand::{RngExt, SeedableRng};
-use rand_chacha::ChaCha8Rng;
+use model::weight::{BaseWeight, param_id};
 
-use crate::base::BaseLinear;
-use crate::config::{LoraConfig, LoraInit, LoraLayer};
+use crate::base::{AdaptedBackend, BaseLinear};
+use crate::config::{AdapterConfig, Layer};
 use crate::error::{Error, Result};
-use crate::lora::{AdaptedLinear, Dropout, Lora, mix};
+use crate::linear::{AdaptedLinear, mix};
+use crate::methods::{Computes, Method, Part, Update, Values};
 
 /// A model whose linear layers may be adapted.
 pub type AdaptedLlama<B> = Llama<B, AdaptedLinear<B>>;
 
-/// Puts LoRA layers beside the targets and unfreezes `modules_to_save`.
+/// Puts a fresh adapter on a model and unfreezes `modules_to_save`.
 ///
 /// # Errors
-/// [`crate::Error::Fit`], see [`LoraConfig::layers`], or for `modules_to_save` in 4 bits.
-pub fn attach<B: Backend>(
+/// [`crate::Error::Fit`], see [`AdapterConfig::layers`], or for `modules_to_save` in 4 bits.
+pub fn attach<B: AdaptedBackend>(
     model: &mut AdaptedLlama<B>,
-    config: &LoraConfig,
+    config: &AdapterConfig,
     seed: u64,
     device: &B::Device,
 ) -> Result<()> {
-    let mut layers = config.layers(&model.config)?.into_iter().peekable();
-    for (name, linear) in model.projections_mut() {
-        if let Some(layer) = layers.next_if(|layer| layer.name == name) {
-            linear.lora = Some(fresh(&layer, config.init, seed, device));
+    put(model, config, &Start::Fresh(seed), device)
+}
+
+/// What the tensors of an adapter start with.
+pub(crate) enum Start<'a> {
+    /// What their method says; this decides what is random.
+    Fresh(u64),
+    /// What this reads.
+    Read(&'a dyn Fn(&Part) -> Result<Vec<f32>>),
+}
+
+/// Puts an adapter on a model and unfreezes `modules_to_save`, whose values stay as they are.
+pub(crate) fn put<B: AdaptedBackend>(
+    model: &mut AdaptedLlama<B>,
+    config: &AdapterConfig,
+    start: &Start<'_>,
+    device: &B::Device,
+) -> Result<()> {
+    let (layers, method) = (config.layers(&model.config)?, &config.method);
+    let in_model = |model: &AdaptedLlama<B>, part: Part| {
+        let values = match start {
+            Start::Fresh(seed) => method.fresh_in_model(&part, model, *seed),
+            Start::Read(read) => read(&part)?,
+        };
+        Ok::<_, Error>((part, values))
+    };
+    let parts = method.model_parts(&layers, &model.config).into_iter();
+    let parts: Vec<_> = parts
+        .map(|part| in_model(model, part))
+        .collect::<Result<_>>()?;
+    if method.changes_layers() {
+        let shared = share(parts, device);
+        let mut layers = layers.into_iter().peekable();
+        for (name, linear) in model.projections_mut() {
+            if let Some(layer) = layers.next_if(|layer| layer.name == name) {
+                linear.update = update(linear, method, &layer, &shared, start, device)?;
+            }
         }
+    } else {
+        method.place(model, Values::new(parts, &[], device));
     }
     unfreeze(model, |module| config.saves(module))
+}
+
+/// Tensors that all layers share, on the device.
+pub(crate) fn share<B: Backend>(
+    parts: Vec<(Part, Vec<f32>)>,
+    device: &B::Device,
+) -> Vec<(Part, Tensor<B, 2>)> {
+    let tensor = |(part, values): (Part, Vec<f32>)| {
+        let data = TensorData::new(values, part.shape.as_slice());
+        (part, Tensor::from_data(data, device))
+    };
+    parts.into_iter().map(tensor).collect()
+}
+
+fn update<B: AdaptedBackend>(
+    linear: &mut AdaptedLinear<B>,
+    method: &Method,
+    layer: &Layer,
+    shared: &[(Part, Tensor<B, 2>)],
+    start: &Start<'_>,
+    device: &B::Device,
+) -> Result<Option<Update<B>>> {
+    let parts = method.layer_parts(layer);
+    let values: Vec<_> = match start {
+        Start::Fresh(seed) => method.fresh(layer, &mut linear.base, *seed),
+        Start::Read(read) => parts.iter().map(*read).collect::<Result<_>>()?,
+    };
+    let values = Values::new(parts.into_iter().zip(values), shared, device);
+    let mut update = method.update(layer, values);
+    if let Some(update) = &mut update {
+        update.settle(&linear.base);
+    }
+    Ok(update)
 }
 
 /// Makes every weight of the model a trained one.
@@ -44,42 +109,10 @@ pub fn train_all<B: Backend>(model: &mut AdaptedLlama<B>) -> Result<()> {
 }
 
 /// Turns dropout on for one forward pass: `seed` decides what every layer drops.
-pub fn set_dropout<B: Backend>(model: &mut AdaptedLlama<B>, probability: f64, seed: u64) {
+pub fn draw<B: AdaptedBackend>(model: &mut AdaptedLlama<B>, seed: u64) {
     for (name, linear) in model.projections_mut() {
-        if let Some(lora) = &mut linear.lora {
-            let seed = mix(seed ^ param_id(&name).val());
-            lora.dropout = Some(Dropout { probability, seed });
-        }
-    }
-}
-
-/// `lora_a` random, `lora_b` zero: the adapted layer starts as the base layer.
-fn fresh<B: Backend>(layer: &LoraLayer, init: LoraInit, seed: u64, device: &B::Device) -> Lora<B> {
-    let [out, r#in] = layer.shape;
-    let name = |part: &str| format!("{}.{part}", layer.name);
-    let a = TensorData::new(
-        fresh_a(&name("lora_a"), layer, init, seed),
-        [layer.rank, r#in],
-    );
-    Lora {
-        lora_a: named_param(&name("lora_a"), Tensor::from_data(a, device)),
-        lora_b: named_param(&name("lora_b"), Tensor::zeros([out, layer.rank], device)),
-        scaling: layer.scaling,
-        dropout: None,
-    }
-}
-
-fn fresh_a(name: &str, layer: &LoraLayer, init: LoraInit, seed: u64) -> Vec<f32> {
-    let [_, r#in] = layer.shape;
-    let count = layer.rank * r#in;
-    match init {
-        LoraInit::Gaussian => normal(seed, name, count, 1.0 / layer.rank as f64),
-        LoraInit::Default => {
-            let mut rng = ChaCha8Rng::seed_from_u64(seed ^ param_id(name).val());
-            let bound = 1.0 / (r#in as f32).sqrt();
-            (0..count)
-                .map(|_| rng.random_range(-bound..bound))
-                .collect()
+        if let Some(update) = &mut linear.update {
+            update.draw(mix(seed ^ param_id(&name).val()));
         }
     }
 }

@@ -8,12 +8,14 @@ use model::folder::ModelFolder;
 use model::linear::{Linear, Projection};
 use model::load::{LinearSource, build, fresh, is_redundant};
 use model::ops::{MatmulBackend, ModelBackend, matmul};
+use model::weight::BaseWeight;
 use quant::bitsandbytes::{self, Stored};
 use quant::{PackedWeight, QuantBackend, QuantLinear, Quantized, Scheme, quantize};
 
 use crate::attach::AdaptedLlama;
 use crate::error::{Error, Result};
-use crate::lora::{AdaptedLinear, LoraBackend};
+use crate::linear::AdaptedLinear;
+use crate::methods::lora::LoraBackend;
 
 /// The tensor of the embeddings, which may be that of `lm_head`, too.
 pub(crate) const EMBEDDINGS: &str = "model.embed_tokens.weight";
@@ -56,6 +58,41 @@ impl<B: Backend> BaseLinear<B> {
     /// Whether any of it is trained itself.
     pub fn is_trained(&self) -> bool {
         self.num_params() > 0
+    }
+
+    /// The weight `[out, in]`, decoded if it is in 4 bits.
+    pub fn weight(&self) -> Tensor<B, 2> {
+        match self {
+            Self::Dense(linear) => linear.weight.val(),
+            Self::Quantized(linear) => linear.weight.dequantize(),
+        }
+    }
+
+    /// The bias `[out]`, if there is one.
+    pub fn bias(&self) -> Option<Tensor<B, 1>> {
+        match self {
+            Self::Dense(linear) => linear.bias.as_ref().map(BaseWeight::val),
+            Self::Quantized(linear) => linear.bias.clone(),
+        }
+    }
+
+    /// The same weight alone.
+    pub fn without_bias(&self) -> Self {
+        match self {
+            Self::Dense(linear) => Self::Dense(Linear {
+                weight: linear.weight.clone(),
+                bias: None,
+            }),
+            Self::Quantized(linear) => Self::Quantized(QuantLinear {
+                weight: linear.weight.clone(),
+                bias: None,
+            }),
+        }
+    }
+
+    /// The sums of the squares of the weight's rows, `[out]`.
+    pub fn row_squares(&self) -> Tensor<B, 1> {
+        self.weight().powi_scalar(2).sum_dim(1).squeeze_dim(1)
     }
 }
 
@@ -164,7 +201,7 @@ impl<'a> Base<'a> {
             bias: source.bias()?,
             weight: PackedWeight::new(weight, source.device),
         });
-        Ok(AdaptedLinear { base, lora: None })
+        Ok(AdaptedLinear { base, update: None })
     }
 
     /// A tensor in 4 bits: as it is stored, or, if it is the weight of a linear layer of the
@@ -253,7 +290,7 @@ fn linear_shape(name: &str, shape: &[usize]) -> Option<[usize; 2]> {
 /// A linear layer as it is, without an adapter.
 pub(crate) fn dense<B: Backend>(source: LinearSource<B>) -> Result<AdaptedLinear<B>> {
     let base = BaseLinear::Dense(source.linear()?);
-    Ok(AdaptedLinear { base, lora: None })
+    Ok(AdaptedLinear { base, update: None })
 }
 
 /// Makes a base model with fresh weights, see [`fresh`]; it is dense.
@@ -289,21 +326,11 @@ pub fn base_bytes(base: &ModelFolder, scheme: Option<Scheme>) -> Result<u64> {
 
 /// How the linear layers of a model are quantised, if they are.
 pub fn scheme<B: Backend>(model: &AdaptedLlama<B>) -> Option<Scheme> {
-    let linears = model.layers.iter().flat_map(|layer| {
-        let (attention, mlp) = (&layer.self_attn, &layer.mlp);
-        [
-            &attention.q_proj,
-            &attention.k_proj,
-            &attention.v_proj,
-            &attention.o_proj,
-            &mlp.gate_proj,
-            &mlp.up_proj,
-            &mlp.down_proj,
-        ]
-    });
-    let mut schemes = linears.filter_map(|linear| match &linear.base {
-        BaseLinear::Dense(_) => None,
-        BaseLinear::Quantized(linear) => Some(linear.weight.layout.scheme),
-    });
+    let mut schemes = model
+        .projections()
+        .filter_map(|(_, linear)| match &linear.base {
+            BaseLinear::Dense(_) => None,
+            BaseLinear::Quantized(linear) => Some(linear.weight.layout.scheme),
+        });
     schemes.next()
 }

@@ -1,51 +1,54 @@
-//! What a LoRA adapter is: its settings, and which layers of a model they mean.
+//! What an adapter is: its method, and which layers of a model it means.
 
 use fancy_regex::Regex;
 use model::config::LlamaConfig;
 use serde::de::{MapAccess, Visitor};
 use serde::ser::SerializeMap;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
+use serde_json::{Map, Value, json};
 
 use crate::error::{Error, Result};
+use crate::methods::{Method, Part, Role};
 
-/// The settings of a LoRA adapter.
+/// The largest rank that is believed; above the width of every layer there is.
+pub const MAX_RANK: usize = 1 << 16;
+
+/// The settings of an adapter.
 ///
-/// Source: <https://arxiv.org/abs/2106.09685>; the matching rules are those of
-/// `peft/tuners/tuners_utils.py`.
+/// The matching rules are those of `peft/tuners/tuners_utils.py`.
 #[derive(Debug, Clone, PartialEq)]
-pub struct LoraConfig {
-    /// Width of the bottleneck, `r`.
-    pub rank: usize,
-    /// Numerator of the scaling.
-    pub alpha: f64,
-    /// Probability with which an input element of `lora_a` is dropped while training.
-    pub dropout: f64,
+pub struct AdapterConfig {
+    /// Which modules it is on.
+    pub selection: Selection,
+    /// What it does there.
+    pub method: Method,
+}
+
+/// Which modules of a model are meant.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Selection {
     /// The layers that are adapted.
     pub target_modules: Targets,
     /// Layers that are not adapted even if `target_modules` names them.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub exclude_modules: Option<Targets>,
     /// Adapt only these decoder layers.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub layers_to_transform: Option<Vec<usize>>,
-    /// Ranks of single layers: the first key that matches decides.
-    pub rank_pattern: Pattern<usize>,
-    /// Alphas of single layers: the first key that matches decides.
-    pub alpha_pattern: Pattern<f64>,
-    /// Scale by `alpha / √rank` instead of `alpha / rank` (<https://arxiv.org/abs/2312.03732>).
-    pub use_rslora: bool,
     /// Modules that are trained and saved as a whole.
     pub modules_to_save: Vec<String>,
-    /// How `lora_a` starts; `lora_b` starts as zeros.
-    pub init: LoraInit,
 }
 
-/// How `lora_a` is initialised.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum LoraInit {
-    /// Uniform within `±1/√in` (PyTorch's `kaiming_uniform_(a=√5)`).
-    Default,
-    /// Normal with deviation `1/rank`.
-    Gaussian,
+impl Default for Selection {
+    fn default() -> Self {
+        Self {
+            target_modules: Targets::AllLinear,
+            exclude_modules: None,
+            layers_to_transform: None,
+            modules_to_save: Vec::new(),
+        }
+    }
 }
 
 /// Which modules are meant.
@@ -63,49 +66,36 @@ pub enum Targets {
 #[derive(Debug, Clone, PartialEq)]
 pub struct Pattern<T>(pub Vec<(String, T)>);
 
-/// One adapted layer: its name, its `[out, in]` and its own rank and scaling.
-#[derive(Debug, Clone, PartialEq)]
-pub struct LoraLayer {
+/// A layer of a model that is adapted.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Layer {
     /// Name in the checkpoint, without `.weight`.
     pub name: String,
-    /// `[out, in]` of the layer.
+    /// `[out, in]`.
     pub shape: [usize; 2],
-    /// `r`.
-    pub rank: usize,
-    /// The factor on `x Aᵀ Bᵀ`.
-    pub scaling: f64,
 }
 
-impl LoraConfig {
-    /// The largest rank that is believed; above the width of every layer there is.
-    pub const MAX_RANK: usize = 1 << 16;
-
-    /// The adapted layers of a model, in the order of the network.
+impl AdapterConfig {
+    /// The adapted layers of a model, in the order of the network; none for a method that adapts no
+    /// layers.
     ///
     /// # Errors
-    /// [`Error::Fit`] lists patterns that do not compile, ranks out of range, modules that the model
-    /// lacks, and settings that adapt nothing.
-    pub fn layers(&self, model: &LlamaConfig) -> Result<Vec<LoraLayer>> {
+    /// [`Error::Fit`] lists patterns that do not compile, settings out of range, modules that the
+    /// model lacks, and settings that adapt nothing.
+    pub fn layers(&self, model: &LlamaConfig) -> Result<Vec<Layer>> {
         let mut problems = self.problems(model);
         let mut layers = Vec::new();
-        for (name, shape) in linear_layers(model) {
-            match self.targets(&name) {
-                Ok(true) => layers.push(self.layer(name, shape)),
+        let changes_layers = self.method.changes_layers();
+        for layer in linear_layers(model).filter(|_| changes_layers) {
+            match self.selection.targets(&layer.name) {
+                Ok(true) => layers.push(layer),
                 Ok(false) => {}
                 Err(problem) => problems.push(problem),
             }
         }
         problems.dedup();
-        if problems.is_empty() && layers.is_empty() {
-            let but = match self.modules_to_save.is_empty() {
-                true => "",
-                false => " that is not in modules_to_save", // PEFT does not load such adapters, either
-            };
-            problems.push(format!(
-                "target_modules = {} matches no layer{but} (layers are named like \
-                 model.layers.0.self_attn.q_proj)",
-                self.target_modules
-            ));
+        if problems.is_empty() && layers.is_empty() && changes_layers {
+            problems.push(self.selection.matches_nothing());
         }
         match problems.is_empty() {
             true => Ok(layers),
@@ -113,35 +103,144 @@ impl LoraConfig {
         }
     }
 
+    /// Every tensor of the adapter on a model: those that belong to no single layer, those of each
+    /// layer, and the weights of `modules_to_save`.
+    ///
+    /// # Errors
+    /// Those of [`AdapterConfig::layers`].
+    pub fn parts(&self, model: &LlamaConfig) -> Result<Vec<Part>> {
+        let layers = self.layers(model)?;
+        let mut all = self.method.model_parts(&layers, model);
+        let of_layer = |layer| self.method.layer_parts(layer);
+        all.extend(layers.iter().flat_map(of_layer));
+        let whole = model
+            .tensors()
+            .into_iter()
+            .map(|(name, shape)| Part::whole(name, shape));
+        let is_saved = |part: &Part| self.saves(part.module().unwrap_or(&part.name));
+        all.extend(whole.filter(is_saved));
+        Ok(all)
+    }
+
+    /// Name and shape of every tensor that is trained.
+    ///
+    /// # Errors
+    /// Those of [`AdapterConfig::layers`].
+    pub fn parameters(&self, model: &LlamaConfig) -> Result<Vec<(String, Vec<usize>)>> {
+        let parts = self.parts(model)?.into_iter();
+        let trained = parts.filter(|part| part.role != Role::Frozen);
+        Ok(trained.map(|part| (part.name, part.shape)).collect())
+    }
+
     fn problems(&self, model: &LlamaConfig) -> Vec<String> {
-        let mut problems = Vec::new();
-        let mut ranks = self
-            .rank_pattern
-            .0
-            .iter()
-            .map(|(_, rank)| *rank)
-            .chain([self.rank]);
-        if let Some(rank) = ranks.find(|rank| !(1..=Self::MAX_RANK).contains(rank)) {
-            problems.push(format!("rank {rank} is not from 1 to {}", Self::MAX_RANK));
+        let settings = self.method.problems().into_iter();
+        let mut problems: Vec<_> = settings
+            .map(|(key, text)| format!("{key} {text}"))
+            .collect();
+        let keys = self.method.patterns();
+        for key in keys.iter().filter(|key| pattern_regex(key).is_err()) {
+            problems.push(format!("the pattern {key:?} is not a regular expression"));
         }
+        if self.method.changes_layers() {
+            self.selection.layer_problems(model, &mut problems);
+        }
+        self.selection.saved_problems(model, &mut problems);
+        problems
+    }
+
+    /// Names that mean nothing in this model. PEFT lets them pass, since a list may be made for
+    /// several models; in one's own recipe they are slips.
+    ///
+    /// # Errors
+    /// [`Error::Fit`] with every such name.
+    pub fn check_names(&self, model: &LlamaConfig) -> Result<()> {
+        let mut problems = Vec::new();
+        if let Targets::Names(names) = &self.selection.target_modules {
+            for name in names.iter().filter(|name| !names_a_linear(model, name)) {
+                problems.push(match name.ends_with("embed_tokens") {
+                    true => "embed_tokens cannot be a target: adapters on embeddings are not \
+                             supported, use modules_to_save"
+                        .into(),
+                    false => format!("target_modules names {name}, which the model lacks"),
+                });
+            }
+        }
+        let layers: Vec<_> = linear_layers(model).collect();
+        let matches = |key: &str| layers.iter().any(|layer| pattern_matches(key, &layer.name));
+        let keys = self.method.patterns().into_iter();
+        for key in keys.filter(|key| !matches(key)) {
+            problems.push(format!("the pattern {key:?} matches no layer"));
+        }
+        match problems.is_empty() {
+            true => Ok(()),
+            false => Err(Error::Fit { problems }),
+        }
+    }
+
+    /// The settings by which two adapters differ in what their tensors are or mean.
+    pub fn differences(&self, other: &Self) -> Vec<String> {
+        if self.method.name() != other.method.name() {
+            return vec!["method".into()];
+        }
+        let (ours, theirs) = (self.meaning(), other.meaning());
+        let keys = ours.keys().chain(theirs.keys());
+        let mut differ: Vec<String> = Vec::new();
+        for key in keys.filter(|key| ours.get(*key) != theirs.get(*key)) {
+            if !differ.contains(key) {
+                differ.push(key.clone());
+            }
+        }
+        differ
+    }
+
+    /// What decides what its tensors are and mean, in the one spelling that can be compared.
+    fn meaning(&self) -> Map<String, Value> {
+        let selection = Selection {
+            target_modules: self.selection.target_modules.sorted(),
+            exclude_modules: self.selection.exclude_modules.as_ref().map(Targets::sorted),
+            ..self.selection.clone()
+        };
+        let mut all = Map::new();
+        for part in [json!(self.method), json!(selection)] {
+            all.extend(part.as_object().cloned().unwrap_or_default());
+        }
+        all.retain(|key, _| !self.method.free_keys().contains(&key.as_str()));
+        all
+    }
+
+    /// Whether a module is trained and saved as a whole, see [`Selection::saves`].
+    pub fn saves(&self, name: &str) -> bool {
+        self.selection.saves(name)
+    }
+}
+
+impl Selection {
+    fn matches_nothing(&self) -> String {
+        let but = match self.modules_to_save.is_empty() {
+            true => "",
+            false => " that is not in modules_to_save", // PEFT does not load such adapters, either
+        };
+        format!(
+            "target_modules = {} matches no layer{but} (layers are named like \
+             model.layers.0.self_attn.q_proj)",
+            self.target_modules
+        )
+    }
+
+    fn layer_problems(&self, model: &LlamaConfig, problems: &mut Vec<String>) {
         if self.layers_to_transform.is_some() && matches!(self.target_modules, Targets::Regex(_)) {
             problems.push("layers_to_transform does not go with a regular expression".into());
         }
         let last = model.num_hidden_layers;
-        for index in self
-            .layers_to_transform
-            .iter()
-            .flatten()
-            .filter(|i| **i >= last)
-        {
+        let layers = self.layers_to_transform.iter().flatten();
+        for index in layers.filter(|index| **index >= last) {
             problems.push(format!(
                 "layers_to_transform names layer {index} of {last} layers"
             ));
         }
-        let keys = self.rank_pattern.keys().chain(self.alpha_pattern.keys());
-        for key in keys.filter(|key| pattern_regex(key).is_err()) {
-            problems.push(format!("the pattern {key:?} is not a regular expression"));
-        }
+    }
+
+    fn saved_problems(&self, model: &LlamaConfig, problems: &mut Vec<String>) {
         for module in &self.modules_to_save {
             let names = module_names(model);
             let holds = |name: &String| name.split('.').any(|part| part == module);
@@ -163,83 +262,6 @@ impl LoraConfig {
                     "modules_to_save names {module}, which the model lacks"
                 ));
             }
-        }
-        problems
-    }
-
-    /// Names that mean nothing in this model. PEFT lets them pass, since a list may be made for
-    /// several models; in one's own recipe they are slips.
-    ///
-    /// # Errors
-    /// [`Error::Fit`] with every such name.
-    pub fn check_names(&self, model: &LlamaConfig) -> Result<()> {
-        let mut problems = Vec::new();
-        if let Targets::Names(names) = &self.target_modules {
-            for name in names.iter().filter(|name| !names_a_linear(model, name)) {
-                problems.push(match name.ends_with("embed_tokens") {
-                    true => "embed_tokens cannot be a target: adapters on embeddings are not \
-                             supported, use modules_to_save"
-                        .into(),
-                    false => format!("target_modules names {name}, which the model lacks"),
-                });
-            }
-        }
-        let layers = linear_layers(model);
-        let matches = |key: &str| layers.iter().any(|(name, _)| pattern_matches(key, name));
-        let keys = self.rank_pattern.keys().chain(self.alpha_pattern.keys());
-        for key in keys.filter(|key| !matches(key)) {
-            problems.push(format!("the pattern {key:?} matches no layer"));
-        }
-        match problems.is_empty() {
-            true => Ok(()),
-            false => Err(Error::Fit { problems }),
-        }
-    }
-
-    /// The settings by which two adapters differ in what their tensors are or mean.
-    pub fn differences(&self, other: &Self) -> Vec<&'static str> {
-        let same = [
-            ("rank", self.rank == other.rank),
-            ("alpha", self.alpha == other.alpha),
-            (
-                "target_modules",
-                self.target_modules.sorted() == other.target_modules.sorted(),
-            ),
-            (
-                "exclude_modules",
-                self.exclude_modules.as_ref().map(Targets::sorted)
-                    == other.exclude_modules.as_ref().map(Targets::sorted),
-            ),
-            (
-                "layers_to_transform",
-                self.layers_to_transform == other.layers_to_transform,
-            ),
-            ("rank_pattern", self.rank_pattern == other.rank_pattern),
-            ("alpha_pattern", self.alpha_pattern == other.alpha_pattern),
-            ("use_rslora", self.use_rslora == other.use_rslora),
-            (
-                "modules_to_save",
-                self.modules_to_save == other.modules_to_save,
-            ),
-        ];
-        same.into_iter()
-            .filter(|(_, same)| !same)
-            .map(|(key, _)| key)
-            .collect()
-    }
-
-    fn layer(&self, name: String, shape: [usize; 2]) -> LoraLayer {
-        let rank = self.rank_pattern.find(&name).unwrap_or(self.rank);
-        let alpha = self.alpha_pattern.find(&name).unwrap_or(self.alpha);
-        let divisor = match self.use_rslora {
-            true => (rank as f64).sqrt(),
-            false => rank as f64,
-        };
-        LoraLayer {
-            name,
-            shape,
-            rank,
-            scaling: alpha / divisor,
         }
     }
 
@@ -272,6 +294,14 @@ impl LoraConfig {
     }
 }
 
+/// A number as Python writes it: whole ones without a fraction.
+pub(crate) fn number(x: f64) -> Value {
+    match x.fract() == 0.0 && x.abs() < 1e15 {
+        true => json!(x as i64),
+        false => json!(x),
+    }
+}
+
 impl Targets {
     /// The same in the one spelling that can be compared.
     pub(crate) fn sorted(&self) -> Self {
@@ -299,7 +329,8 @@ impl Targets {
 }
 
 impl<T: Copy> Pattern<T> {
-    fn find(&self, name: &str) -> Option<T> {
+    /// The value for a layer.
+    pub fn find(&self, name: &str) -> Option<T> {
         let mut entries = self.0.iter();
         entries
             .find(|(key, _)| pattern_matches(key, name))
@@ -308,7 +339,18 @@ impl<T: Copy> Pattern<T> {
 }
 
 impl<T> Pattern<T> {
-    fn keys(&self) -> impl Iterator<Item = &str> {
+    /// The same expressions with other values.
+    pub fn map(&self, other: impl Fn(&T) -> T) -> Self {
+        let entries = self.0.iter();
+        Self(
+            entries
+                .map(|(key, value)| (key.clone(), other(value)))
+                .collect(),
+        )
+    }
+
+    /// The expressions.
+    pub fn keys(&self) -> impl Iterator<Item = &str> {
         self.0.iter().map(|(key, _)| key.as_str())
     }
 }
@@ -342,23 +384,27 @@ fn layer_index(name: &str) -> Option<usize> {
         .ok()
 }
 
-/// Name and `[out, in]` of every linear layer, `lm_head` last.
-fn linear_layers(model: &LlamaConfig) -> Vec<(String, [usize; 2])> {
+/// Every linear layer, `lm_head` last.
+fn linear_layers(model: &LlamaConfig) -> impl Iterator<Item = Layer> {
     let mut all = Vec::new();
     for index in 0..model.num_hidden_layers {
-        let at = |(name, shape, _)| (format!("model.layers.{index}.{name}"), shape);
+        let at = |(name, shape, _)| Layer {
+            name: format!("model.layers.{index}.{name}"),
+            shape,
+        };
         all.extend(model.projections().map(at));
     }
     if !model.tie_word_embeddings {
-        all.push(("lm_head".into(), [model.vocab_size, model.hidden_size]));
+        all.push(Layer {
+            name: "lm_head".into(),
+            shape: [model.vocab_size, model.hidden_size],
+        });
     }
-    all
+    all.into_iter()
 }
 
 fn names_a_linear(model: &LlamaConfig, suffix: &str) -> bool {
-    linear_layers(model)
-        .iter()
-        .any(|(name, _)| ends_with(name, suffix))
+    linear_layers(model).any(|layer| ends_with(&layer.name, suffix))
 }
 
 fn module_names(model: &LlamaConfig) -> Vec<String> {
@@ -458,6 +504,7 @@ impl<'de, T: Deserialize<'de>> Deserialize<'de> for Pattern<T> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::methods::lora::LoraSettings;
 
     fn tiny(tied: bool) -> LlamaConfig {
         LlamaConfig::from_json(&serde_json::json!({
@@ -467,23 +514,17 @@ mod tests {
         .unwrap()
     }
 
-    fn lora(target_modules: Targets) -> LoraConfig {
-        LoraConfig {
-            rank: 4,
-            alpha: 8.0,
-            dropout: 0.0,
-            target_modules,
-            exclude_modules: None,
-            layers_to_transform: None,
-            rank_pattern: Pattern::default(),
-            alpha_pattern: Pattern::default(),
-            use_rslora: false,
-            modules_to_save: Vec::new(),
-            init: LoraInit::Default,
+    fn lora(target_modules: Targets) -> AdapterConfig {
+        AdapterConfig {
+            selection: Selection {
+                target_modules,
+                ..Selection::default()
+            },
+            method: LoraSettings::default().into(),
         }
     }
 
-    fn names(config: &LoraConfig) -> Vec<String> {
+    fn names(config: &AdapterConfig) -> Vec<String> {
         config
             .layers(&tiny(false))
             .unwrap()
@@ -522,45 +563,29 @@ mod tests {
     #[test]
     fn exclusion_layers_and_saved_modules_narrow_the_targets() {
         let mut config = lora(Targets::AllLinear);
-        config.exclude_modules = Some(Targets::Names(vec!["q_proj".into()]));
-        config.layers_to_transform = Some(vec![1]);
-        config.modules_to_save = vec!["down_proj".into()];
+        config.selection.exclude_modules = Some(Targets::Names(vec!["q_proj".into()]));
+        config.selection.layers_to_transform = Some(vec![1]);
+        config.selection.modules_to_save = vec!["down_proj".into()];
         assert_eq!(names(&config).len(), 5);
-    }
-
-    #[test]
-    fn the_first_pattern_that_matches_decides() {
-        let mut config = lora(Targets::AllLinear);
-        config.rank_pattern = Pattern(vec![
-            ("layers.1.mlp.up_proj".into(), 2),
-            ("up_proj".into(), 6),
-        ]);
-        config.alpha_pattern = Pattern(vec![("up_proj".into(), 12.0)]);
-        let layers = config.layers(&tiny(false)).unwrap();
-        let of = |name: &str| layers.iter().find(|l| l.name == name).unwrap();
-        assert_eq!(of("model.layers.1.mlp.up_proj").rank, 2);
-        assert_eq!(of("model.layers.1.mlp.up_proj").scaling, 6.0);
-        assert_eq!(of("model.layers.0.mlp.up_proj").scaling, 2.0);
-        assert_eq!(of("model.layers.0.mlp.gate_proj").rank, 4);
     }
 
     #[test]
     fn an_adapter_needs_a_target_and_saves_single_modules() {
         let mut config = lora(Targets::Names(Vec::new()));
-        let refusal = |config: &LoraConfig| config.layers(&tiny(false)).unwrap_err().to_string();
+        let refusal = |config: &AdapterConfig| config.layers(&tiny(false)).unwrap_err().to_string();
         assert!(refusal(&config).contains("matches no layer"));
-        config.modules_to_save = vec!["lm_head".into()];
+        config.selection.modules_to_save = vec!["lm_head".into()];
         assert!(refusal(&config).contains("matches no layer that is not in modules_to_save"));
-        config.target_modules = Targets::AllLinear;
-        config.modules_to_save = vec!["mlp".into()];
+        config.selection.target_modules = Targets::AllLinear;
+        config.selection.modules_to_save = vec!["mlp".into()];
         assert!(refusal(&config).contains("mlp, which only holds others"));
     }
 
     #[test]
     fn what_does_not_fit_is_listed_at_once() {
         let mut config = lora(Targets::Names(vec!["qproj".into(), "embed_tokens".into()]));
-        config.modules_to_save = vec!["lm_head".into(), "embed_tokens".into()];
-        config.layers_to_transform = Some(vec![3]);
+        config.selection.modules_to_save = vec!["lm_head".into(), "embed_tokens".into()];
+        config.selection.layers_to_transform = Some(vec![3]);
         let text = config.layers(&tiny(true)).unwrap_err().to_string();
         for part in ["layer 3 of 3", "modules_to_save names lm_head", "tied"] {
             assert!(text.contains(part), "{part} is not in: {text}");

@@ -14,8 +14,9 @@ use rayon::prelude::*;
 
 use crate::base::{AdaptedBackend, EMBEDDINGS, HEAD, dense};
 use crate::error::{Error, Result};
-use crate::lora::{AdaptedLinear, Lora};
+use crate::linear::AdaptedLinear;
 use crate::merge::{Merge, Weight};
+use crate::methods::{Computes, Update};
 
 /// How many elements of the output layer are in memory at a time.
 const HEAD_PART: usize = 1 << 24;
@@ -62,7 +63,7 @@ pub fn drift<B: AdaptedBackend>(
     let shape = [config.vocab_size, config.hidden_size];
     let head = Head {
         weight: merge.weight(HEAD, &shape)?,
-        lora: merge.update("lm_head", shape, device)?,
+        update: merge.update("lm_head", shape, device)?,
     };
     let trained = probe.logits(
         |name| merge.dense(name),
@@ -76,7 +77,7 @@ pub fn drift<B: AdaptedBackend>(
         } else {
             HEAD
         }),
-        lora: None,
+        update: None,
     };
     let merged = probe.logits(read, dense, head)?;
     compare(&trained, &merged, config.vocab_size)
@@ -93,7 +94,7 @@ struct Probe<'a, B: Backend> {
 /// The output layer of a model.
 struct Head<'a, B: Backend> {
     weight: Weight<'a>,
-    lora: Option<Lora<B>>,
+    update: Option<Update<B>>,
 }
 
 impl<B: AdaptedBackend> Probe<'_, B> {
@@ -137,15 +138,14 @@ impl<B: AdaptedBackend> Probe<'_, B> {
         let step = (HEAD_PART / d).max(1);
         let part = |start| {
             let rows = start..v.min(start + step);
-            let weight = self.tensor(head.weight.rows(rows.clone())?, [rows.len(), d]);
+            let mut weight = self.tensor(head.weight.rows(rows.clone())?, [rows.len(), d]);
+            if let Some(update) = &head.update {
+                weight = update.merge(rows, weight);
+            }
             Ok(matmul(x.clone(), weight.transpose())) // [n, rows]
         };
         let parts = (0..v).step_by(step).map(part).collect::<Result<Vec<_>>>()?;
-        let logits = Tensor::cat(parts, 1);
-        Ok(match head.lora {
-            Some(lora) => logits + lora.forward(x),
-            None => logits,
-        })
+        Ok(Tensor::cat(parts, 1))
     }
 
     fn tensor(&self, values: Vec<f32>, shape: [usize; 2]) -> Tensor<B, 2> {

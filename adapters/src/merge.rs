@@ -21,11 +21,13 @@ use model::weight::named_param;
 use quant::{Quantized, Scheme};
 use safetensors::Dtype;
 
-use crate::base::{Base, BaseLinear, EMBEDDINGS, HEAD};
-use crate::config::LoraLayer;
+use crate::base::{AdaptedBackend, Base, BaseLinear, EMBEDDINGS, HEAD};
+use crate::config::Layer;
 use crate::error::{Error, Result};
-use crate::lora::{AdaptedLinear, Lora};
-use crate::peft::{self, in_words};
+use crate::linear::AdaptedLinear;
+use crate::methods::lora::{Lora, LoraSettings};
+use crate::methods::{Computes, Update};
+use crate::peft::in_words;
 use adapter::{Adapter, conflicts, trained_on};
 
 /// How many elements are merged at a time.
@@ -192,7 +194,7 @@ impl<'a> Merge<'a> {
     /// A tensor before any update, dense: an adapter's if one replaces it, else the base's.
     pub(crate) fn dense(&self, name: &str) -> Weight<'_> {
         match self.replacement(name) {
-            Some(adapter) => Weight::Dense(&adapter.opened.file, peft::key(name)),
+            Some((adapter, key)) => Weight::Dense(&adapter.opened.file, key.to_owned()),
             None => Weight::Dense(self.base.checkpoint, self.base_name(name).to_owned()),
         }
     }
@@ -209,13 +211,16 @@ impl<'a> Merge<'a> {
     }
 
     /// A linear layer of the trained model.
-    pub(crate) fn trained<B: Backend>(&self, source: LinearSource<B>) -> Result<AdaptedLinear<B>> {
-        let lora = self.update(source.name, source.shape, source.device)?;
+    pub(crate) fn trained<B: AdaptedBackend>(
+        &self,
+        source: LinearSource<B>,
+    ) -> Result<AdaptedLinear<B>> {
+        let update = self.update(source.name, source.shape, source.device)?;
         let base = match self.replaces(&format!("{}.weight", source.name)) {
             true => BaseLinear::Dense(source.linear()?),
             false => self.base.linear(source)?.base,
         };
-        Ok(AdaptedLinear { base, lora })
+        Ok(AdaptedLinear { base, update })
     }
 
     /// Whether an adapter replaces a tensor as a whole.
@@ -223,50 +228,41 @@ impl<'a> Merge<'a> {
         self.replacement(name).is_some()
     }
 
-    fn replacement(&self, name: &str) -> Option<&Adapter> {
-        self.adapters.iter().find(|adapter| adapter.replaces(name))
+    /// The adapter that replaces a tensor, and the name that it has for it.
+    fn replacement(&self, name: &str) -> Option<(&Adapter, &str)> {
+        self.adapters.iter().find_map(|adapter| {
+            let mut whole = adapter.opened.whole();
+            let part = whole.find(|part| part.name == name)?;
+            Some((adapter, part.key.as_str()))
+        })
     }
 
-    /// What all adapters add to a layer `[out, in]`, if one does: `lora_a` `[r, in]` and `lora_b`
-    /// `[out, r]`, with the weights and scalings in `lora_b`.
+    /// What all adapters together do to a layer `[out, in]`, if one does anything.
     pub(crate) fn update<B: Backend>(
         &self,
-        layer: &str,
-        [out, r#in]: [usize; 2],
+        name: &str,
+        shape: [usize; 2],
         device: &B::Device,
-    ) -> Result<Option<Lora<B>>> {
-        let rank: usize = self.parts(layer).map(|(_, part)| part.rank).sum();
-        if rank == 0 {
-            return Ok(None);
-        }
-        let names = ["lora_a", "lora_b"].map(|part| format!("{layer}.{part}"));
-        let mut a = Vec::with_capacity(rank * r#in);
-        let mut b = vec![0.0; out * rank];
-        for (adapter, part) in self.parts(layer) {
-            let column = a.len() / r#in;
-            a.extend(adapter.opened.read(&names[0])?);
-            let factor = (adapter.weight * part.scaling) as f32;
-            let own = adapter.opened.read(&names[1])?; // [out, part.rank]
-            for (row, own) in b.chunks_mut(rank).zip(own.chunks(part.rank)) {
-                let row = row[column..].iter_mut().zip(own);
-                row.for_each(|(b, x)| *b = factor * x);
+    ) -> Result<Option<Update<B>>> {
+        let loras: Vec<_> = self
+            .parts(name)
+            .filter_map(|(adapter, _)| Some((adapter, adapter.lora()?)))
+            .collect();
+        match self.parts(name).next() {
+            _ if !loras.is_empty() => {
+                let lora = sum_of_loras(&loras, name, shape, device)?;
+                Ok(Some(Update::Lora(lora)))
             }
+            Some((adapter, layer)) => adapter.update(layer, device), // the only one, see `conflicts`
+            None => Ok(None),
         }
-        let tensor =
-            |values, shape: [usize; 2]| Tensor::from_data(TensorData::new(values, shape), device);
-        Ok(Some(Lora {
-            lora_a: named_param(&names[0], tensor(a, [rank, r#in])),
-            lora_b: named_param(&names[1], tensor(b, [out, rank])),
-            scaling: 1.0,
-            dropout: None,
-        }))
     }
 
-    /// The adapters' parts in the update of a layer.
-    fn parts(&self, layer: &str) -> impl Iterator<Item = (&Adapter, &LoraLayer)> {
+    /// The adapters that adapt a layer.
+    fn parts(&self, name: &str) -> impl Iterator<Item = (&Adapter, &Layer)> {
         self.adapters
             .iter()
-            .filter_map(move |adapter| Some((adapter, adapter.layer(layer)?)))
+            .filter_map(move |adapter| Some((adapter, adapter.layer(name)?)))
     }
 
     /// The base's name of a tensor.
@@ -296,14 +292,25 @@ impl<'a> Merge<'a> {
             }
             _ => None,
         };
-        let is_changed = update.is_some() || self.replaces(name);
+        let biased = match name
+            .strip_suffix(".bias")
+            .map(|layer| self.parts(layer).next())
+        {
+            Some(Some((_, layer))) => {
+                self.update::<Flex>(&layer.name, layer.shape, &Default::default())?
+            }
+            _ => None,
+        };
+        let is_changed = update.is_some() || biased.is_some() || self.replaces(name);
         let mut bytes = Vec::with_capacity(shape[0] * width * dtype.bitsize() / 8);
         let step = (PART / width).max(1);
         for start in (0..shape[0]).step_by(step) {
             let rows = start..shape[0].min(start + step);
             let mut values = weight.rows(rows.clone())?;
             if let Some(update) = &update {
-                add(update, rows, &mut values);
+                values = merge(update, rows, values);
+            } else if let Some(update) = &biased {
+                values = merge_bias(update, values);
             }
             if is_changed && !fits(&values, dtype) {
                 return Err(Error::NotFinite { name: name.into() });
@@ -329,10 +336,56 @@ impl Weight<'_> {
     }
 }
 
-/// Adds rows of an update to the same rows of a weight.
-fn add(update: &Lora<Flex>, rows: Range<usize>, values: &mut [f32]) {
-    let b = update.lora_b.val().narrow(0, rows.start, rows.len()); // [rows, r]
-    let product = b.matmul(update.lora_a.val()).into_data(); // [rows, in]
-    let product = product.as_slice::<f32>().expect("computed in f32");
-    values.iter_mut().zip(product).for_each(|(w, x)| *w += x);
+/// Updates rows `[rows, in]` of a weight.
+fn merge(update: &Update<Flex>, rows: Range<usize>, values: Vec<f32>) -> Vec<f32> {
+    let shape = [rows.len(), values.len() / rows.len()];
+    let weight = Tensor::from_data(TensorData::new(values, shape), &Default::default());
+    let merged = update.merge(rows, weight).into_data();
+    merged.into_vec().expect("computed in f32")
+}
+
+/// Updates a bias, all of it: it is far smaller than [`PART`].
+fn merge_bias(update: &Update<Flex>, values: Vec<f32>) -> Vec<f32> {
+    let bias = Tensor::from_data(values.as_slice(), &Default::default());
+    let merged = update.merge_bias(bias).into_data();
+    merged.into_vec().expect("computed in f32")
+}
+
+/// LoRA updates of a layer `[out, in]` as one: `lora_a` `[r, in]` and `lora_b` `[out, r]` side by
+/// side, with the weights and scalings in `lora_b`.
+fn sum_of_loras<B: Backend>(
+    loras: &[(&Adapter, &LoraSettings)],
+    layer: &str,
+    [out, r#in]: [usize; 2],
+    device: &B::Device,
+) -> Result<Lora<B>> {
+    let parts = loras
+        .iter()
+        .map(|(adapter, lora)| (adapter, lora.rank_and_scaling(layer)));
+    let rank: usize = parts.clone().map(|(_, (rank, _))| rank).sum();
+    let names = ["lora_a", "lora_b"].map(|part| format!("{layer}.{part}"));
+    let mut a = Vec::with_capacity(rank * r#in);
+    let mut b = vec![0.0; out * rank];
+    for (adapter, (own_rank, scaling)) in parts {
+        let column = a.len() / r#in;
+        a.extend(adapter.read(&names[0])?);
+        let factor = (adapter.weight * scaling) as f32;
+        let own = adapter.read(&names[1])?; // [out, own_rank]
+        for (row, own) in b.chunks_mut(rank).zip(own.chunks(own_rank)) {
+            let row = row[column..].iter_mut().zip(own);
+            row.for_each(|(b, x)| *b = factor * x);
+        }
+    }
+    let tensor =
+        |values, shape: [usize; 2]| Tensor::from_data(TensorData::new(values, shape), device);
+    Ok(Lora {
+        lora_a: named_param(&names[0], tensor(a, [rank, r#in])),
+        lora_b: named_param(&names[1], tensor(b, [out, rank])),
+        magnitude: None,
+        base_squares: None,
+        start: None,
+        scaling: 1.0,
+        dropout: 0.0,
+        seed: None,
+    })
 }

@@ -7,30 +7,8 @@ use std::collections::HashMap;
 
 use burn::module::{Module, ModuleMapper, ModuleVisitor, Param, ParamId};
 use burn::tensor::{Tensor, TensorData, backend::Backend};
-use model::config::LlamaConfig;
 
 use crate::attach::AdaptedLlama;
-use crate::config::LoraConfig;
-use crate::error::Result;
-
-/// Name and shape of every tensor that a LoRA configuration trains on a model: `….lora_a`
-/// `[r, in]`, `….lora_b` `[out, r]`, and the weights of `modules_to_save`.
-pub fn parameters(config: &LoraConfig, model: &LlamaConfig) -> Result<Vec<(String, Vec<usize>)>> {
-    let mut all = Vec::new();
-    for layer in config.layers(model)? {
-        let [out, r#in] = layer.shape;
-        all.push((format!("{}.lora_a", layer.name), vec![layer.rank, r#in]));
-        all.push((format!("{}.lora_b", layer.name), vec![out, layer.rank]));
-    }
-    let saved = model.tensors().into_iter().filter(|(name, _)| {
-        let module = name
-            .rsplit_once('.')
-            .map_or(name.as_str(), |(module, _)| module);
-        config.saves(module)
-    });
-    all.extend(saved);
-    Ok(all)
-}
 
 /// The values of all trained parameters.
 pub fn read_parameters<B: Backend>(model: &AdaptedLlama<B>) -> HashMap<ParamId, Vec<f32>> {

@@ -1,7 +1,8 @@
 //! PEFT's adapter folder: `adapter_config.json` and `adapter_model.safetensors`.
 //!
-//! Source: `peft/config.py`, `peft/utils/save_and_load.py`, `peft/tuners/lora/config.py`.
+//! Source: `peft/config.py`, `peft/utils/save_and_load.py`.
 
+use std::collections::HashMap;
 use std::path::Path;
 
 use burn::tensor::backend::Backend;
@@ -13,12 +14,13 @@ use quant::Scheme;
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
-use crate::attach::{AdaptedLlama, attach};
-use crate::base::{BaseLinear, scheme};
-use crate::config::{LoraConfig, LoraInit, Pattern, Targets};
+use crate::attach::{AdaptedLlama, Start, put};
+use crate::base::{AdaptedBackend, BaseLinear, scheme};
+use crate::config::{AdapterConfig, Selection, Targets};
 use crate::error::{Error, Result};
-use crate::lora::AdaptedLinear;
-use crate::parameters::{parameters, read_parameters, write_parameters};
+use crate::linear::AdaptedLinear;
+use crate::methods::{Computes, Method, Part, Role};
+use crate::parameters::{read_parameters, write_parameters};
 
 /// File name of the settings.
 pub const CONFIG_FILE: &str = "adapter_config.json";
@@ -29,55 +31,13 @@ pub const PEFT_VERSION: &str = "0.21.2";
 /// What the tensors' file says of the base model that the adapter was trained on; PEFT does not
 /// read it.
 const BASE_QUANTIZATION: &str = "base_quantization";
-/// What PEFT puts before the names of the base model's modules.
-const PREFIX: &str = "base_model.model.";
 
-/// Settings that change what the tensors mean and that are not supported: the value each must
-/// have. Others that are not read (`revision`, `peft_version`, …) change nothing;
-/// `init_lora_weights` has its own check.
-const MUST_BE: [(&str, Value); 21] = [
-    ("alora_invocation_tokens", Value::Null),
-    ("arrow_config", Value::Null),
-    ("bias", Value::Null), // "none" is let through, see `unsupported`
-    ("corda_config", Value::Null),
-    ("eva_config", Value::Null),
-    ("fan_in_fan_out", Value::Bool(false)),
-    ("kasa_config", Value::Null),
-    ("layer_replication", Value::Null),
-    ("layers_pattern", Value::Null),
-    ("lora_bias", Value::Bool(false)),
-    ("lora_ga_config", Value::Null),
-    ("megatron_config", Value::Null),
-    ("monteclora_config", Value::Null),
-    ("target_parameters", Value::Null),
-    ("trainable_token_indices", Value::Null),
-    ("use_bdlora", Value::Null),
-    ("use_dora", Value::Bool(false)),
-    ("use_qalora", Value::Bool(false)),
-    ("velora_config", Value::Null),
-    ("ensure_weight_tying", Value::Bool(false)),
-    ("loftq_config", Value::Null),
-];
-
-/// The keys of `adapter_config.json` that are read.
+/// The keys of `adapter_config.json` that say which modules are meant.
 #[derive(Deserialize)]
-struct PeftConfig {
-    peft_type: String,
-    #[serde(default = "default_rank")]
-    r: usize,
-    #[serde(default = "default_alpha")]
-    lora_alpha: f64,
-    #[serde(default)]
-    lora_dropout: f64,
+struct PeftSelection {
     target_modules: Option<Targets>,
     exclude_modules: Option<Targets>,
     layers_to_transform: Option<OneOrMany>,
-    #[serde(default)]
-    rank_pattern: Pattern<usize>,
-    #[serde(default)]
-    alpha_pattern: Pattern<f64>,
-    #[serde(default)]
-    use_rslora: bool,
     modules_to_save: Option<Vec<String>>,
 }
 
@@ -88,19 +48,11 @@ enum OneOrMany {
     Many(Vec<usize>),
 }
 
-fn default_rank() -> usize {
-    8
-}
-
-fn default_alpha() -> f64 {
-    8.0
-}
-
 /// Reads `adapter_config.json` of a folder.
 ///
 /// # Errors
 /// [`Error::Config`] lists every setting that is not supported.
-pub fn read_config(folder: &Path) -> Result<LoraConfig> {
+pub fn read_config(folder: &Path) -> Result<AdapterConfig> {
     let path = folder.join(CONFIG_FILE);
     if folder.is_dir() && !path.exists() {
         return Err(model::Error::MissingFile {
@@ -119,88 +71,60 @@ pub fn read_config(folder: &Path) -> Result<LoraConfig> {
         source,
     };
     let object: Map<String, Value> = serde_json::from_str(&text).map_err(json_error)?;
-    let problems = unsupported(&object);
+    let wrong = |problems| Error::Config {
+        path: path.clone(),
+        problems,
+    };
+    let peft_type = object.get("peft_type").unwrap_or(&Value::Null);
+    let Some(about) = peft_type.as_str().and_then(Method::of_peft_type) else {
+        let known: Vec<_> = Method::peft_types().collect();
+        let known = known.join(", ");
+        return Err(wrong(vec![format!(
+            "peft_type is {peft_type}: only these are supported: {known}"
+        )]));
+    };
+    let problems = (about.unsupported)(&object);
     if !problems.is_empty() {
-        return Err(Error::Config { path, problems });
+        return Err(wrong(problems));
     }
-    let peft: PeftConfig = serde_json::from_str(&text).map_err(json_error)?;
-    let many = |layers| match layers {
-        OneOrMany::One(layer) => vec![layer],
-        OneOrMany::Many(layers) => layers,
+    let selection: PeftSelection = serde_json::from_str(&text).map_err(json_error)?;
+    let config = AdapterConfig {
+        selection: selection.read(about.peft_targets),
+        method: (about.from_peft)(&text).map_err(json_error)?,
     };
-    let config = LoraConfig {
-        rank: peft.r,
-        alpha: peft.lora_alpha,
-        dropout: peft.lora_dropout,
-        // PEFT's default for Llamas
-        target_modules: peft
-            .target_modules
-            .unwrap_or_else(|| Targets::Names(vec!["q_proj".into(), "v_proj".into()])),
-        exclude_modules: peft.exclude_modules,
-        layers_to_transform: peft
-            .layers_to_transform
-            .map(many)
-            .filter(|all| !all.is_empty()),
-        rank_pattern: peft.rank_pattern,
-        alpha_pattern: peft.alpha_pattern,
-        use_rslora: peft.use_rslora,
-        modules_to_save: peft.modules_to_save.unwrap_or_default(),
-        init: LoraInit::Default,
-    };
-    let finite = config.alpha.is_finite() && (0.0..1.0).contains(&config.dropout);
-    match (peft.peft_type.as_str(), finite) {
-        ("LORA", true) => Ok(config),
-        ("LORA", false) => Err(Error::Config {
-            path,
-            problems: vec!["lora_alpha or lora_dropout is out of range".into()],
-        }),
-        (other, _) => Err(Error::Config {
-            path,
-            problems: vec![format!(
-                "peft_type is {other:?}: only \"LORA\" is supported"
-            )],
-        }),
+    let problems = config.method.problems().into_iter();
+    let problems: Vec<_> = problems
+        .map(|(key, text)| format!("{key} {text}"))
+        .collect();
+    match problems.is_empty() {
+        true => Ok(config),
+        false => Err(wrong(problems)),
     }
 }
 
-fn unsupported(object: &Map<String, Value>) -> Vec<String> {
-    let neutral = |key: &str, value: &Value, wanted: &Value| {
-        value.is_null()
-            || value == wanted
-            || (key == "bias" && value == "none")
-            || value.as_array().is_some_and(Vec::is_empty)
-            || value.as_object().is_some_and(Map::is_empty)
-    };
-    let set = MUST_BE.iter().filter_map(|(key, wanted)| {
-        let value = object
-            .get(*key)
-            .filter(|value| !neutral(key, value, wanted))?;
-        Some(format!("{key} is {value}: this is not supported"))
-    });
-    let mut problems: Vec<String> = set.collect();
-    // the others change the base weights, too, and such an adapter is no use on the original base
-    let init = object.get("init_lora_weights").unwrap_or(&Value::Null);
-    let plain = init.is_null() || init.is_boolean();
-    if !plain
-        && !["gaussian", "orthogonal", "eva"]
-            .iter()
-            .any(|name| init == name)
-    {
-        problems.push(format!(
-            "init_lora_weights is {init}: it belongs to a changed base model, convert the adapter \
-             with PEFT's path_initial_model_for_weight_conversion first"
-        ));
+impl PeftSelection {
+    fn read(self, default_targets: fn() -> Targets) -> Selection {
+        let many = |layers| match layers {
+            OneOrMany::One(layer) => vec![layer],
+            OneOrMany::Many(layers) => layers,
+        };
+        let layers = self.layers_to_transform.map(many);
+        Selection {
+            target_modules: self.target_modules.unwrap_or_else(default_targets),
+            exclude_modules: self.exclude_modules,
+            layers_to_transform: layers.filter(|all| !all.is_empty()),
+            modules_to_save: self.modules_to_save.unwrap_or_default(),
+        }
     }
-    problems
 }
 
 /// An adapter folder that has been checked against a model and not read yet.
 pub(crate) struct Opened {
     /// The settings.
-    pub(crate) config: LoraConfig,
-    /// Name and shape of every tensor.
-    pub(crate) parameters: Vec<(String, Vec<usize>)>,
-    /// The tensors, by [`key`].
+    pub(crate) config: AdapterConfig,
+    /// Every tensor that it is made of.
+    pub(crate) parts: Vec<Part>,
+    /// The tensors, by [`Part::key`].
     pub(crate) file: Checkpoint,
     /// The model that it fits: where embeddings and `lm_head` are one and the adapter changes one of
     /// them, they are apart.
@@ -208,9 +132,14 @@ pub(crate) struct Opened {
 }
 
 impl Opened {
-    /// Elements of a parameter, row by row.
-    pub(crate) fn read(&self, name: &str) -> Result<Vec<f32>> {
-        Ok(self.file.read(&key(name))?)
+    /// Elements of a tensor, row by row.
+    pub(crate) fn read(&self, part: &Part) -> Result<Vec<f32>> {
+        Ok(self.file.read(&part.key)?)
+    }
+
+    /// The tensors that replace weights of the model.
+    pub(crate) fn whole(&self) -> impl Iterator<Item = &Part> {
+        self.parts.iter().filter(|part| part.role == Role::Whole)
     }
 
     /// How the base was quantised that the adapter was trained on, if the file says so.
@@ -245,12 +174,10 @@ fn open_on(folder: &Path, model: &LlamaConfig) -> Result<Opened> {
         },
         other => other,
     };
-    let parameters = parameters(&config, model).map_err(in_config)?;
+    let parts = config.parts(model).map_err(in_config)?;
     let file = Checkpoint::open_file(&folder.join(MODEL_FILE))?;
-    let wanted: Vec<_> = parameters
-        .iter()
-        .map(|(name, shape)| (key(name), shape.clone()))
-        .collect();
+    let wanted = |part: &Part| (part.key.clone(), part.shape.clone());
+    let wanted: Vec<_> = parts.iter().map(wanted).collect();
     file.check(&wanted, is_base_copy)
         .map_err(|error| match error {
             model::Error::Tensors { path, problems } => Error::Tensors { path, problems },
@@ -258,7 +185,7 @@ fn open_on(folder: &Path, model: &LlamaConfig) -> Result<Opened> {
         })?;
     Ok(Opened {
         config,
-        parameters,
+        parts,
         file,
         model: model.clone(),
     })
@@ -270,18 +197,19 @@ fn open_on(folder: &Path, model: &LlamaConfig) -> Result<Opened> {
 /// # Errors
 /// [`Error::Tensors`] lists every tensor that is missing, unexpected or of another shape;
 /// [`Error::Config`] if the settings do not fit the model.
-pub fn load<B: Backend>(
+pub fn load<B: AdaptedBackend>(
     mut model: AdaptedLlama<B>,
     folder: &Path,
     device: &B::Device,
-) -> Result<(AdaptedLlama<B>, LoraConfig)> {
+) -> Result<(AdaptedLlama<B>, AdapterConfig)> {
     let adapter = open(folder, &model.config)?;
     if model.config.tie_word_embeddings && !adapter.model.tie_word_embeddings {
         untie(&mut model);
     }
-    attach(&mut model, &adapter.config, 0, device)?;
-    let read = |(name, _): &(String, _)| Ok((param_id(name), adapter.read(name)?));
-    let values = adapter.parameters.iter().map(read).collect::<Result<_>>()?;
+    let start = Start::Read(&|part| adapter.read(part));
+    put(&mut model, &adapter.config, &start, device)?;
+    let read = |part: &Part| Ok((param_id(&part.name), adapter.read(part)?));
+    let values = adapter.whole().map(read).collect::<Result<_>>()?;
     Ok((write_parameters(model, values), adapter.config))
 }
 
@@ -291,7 +219,7 @@ fn untie<B: Backend>(model: &mut AdaptedLlama<B>) {
         weight: model.embed_tokens.clone(),
         bias: None,
     });
-    model.lm_head = Some(AdaptedLinear { base, lora: None });
+    model.lm_head = Some(AdaptedLinear { base, update: None });
     model.config.tie_word_embeddings = false;
 }
 
@@ -300,9 +228,9 @@ fn untie<B: Backend>(model: &mut AdaptedLlama<B>) {
 ///
 /// # Errors
 /// Files that cannot be written; each is complete or absent.
-pub fn save<B: Backend>(
+pub fn save<B: AdaptedBackend>(
     model: &AdaptedLlama<B>,
-    config: &LoraConfig,
+    config: &AdapterConfig,
     base_model: &str,
     folder: &Path,
 ) -> Result<()> {
@@ -311,23 +239,112 @@ pub fn save<B: Backend>(
         path: folder.into(),
         source,
     })?;
-    let mut values = read_parameters(model);
-    let tensors = parameters(config, &model.config)?
-        .into_iter()
-        .map(|(name, shape)| NamedTensor {
-            values: values
-                .remove(&param_id(&name))
-                .expect("every parameter is on the model"),
-            name: key(&name),
-            shape,
-        });
+    let (config, mut values) = saved(model, config)?;
+    let tensor = |part: Part| NamedTensor {
+        values: values
+            .remove(&part.name)
+            .expect("every tensor of the adapter is on the model"),
+        name: part.key,
+        shape: part.shape,
+    };
+    let parts = config.parts(&model.config)?.into_iter();
+    let tensors: Vec<_> = parts.map(tensor).collect();
     let metadata = [(BASE_QUANTIZATION, quantization(model))];
-    let tensors: Vec<_> = tensors.collect();
     write_safetensors(&folder.join(MODEL_FILE), &tensors, &metadata)?;
-    let json = serde_json::to_string_pretty(&config_json(config, base_model));
+    let json = serde_json::to_string_pretty(&config_json(&config, base_model));
     let json = json.expect("a JSON value can be written");
     write_file(&folder.join(CONFIG_FILE), json.as_bytes())?;
     Ok(())
+}
+
+/// Writes all tensors of an adapter as they are on the model, by our names: where [`save`] converts
+/// them, this is what training goes on with.
+///
+/// # Errors
+/// A file that cannot be written; it is complete or absent.
+pub fn save_exactly<B: AdaptedBackend>(
+    model: &AdaptedLlama<B>,
+    config: &AdapterConfig,
+    file: &Path,
+) -> Result<()> {
+    let mut values = values(model, config)?;
+    let tensor = |part: Part| NamedTensor {
+        values: values.remove(&part.name).expect("it is one of the parts"),
+        name: part.name,
+        shape: part.shape,
+    };
+    let tensors: Vec<_> = config
+        .parts(&model.config)?
+        .into_iter()
+        .map(tensor)
+        .collect();
+    Ok(write_safetensors(file, &tensors, &[])?)
+}
+
+/// Puts an adapter on a model that [`save_exactly`] wrote.
+///
+/// # Errors
+/// Those of [`load`].
+pub fn load_exactly<B: AdaptedBackend>(
+    mut model: AdaptedLlama<B>,
+    config: &AdapterConfig,
+    file: &Path,
+    device: &B::Device,
+) -> Result<AdaptedLlama<B>> {
+    let file = Checkpoint::open_file(file)?;
+    let parts = config.parts(&model.config)?;
+    let wanted = |part: &Part| (part.name.clone(), part.shape.clone());
+    file.check(&parts.iter().map(wanted).collect::<Vec<_>>(), |_| false)?;
+    let read = |part: &Part| Ok(file.read(&part.name)?);
+    put(&mut model, config, &Start::Read(&read), device)?;
+    let whole = parts.iter().filter(|part| part.role == Role::Whole);
+    let whole = whole.map(|part| Ok((param_id(&part.name), read(part)?)));
+    Ok(write_parameters(model, whole.collect::<Result<_>>()?))
+}
+
+/// The values of all tensors of an adapter, by name.
+fn values<B: AdaptedBackend>(
+    model: &AdaptedLlama<B>,
+    config: &AdapterConfig,
+) -> Result<HashMap<String, Vec<f32>>> {
+    let mut by_id = read_parameters(model);
+    let value = |part: Part| {
+        let values = match part.role {
+            Role::Frozen => frozen(model, &part),
+            _ => by_id.remove(&param_id(&part.name)),
+        };
+        (
+            part.name,
+            values.expect("every tensor of the adapter is on the model"),
+        )
+    };
+    let parts = config.parts(&model.config)?.into_iter();
+    Ok(parts.map(value).collect())
+}
+
+/// What is saved of a model: the settings, and the values of all tensors by name.
+fn saved<B: AdaptedBackend>(
+    model: &AdaptedLlama<B>,
+    config: &AdapterConfig,
+) -> Result<(AdapterConfig, HashMap<String, Vec<f32>>)> {
+    let mut values = values(model, config)?;
+    let mut config = config.clone();
+    if config.method.is_converted() {
+        let layers = config.layers(&model.config)?;
+        let converted = config.method.convert(&layers, model, &mut values);
+        config.method = converted.unwrap_or(config.method);
+    }
+    Ok((config, values))
+}
+
+/// The values of a tensor that is not trained: of the first layer that has it.
+fn frozen<B: AdaptedBackend>(model: &AdaptedLlama<B>, part: &Part) -> Option<Vec<f32>> {
+    let mut updates = model
+        .projections()
+        .filter(|(name, _)| part.module().is_none_or(|module| module == name))
+        .filter_map(|(_, linear)| linear.update.as_ref()?.frozen(part.end()));
+    let data = updates.next()?.into_data().convert::<f32>();
+    data.into_vec().ok()
 }
 
 /// How the base of an adapter was quantised when it was trained, if its file says so and it differs
@@ -360,67 +377,36 @@ fn is_base_copy(key: &str) -> bool {
     key == "base_model.model.lm_head.base_layer.weight"
 }
 
-/// Key of a parameter in PEFT's file.
-pub(crate) fn key(name: &str) -> String {
-    let (module, part) = name
-        .rsplit_once('.')
-        .expect("parameters are named module.part");
-    let part = match part {
-        "lora_a" => "lora_A.weight",
-        "lora_b" => "lora_B.weight",
-        whole => whole, // of modules_to_save
-    };
-    format!("{PREFIX}{module}.{part}")
-}
-
 /// The settings in PEFT's spelling, keys sorted. Keys that came late to PEFT and hold their
 /// default are left out: older versions refuse keys that they do not know.
-fn config_json(config: &LoraConfig, base_model: &str) -> Value {
+fn config_json(config: &AdapterConfig, base_model: &str) -> Value {
     let (base_model, revision) = match base_model.split_once('@') {
         Some((id, revision)) if !Path::new(base_model).exists() => (id, Some(revision)),
         _ => (base_model, None),
     };
     let names = |targets: &Targets| json!(targets.sorted()); // sets in PEFT
-    let number = |x: f64| match x.fract() == 0.0 && x.abs() < 1e15 {
-        true => json!(x as i64),
-        false => json!(x),
-    };
-    let alphas = config.alpha_pattern.0.iter();
-    let alphas: Map<_, _> = alphas
-        .map(|(name, alpha)| (name.clone(), number(*alpha)))
-        .collect();
-    let init = match config.init {
-        LoraInit::Default => json!(true),
-        LoraInit::Gaussian => json!("gaussian"),
-    };
-    let mut json = json!({
-        "alpha_pattern": alphas,
-        "auto_mapping": null,
-        "base_model_name_or_path": base_model,
-        "bias": "none",
-        "exclude_modules": config.exclude_modules.as_ref().map(names),
-        "fan_in_fan_out": false,
-        "inference_mode": true,
-        "init_lora_weights": init,
-        "layers_pattern": null,
-        "layers_to_transform": config.layers_to_transform,
-        "lora_alpha": number(config.alpha),
-        "lora_dropout": config.dropout,
-        "modules_to_save": Some(&config.modules_to_save).filter(|all| !all.is_empty()),
-        "peft_type": "LORA",
-        "peft_version": PEFT_VERSION,
-        "r": config.rank,
-        "rank_pattern": config.rank_pattern,
-        "revision": revision,
-        "target_modules": names(&config.target_modules),
-        "task_type": "CAUSAL_LM",
-        "use_dora": false,
-        "use_rslora": config.use_rslora,
-    });
-    if config.exclude_modules.is_none()
-        && let Some(object) = json.as_object_mut()
-    {
-        object.shift_remove("exclude_modules"); // came with PEFT 0.14
+    let selection = &config.selection;
+    let mut all = config.method.to_peft();
+    let mut set = |key: &str, value: Value| all.insert(key.to_owned(), value);
+    set("auto_mapping", Value::Null);
+    set("base_model_name_or_path", json!(base_model));
+    set("inference_mode", json!(true));
+    set(
+        "modules_to_save",
+        json!(Some(&selection.modules_to_save).filter(|all| !all.is_empty())),
+    );
+    set("peft_type", json!(config.method.peft_type()));
+    set("peft_version", json!(PEFT_VERSION));
+    set("revision", json!(revision));
+    set("task_type", json!("CAUSAL_LM"));
+    if config.method.changes_layers() {
+        set("layers_pattern", Value::Null);
+        set("layers_to_transform", json!(selection.layers_to_transform));
+        set("target_modules", names(&selection.target_modules));
+        if let Some(exclude) = &selection.exclude_modules {
+            set("exclude_modules", names(exclude)); // came with PEFT 0.14
+        }
     }
-    json
+    all.sort_keys();
+    Value::Object(all)
 }

@@ -6,7 +6,7 @@ mod harness;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use adapters::{AdaptedLlama, LoraConfig, Targets, attach, peft, quantize_folder, scheme};
+use adapters::{AdaptedLlama, Targets, attach, peft, quantize_folder, scheme};
 use burn::tensor::{Int, Tensor, TensorData};
 use harness::{B, lora, root};
 use model::checkpoint::{Checkpoint, MODEL_FILE, NamedTensor, write_safetensors};
@@ -443,10 +443,8 @@ fn an_adapter_remembers_the_quantization_it_was_trained_on() {
 #[test]
 fn a_module_in_4_bits_cannot_be_trained_as_a_whole() {
     let mut model = try_load(&dense(), Some(NF4)).unwrap();
-    let config = LoraConfig {
-        modules_to_save: vec!["up_proj".into()],
-        ..lora(Targets::Names(vec!["q_proj".into()]))
-    };
+    let mut config = lora(Targets::Names(vec!["q_proj".into()]));
+    config.selection.modules_to_save = vec!["up_proj".into()];
     let error = attach(&mut model, &config, 1, &Default::default()).unwrap_err();
     let words = "model.layers.0.mlp.up_proj is in 4 bits and cannot be trained as a whole";
     assert!(error.to_string().contains(words), "{error}");

@@ -4,12 +4,13 @@ mod harness;
 
 use std::path::{Path, PathBuf};
 
+use adapters::methods::lora::LoraSettings;
 use adapters::{
-    AdaptedLlama, Drift, Error, LoraConfig, Merge, Onto, Pattern, Targets, Weighted, drift, peft,
-    read_parameters, write_parameters,
+    AdaptedLlama, AdapterConfig, Drift, Error, Merge, Onto, Pattern, Targets, Weighted, drift,
+    peft, read_parameters, write_parameters,
 };
 use burn::tensor::{Tensor, TensorData};
-use harness::{B, lora, root};
+use harness::{B, lora, rank_4, root};
 use model::checkpoint::{Checkpoint, MODEL_FILE, NamedTensor, write_safetensors};
 use model::folder::ModelFolder;
 use model::load::normal;
@@ -201,20 +202,27 @@ fn trained_on(adapter: &Path, words: &str) -> TempDir {
 }
 
 /// Settings that give layers different ranks and factors.
-fn mixed_lora(target_modules: Targets) -> LoraConfig {
-    LoraConfig {
+fn mixed() -> LoraSettings {
+    LoraSettings {
         rank: 3,
         alpha: 5.0,
         dropout: 0.1,
         rank_pattern: Pattern(vec![("up_proj".into(), 7)]),
         alpha_pattern: Pattern(vec![("0.self_attn.q_proj".into(), 11.0)]),
         use_rslora: true,
+        ..rank_4()
+    }
+}
+
+fn mixed_lora(target_modules: Targets) -> AdapterConfig {
+    AdapterConfig {
+        method: mixed().into(),
         ..lora(target_modules)
     }
 }
 
 /// A model with an adapter whose every number is random, and the folder of the adapter.
-fn adapted(base: &Path, config: &LoraConfig, seed: u64) -> (AdaptedLlama<B>, TempDir) {
+fn adapted(base: &Path, config: &AdapterConfig, seed: u64) -> (AdaptedLlama<B>, TempDir) {
     let mut model = load(base);
     adapters::attach(&mut model, config, seed, &Default::default()).unwrap();
     let random = |(id, values): (_, Vec<f32>)| (id, normal(seed, "b", values.len(), 0.2));
@@ -354,8 +362,15 @@ fn merged_is_unmerged_for_any_numbers() {
     for seed in 0..4 {
         let mut config = mixed_lora(Targets::AllLinear);
         if seed == 1 {
-            config.modules_to_save = vec!["lm_head".into(), "norm".into(), "o_proj".into()];
+            config.selection.modules_to_save =
+                vec!["lm_head".into(), "norm".into(), "o_proj".into()];
         }
+        let use_dora = seed >= 2;
+        config.method = LoraSettings {
+            use_dora,
+            ..mixed()
+        }
+        .into();
         let name = ["gqa", "mha_bias_linear"][seed as usize % 2];
         let (model, folder) = adapted(&base(name), &config, seed);
         let merged = merge(&base(name), &[whole(folder.path())], None).unwrap();
@@ -368,10 +383,22 @@ fn merged_is_unmerged_for_any_numbers() {
 }
 
 #[test]
+fn dora_is_merged_alone_and_as_a_whole() {
+    let (dora, lora) = (fixture("dora"), fixture("qv"));
+    for adapters in [
+        vec![whole(&dora), whole(&lora)],
+        vec![weighted(dora.clone(), 0.5)],
+    ] {
+        let refusal = merge(&base("gqa"), &adapters, None).err().unwrap();
+        assert!(refusal.to_string().contains("one at a time"), "{refusal}");
+    }
+}
+
+#[test]
 fn a_module_that_an_adapter_replaces_is_not_quantised() {
     let base = in_f32(&base("by_64"));
     let mut config = mixed_lora(Targets::AllLinear);
-    config.modules_to_save = vec!["up_proj".into()];
+    config.selection.modules_to_save = vec!["up_proj".into()];
     let (_, adapter) = adapted(base.path(), &config, 5);
     let adapter = trained_on(adapter.path(), "fp4 in blocks of 32");
     let adapters = [whole(adapter.path())];

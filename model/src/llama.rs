@@ -77,6 +77,26 @@ impl<B: ModelBackend, P: Projection<B>> Llama<B, P> {
 
 impl<B: Backend, P> Llama<B, P> {
     /// Every linear layer with its name in the checkpoint (without `.weight`).
+    pub fn projections(&self) -> impl Iterator<Item = (String, &P)> {
+        let layers = self.layers.iter().enumerate();
+        let layers = layers.flat_map(|(index, layer)| {
+            let (self_attn, mlp) = (&layer.self_attn, &layer.mlp);
+            let all = [
+                ("self_attn.q_proj", &self_attn.q_proj),
+                ("self_attn.k_proj", &self_attn.k_proj),
+                ("self_attn.v_proj", &self_attn.v_proj),
+                ("self_attn.o_proj", &self_attn.o_proj),
+                ("mlp.gate_proj", &mlp.gate_proj),
+                ("mlp.up_proj", &mlp.up_proj),
+                ("mlp.down_proj", &mlp.down_proj),
+            ];
+            all.map(|(name, p)| (format!("model.layers.{index}.{name}"), p))
+        });
+        let head = self.lm_head.iter();
+        layers.chain(head.map(|p| ("lm_head".to_owned(), p)))
+    }
+
+    /// The same to change them.
     pub fn projections_mut(&mut self) -> impl Iterator<Item = (String, &mut P)> {
         let layers = self.layers.iter_mut().enumerate();
         let layers = layers.flat_map(|(index, layer)| {

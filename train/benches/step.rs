@@ -39,10 +39,10 @@ fn config() -> LlamaConfig {
 fn language_model() -> CausalLm<B> {
     let device = Default::default();
     let mut model = adapters::init(&config(), 1, &device);
-    attach(&mut model, &Recipe::default().adapter.lora(), 1, &device).expect("it fits");
+    attach(&mut model, &Recipe::default().adapter.config(), 1, &device).expect("it fits");
     CausalLm {
         model,
-        dropout: 0.0,
+        method: None,
         seed: 1,
         recompute: false,
     }

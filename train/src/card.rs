@@ -13,6 +13,8 @@ use crate::recipe::{Paths, Recipe};
 use crate::report::{Entry, RunRecord};
 use crate::trained::Trained;
 
+pub mod hub;
+
 /// File name of the card.
 pub const CARD_FILE: &str = "README.md";
 /// Most steps whose losses are told.
@@ -35,13 +37,18 @@ fn card(run: &RunRecord, recipe: &Recipe, trained: &Trained) -> String {
     let base = recipe.model.path.as_str();
     let mut text = front_matter(base, trained);
     let what = match trained {
-        Trained::Lora(_) => "LoRA adapter for",
-        Trained::Full => "fine-tuned version of",
+        Trained::Adapter(adapter) => format!("{} adapter for", adapter.method.title()),
+        Trained::Full => "fine-tuned version of".into(),
+    };
+    let article = if what.starts_with(['A', 'I']) {
+        "An"
+    } else {
+        "A"
     };
     let _ = write!(
         text,
-        "\n# {}\n\nA {what} `{base}`, trained with `trainer`.\n",
-        short_name(base)
+        "\n# {}\n\n{article} {what} `{base}`, trained with `trainer`.\n",
+        title(recipe)
     );
     usage(&mut text, base, trained);
     training(&mut text, run, recipe);
@@ -51,7 +58,7 @@ fn card(run: &RunRecord, recipe: &Recipe, trained: &Trained) -> String {
         "\n## Recipe\n\n```toml\n{}```\n\n### Framework versions\n\n",
         without_paths(recipe).to_toml()
     );
-    if let Trained::Lora(_) = trained {
+    if let Trained::Adapter(_) = trained {
         let _ = writeln!(text, "- PEFT {}", peft::PEFT_VERSION);
     }
     for (name, version) in run
@@ -69,31 +76,49 @@ fn front_matter(base: &str, trained: &Trained) -> String {
     // a JSON string is a YAML string
     let quoted = |text: &str| serde_json::Value::from(text).to_string();
     let (library, kind) = match trained {
-        Trained::Lora(_) => ("peft", "adapter"),
+        Trained::Adapter(_) => ("peft", "adapter"),
         Trained::Full => ("transformers", "finetune"),
     };
-    let lora = match trained {
-        Trained::Lora(_) => "- lora\n",
-        Trained::Full => "",
+    let method = match trained {
+        Trained::Adapter(adapter) => format!("- {}\n", adapter.method.name()),
+        Trained::Full => String::new(),
     };
     let (id, _) = base.split_once('@').unwrap_or((base, ""));
     format!(
         "---\nbase_model: {}\nlibrary_name: {library}\npipeline_tag: text-generation\ntags:\n- {}\n\
-         {lora}- transformers\n---\n",
+         {method}- transformers\n---\n",
         quoted(id),
         quoted(&format!("base_model:{kind}:{id}")),
     )
 }
 
-/// The last part of a Hub id or a path.
+/// The model, and what it was trained on.
+fn title(recipe: &Recipe) -> String {
+    let model = short_name(&recipe.model.path);
+    let files = recipe.data.train.list();
+    match &files[..] {
+        [] => format!("{model}, fine-tuned"),
+        [file] => format!("{model}, fine-tuned on {}", file_name(file)),
+        [file, more @ ..] => {
+            let (file, more) = (file_name(file), more.len());
+            format!("{model}, fine-tuned on {file} and {more} more")
+        }
+    }
+}
+
+/// The name in a Hub id or a path, also of a folder in the Hub's cache
+/// (`models--OWNER--NAME/snapshots/COMMIT`).
 fn short_name(base: &str) -> &str {
-    let name = base.trim_end_matches(['/', '\\']);
-    name.rsplit(['/', '\\']).next().unwrap_or(name)
+    let (base, _) = base.split_once('@').unwrap_or((base, ""));
+    let mut parts = base.rsplit(['/', '\\']).filter(|part| !part.is_empty());
+    let last = parts.next().unwrap_or(base);
+    let cached = parts.find_map(|part| part.strip_prefix("models--"));
+    cached.and_then(|id| id.rsplit("--").next()).unwrap_or(last)
 }
 
 fn usage(text: &mut String, base: &str, trained: &Trained) {
     let python = match trained {
-        Trained::Lora(_) => format!(
+        Trained::Adapter(_) => format!(
             "from peft import PeftModel\nfrom transformers import AutoModelForCausalLM, \
              AutoTokenizer\n\ntokenizer = AutoTokenizer.from_pretrained(\"PATH\")  # this folder\n\
              model = AutoModelForCausalLM.from_pretrained({base:?})\n\
@@ -105,7 +130,7 @@ fn usage(text: &mut String, base: &str, trained: &Trained) {
             .into(),
     };
     let command = match trained {
-        Trained::Lora(_) => format!("trainer chat --model {base} --adapter PATH"),
+        Trained::Adapter(_) => format!("trainer chat --model {base} --adapter PATH"),
         Trained::Full => "trainer chat --model PATH".into(),
     };
     let _ = write!(
@@ -250,6 +275,28 @@ mod tests {
         recipe.adapter.method = "full".into();
         let text = card(&RunRecord::default(), &recipe, &Trained::Full);
         assert!(text.contains("library_name: transformers\n") && !text.contains("PEFT"));
+    }
+
+    #[test]
+    fn a_title_says_what_was_trained_on_what() {
+        let mut recipe = Recipe::default();
+        for (base, data, expected) in [
+            (
+                "owner/base@main",
+                Paths::One("a/rows.jsonl".into()),
+                "base, fine-tuned on rows.jsonl",
+            ),
+            ("/home/me/base/", Paths::None, "base, fine-tuned"),
+            (
+                "/hub/models--owner--poet-1b/snapshots/0123abcd",
+                Paths::Many(vec!["a.csv".into(), "b.csv".into()]),
+                "poet-1b, fine-tuned on a.csv and 1 more",
+            ),
+        ] {
+            recipe.model.path = base.into();
+            recipe.data.train = data;
+            assert_eq!(title(&recipe), expected);
+        }
     }
 
     #[test]

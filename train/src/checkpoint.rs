@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::path::{Path, PathBuf};
 
-use adapters::AdaptedLlama;
+use adapters::{AdaptedBackend, AdaptedLlama};
 use burn::tensor::{Tensor, TensorData, backend::Backend};
 use model::checkpoint::{Checkpoint, NamedTensor, write_file, write_safetensors};
 use model::folder::ModelFolder;
@@ -26,6 +26,8 @@ use crate::run_folder::{io, remove_folder, replace_folder};
 use crate::trained::Trained;
 
 const OPTIMIZER_FILE: &str = "optimizer.safetensors";
+/// What stands before the names of what the method remembers, in the optimizer's file.
+const METHOD_PREFIX: &str = "method.";
 const STATE_FILE: &str = "state.json";
 const SUMS_FILE: &str = "SHA256SUMS";
 
@@ -104,7 +106,7 @@ impl Checkpoints {
     ///
     /// # Errors
     /// Files that cannot be written; what was there before stays as it was.
-    pub fn save<B: Backend>(&self, snapshot: &Snapshot<'_, B>) -> Result<PathBuf> {
+    pub fn save<B: AdaptedBackend>(&self, snapshot: &Snapshot<'_, B>) -> Result<PathBuf> {
         let step = snapshot.progress.step;
         let done = self.folder.join(format!("step-{step:06}"));
         replace_folder(&done, |part| {
@@ -176,12 +178,14 @@ impl Checkpoints {
 }
 
 /// Everything that a checkpoint is made of, and its checksums at last.
-fn write_parts<B: Backend>(snapshot: &Snapshot<'_, B>, into: &Path) -> Result<()> {
+fn write_parts<B: AdaptedBackend>(snapshot: &Snapshot<'_, B>, into: &Path) -> Result<()> {
     let recipe = snapshot.recipe;
     snapshot
         .trained
         .save(snapshot.model, snapshot.base, &recipe.model.path, into)?;
-    let moments = moments_to_tensors(snapshot)?;
+    snapshot.trained.save_exactly(snapshot.model, into)?;
+    let mut moments = moments_to_tensors(snapshot)?;
+    moments.extend(remembered(snapshot));
     write_safetensors(&into.join(OPTIMIZER_FILE), &moments, &[])?;
     let progress = Progress {
         recipe: recipe.to_toml(),
@@ -252,6 +256,13 @@ pub fn restore_optimizer<B: Backend>(
         };
         state.moments.insert(param_id(name), moments);
     }
+    if let Some(after) = &mut state.after {
+        let named = file
+            .tensors()
+            .filter_map(|(key, _)| Some((key, key.strip_prefix(METHOD_PREFIX)?)));
+        let read = |(key, name): (&str, &str)| Ok((name.to_owned(), file.read(key)?));
+        after.restore(named.map(read).collect::<Result<_>>()?, device);
+    }
     Ok(())
 }
 
@@ -272,6 +283,19 @@ fn moments_to_tensors<B: Backend>(snapshot: &Snapshot<'_, B>) -> Result<Vec<Name
         }
     }
     Ok(tensors)
+}
+
+/// What the method remembers from step to step.
+fn remembered<B: Backend>(snapshot: &Snapshot<'_, B>) -> Vec<NamedTensor> {
+    let state = snapshot.optimizer.state();
+    let after = state.after.as_ref();
+    let all = after.map_or_else(Vec::new, |after| after.state());
+    let tensor = |(name, values): (String, Vec<f32>)| NamedTensor {
+        name: format!("{METHOD_PREFIX}{name}"),
+        shape: vec![values.len()],
+        values,
+    };
+    all.into_iter().map(tensor).collect()
 }
 
 fn checksums(folder: &Path) -> Result<BTreeMap<String, String>> {

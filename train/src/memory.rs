@@ -9,6 +9,7 @@
 
 use std::collections::BTreeMap;
 
+use adapters::Method;
 use model::config::LlamaConfig;
 use model::ops::ATTENTION_QUERIES;
 use serde::{Deserialize, Serialize};
@@ -153,7 +154,7 @@ impl Work<'_> {
     /// # Errors
     /// As [`Work::predict`].
     pub fn step(&self) -> Result<Memory> {
-        let layers = Kept::of(self.trained, self.config)?.layers();
+        let layers = Kept::of(self.trained, self.config, self.tokens)?.layers();
         let trained = self.updated()?;
         Ok(most([
             self.loss(&layers, trained),
@@ -221,7 +222,7 @@ impl Work<'_> {
             weights: self.weights,
             adapter: match self.trained {
                 Trained::Full => 0, // they are the weights
-                Trained::Lora(_) => trained.all,
+                Trained::Adapter(_) => trained.all,
             },
             optimizer: 2 * trained.all,
             gradients: match self.accumulates {
@@ -303,8 +304,11 @@ impl Work<'_> {
             true => layers.iter().copied().max().unwrap_or(0).into(),
             false => 0,
         };
-        let dropout = matches!(self.trained, Trained::Lora(lora) if lora.dropout > 0.0);
-        let wide = if dropout { 4 } else { 2 };
+        let wide = if self.trained.method().is_some_and(Method::is_random) {
+            4
+        } else {
+            2
+        };
         let linear = n * (wide * i + 2 * d + again);
         bytes(linear) + self.attention_scores() + self.decoded_weights()
     }
@@ -372,22 +376,25 @@ fn bytes(numbers: u128) -> u64 {
 /// What the decoder layers keep of each token for backward.
 struct Kept<'a> {
     config: &'a LlamaConfig,
-    /// Ranks of the trained modules, by name; 0 for one that is trained as a whole.
-    ranks: BTreeMap<String, usize>,
+    /// Numbers a token that the trained modules keep, by name; none for one that is trained as a
+    /// whole.
+    modules: BTreeMap<String, usize>,
 }
 
 impl<'a> Kept<'a> {
-    fn of(trained: &Trained, config: &'a LlamaConfig) -> Result<Self> {
-        let mut ranks = BTreeMap::new();
-        for (name, shape) in trained.parameters(config)? {
-            let (module, part) = name.rsplit_once('.').unwrap_or((&name, ""));
-            match part {
-                "lora_a" => ranks.insert(module.to_owned(), shape[0]),
-                "lora_b" => None, // it is as wide as `lora_a`
-                _ => ranks.insert(module.to_owned(), 0),
-            };
+    fn of(trained: &Trained, config: &'a LlamaConfig, tokens: usize) -> Result<Self> {
+        let mut modules = BTreeMap::new();
+        for (name, _) in trained.parameters(config)? {
+            let (module, _) = name.rsplit_once('.').unwrap_or((&name, ""));
+            modules.insert(module.to_owned(), 0);
         }
-        Ok(Self { config, ranks })
+        if let Trained::Adapter(adapter) = trained {
+            for layer in adapter.layers(config)? {
+                let [each, beside] = adapter.method.kept(&layer);
+                modules.insert(layer.name, each + beside.div_ceil(tokens.max(1)));
+            }
+        }
+        Ok(Self { config, modules })
     }
 
     /// Numbers a token, for each layer from the first trained one on: those below it keep nothing.
@@ -395,9 +402,9 @@ impl<'a> Kept<'a> {
         let all = 0..self.config.num_hidden_layers;
         let trained = |index: &usize| {
             let start = format!("model.layers.{index}.");
-            self.ranks.keys().any(|name| name.starts_with(&start))
+            self.modules.keys().any(|name| name.starts_with(&start))
         };
-        let first = match self.ranks.contains_key("model.embed_tokens") {
+        let first = match self.modules.contains_key("model.embed_tokens") {
             true => 0,
             false => all.clone().find(trained).unwrap_or(all.end),
         };
@@ -419,10 +426,10 @@ impl<'a> Kept<'a> {
         let swiglu = 2 * i; // gate and up
         let start = format!("model.layers.{index}.");
         let adapters = self
-            .ranks
+            .modules
             .iter()
             .filter(|(name, _)| name.starts_with(&start));
-        let narrow: usize = adapters.map(|(_, rank)| rank).sum(); // between `lora_a` and `lora_b`
+        let narrow: usize = adapters.map(|(_, kept)| kept).sum();
         (norms + attention + swiglu + narrow) as u64
     }
 }

@@ -6,6 +6,7 @@
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use adapters::methods::AfterStep;
 use burn::module::{AutodiffModule, ModuleMapper, Param, ParamId};
 use burn::optim::{GradientsParams, MultiGradientsParams, Optimizer};
 use burn::tensor::{
@@ -24,16 +25,20 @@ pub struct AdamW<B: Backend> {
     betas: [f64; 2],
     eps: f64,
     weight_decay: f64,
+    /// Factors on the learning rate of single parameters.
+    rates: HashMap<ParamId, f64>,
     state: Arc<Mutex<State<B>>>,
 }
 
 /// What AdamW remembers.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 pub struct State<B: Backend> {
     /// Steps taken.
     pub step: usize,
     /// By parameter.
     pub moments: HashMap<ParamId, Moments<B>>,
+    /// What the method does after each step.
+    pub after: Option<Box<dyn AfterStep<B>>>,
 }
 
 /// Running means of one parameter's gradient and its square, flattened.
@@ -52,11 +57,24 @@ impl<B: Backend> AdamW<B> {
             betas: train.betas,
             eps: train.eps,
             weight_decay: train.weight_decay,
+            rates: HashMap::new(),
             state: Arc::new(Mutex::new(State {
                 step: 0,
                 moments: HashMap::new(),
+                after: None,
             })),
         }
+    }
+
+    /// The same with other learning rates for some parameters, and something to do after each step.
+    pub fn with(
+        mut self,
+        rates: HashMap<ParamId, f64>,
+        after: Option<Box<dyn AfterStep<B>>>,
+    ) -> Self {
+        self.rates = rates;
+        self.state().after = after;
+        self
     }
 
     /// The state, locked.
@@ -71,20 +89,32 @@ impl<A: AutodiffBackend, M: AutodiffModule<A>> Optimizer<M, A> for AdamW<A::Inne
 
     fn step(&mut self, lr: f64, module: M, grads: GradientsParams) -> M {
         let mut state = self.state();
-        state.step += 1;
-        let step = state.step as i32;
+        let State {
+            step,
+            moments,
+            after,
+        } = &mut *state;
+        *step += 1;
+        let power = *step as i32;
         let [beta1, beta2] = self.betas;
         let mut update = Update {
             beta1,
             beta2,
             eps: self.eps,
-            decay: 1.0 - lr * self.weight_decay,
-            step_size: lr / (1.0 - beta1.powi(step)),
-            root: (1.0 - beta2.powi(step)).sqrt(),
+            lr,
+            weight_decay: self.weight_decay,
+            correction: 1.0 - beta1.powi(power),
+            root: (1.0 - beta2.powi(power)).sqrt(),
             grads,
-            moments: &mut state.moments,
+            rates: &self.rates,
+            moments,
+            watched: after.as_mut().map(|after| Watched::new(after.as_mut())),
         };
-        module.map(&mut update)
+        let module = module.map(&mut update);
+        match update.watched {
+            Some(watched) => module.map(&mut watched.after(*step)),
+            None => module,
+        }
     }
 
     fn step_multi(&mut self, lr: f64, module: M, grads: MultiGradientsParams) -> M {
@@ -106,11 +136,50 @@ struct Update<'a, B: Backend> {
     beta1: f64,
     beta2: f64,
     eps: f64,
-    decay: f64,
-    step_size: f64,
+    lr: f64,
+    weight_decay: f64,
+    correction: f64,
     root: f64,
     grads: GradientsParams,
+    rates: &'a HashMap<ParamId, f64>,
     moments: &'a mut HashMap<ParamId, Moments<B>>,
+    watched: Option<Watched<'a, B>>,
+}
+
+/// The parameters that a method looks at after the step.
+struct Watched<'a, B: Backend> {
+    by: &'a mut dyn AfterStep<B>,
+    values: HashMap<ParamId, Tensor<B, 1>>,
+    gradients: HashMap<ParamId, Tensor<B, 1>>,
+}
+
+impl<'a, B: Backend> Watched<'a, B> {
+    fn new(by: &'a mut dyn AfterStep<B>) -> Self {
+        Self {
+            by,
+            values: HashMap::new(),
+            gradients: HashMap::new(),
+        }
+    }
+
+    /// What the method makes of them.
+    fn after(mut self, step: usize) -> Overwrite<B> {
+        self.by.after(step, &mut self.values, &self.gradients);
+        Overwrite(self.values)
+    }
+}
+
+/// Gives parameters other values.
+struct Overwrite<B: Backend>(HashMap<ParamId, Tensor<B, 1>>);
+
+impl<A: AutodiffBackend> ModuleMapper<A> for Overwrite<A::InnerBackend> {
+    fn map_float<const D: usize>(&mut self, param: Param<Tensor<A, D>>) -> Param<Tensor<A, D>> {
+        let Some(values) = self.0.remove(&param.id) else {
+            return param;
+        };
+        let new = Tensor::from_inner(values.reshape(param.shape()));
+        Param::initialized(param.id, new.require_grad())
+    }
 }
 
 impl<A: AutodiffBackend> ModuleMapper<A> for Update<'_, A::InnerBackend> {
@@ -122,7 +191,15 @@ impl<A: AutodiffBackend> ModuleMapper<A> for Update<'_, A::InnerBackend> {
         let old = param.into_value().inner();
         let shape = old.shape();
         let count = shape.num_elements();
-        let new = self.update(id, old.reshape([count]), grad.reshape([count]));
+        let grad = grad.reshape([count]);
+        let watches = |by: &Watched<_>| by.by.watches(id);
+        let is_watched = self.watched.as_ref().is_some_and(watches);
+        let kept = is_watched.then(|| grad.clone());
+        let new = self.update(id, old.reshape([count]), grad);
+        if let (Some(watched), Some(grad)) = (&mut self.watched, kept) {
+            watched.gradients.insert(id, grad);
+            watched.values.insert(id, new.clone());
+        }
         Param::initialized(id, Tensor::from_inner(new.reshape(shape)).require_grad())
     }
 }
@@ -130,6 +207,7 @@ impl<A: AutodiffBackend> ModuleMapper<A> for Update<'_, A::InnerBackend> {
 impl<B: Backend> Update<'_, B> {
     fn update(&mut self, id: ParamId, param: Tensor<B, 1>, grad: Tensor<B, 1>) -> Tensor<B, 1> {
         let (beta1, beta2) = (self.beta1, self.beta2);
+        let lr = self.lr * self.rates.get(&id).copied().unwrap_or(1.0);
         let Moments { first, second } = self.moments.remove(&id).unwrap_or_else(|| Moments {
             first: grad.zeros_like(),
             second: grad.zeros_like(),
@@ -141,8 +219,8 @@ impl<B: Backend> Update<'_, B> {
             .sqrt()
             .div_scalar(self.root)
             .add_scalar(self.eps);
-        let change = (first.clone() / denominator).mul_scalar(self.step_size);
+        let change = (first.clone() / denominator).mul_scalar(lr / self.correction);
         self.moments.insert(id, Moments { first, second });
-        param.mul_scalar(self.decay) - change
+        param.mul_scalar(1.0 - lr * self.weight_decay) - change
     }
 }

@@ -280,16 +280,12 @@ mod tests {
                 "train.recompute: unknown variant `layer`, expected one of `auto`, `none`, `block`",
             ),
             (
-                "adapter.use_dora=true",
-                "adapter.use_dora = true is not supported",
-            ),
-            (
                 "adapter.method=ia3",
                 "adapter.method = \"ia3\" is not supported: expected \"lora\" or \"full\"",
             ),
             (
-                "adapter.init=pissa",
-                "adapter.init: unknown variant `pissa`, expected `default` or `gaussian`",
+                "adapter.init=eva",
+                "adapter.init: unknown variant `eva`, expected `default`, `gaussian`",
             ),
             (
                 "train.optimizer=lion",

@@ -51,7 +51,7 @@ pub fn trained(recipe: &mut Recipe) -> Result<Trained> {
     }
     if let Some(folder) = recipe.adapter.init_from.clone() {
         let theirs = peft::read_config(&folder)?;
-        let differ = recipe.adapter.lora().differences(&theirs).into_iter();
+        let differ = recipe.adapter.config().differences(&theirs).into_iter();
         let asked = differ.map(|key| format!("adapter.{key}"));
         let problem = |key: String| {
             format!(
@@ -64,11 +64,8 @@ pub fn trained(recipe: &mut Recipe) -> Result<Trained> {
         if !problems.is_empty() {
             return Err(Error::Recipe { problems });
         }
-        let dropout = recipe.adapter.dropout;
-        recipe.adapter.set_lora(&theirs);
-        if recipe.given.contains("adapter.dropout") {
-            recipe.adapter.dropout = dropout; // it does not change what the tensors mean
-        }
+        let given = |key: &str| recipe.given.contains(&format!("adapter.{key}"));
+        recipe.adapter.continue_from(&theirs, given);
         if recipe.data.chat_template.is_none() && ChatTemplate::from_folder(&folder)?.is_some() {
             recipe.data.chat_template = Some(folder.display().to_string());
         }
@@ -80,7 +77,7 @@ pub fn trained(recipe: &mut Recipe) -> Result<Trained> {
 pub fn resumed(recipe: &Recipe) -> Trained {
     match recipe.adapter.is_full() {
         true => Trained::Full,
-        false => Trained::Lora(recipe.adapter.lora()),
+        false => Trained::Adapter(recipe.adapter.config()),
     }
 }
 
@@ -90,8 +87,8 @@ pub fn resumed(recipe: &Recipe) -> Trained {
 /// # Errors
 /// [`adapters::Error::Fit`] or [`adapters::Error::Config`] with everything that does not fit.
 pub fn num_params(recipe: &Recipe, trained: &Trained, model: &LlamaConfig) -> Result<u64> {
-    if let (Trained::Lora(lora), None) = (trained, &recipe.adapter.init_from) {
-        lora.check_names(model)?;
+    if let (Trained::Adapter(adapter), None) = (trained, &recipe.adapter.init_from) {
+        adapter.check_names(model)?;
     }
     trained
         .num_params(model)
@@ -170,13 +167,14 @@ fn begin<B: TrainBackend>(
         }
         None => trained.attach(&mut model, recipe.train.seed, &device)?,
     }
-    let folder = folder(&recipe)?.with_events(&recipe, 1)?;
-    let optimizer = AdamW::new(&recipe.train);
     let progress = Progress {
         rows: rows.fingerprint(),
         ..Progress::default()
     };
-    let windows = Windows::new(rows.train, &recipe.data, &recipe.train, 0);
+    let folder = folder(&recipe)?.with_events(&recipe, &progress)?;
+    let windows = Windows::new(rows.train, &recipe.data, &recipe.train, progress.step);
+    let steps = windows.num_steps();
+    let optimizer = trained.optimizer(&model.config, &recipe.train, steps)?;
     let run = assemble(
         recipe, trained, base, windows, rows.eval, device, model, optimizer, folder, progress,
         load_time,
@@ -228,18 +226,16 @@ pub fn resume<B: TrainBackend>(
         });
     }
     let start = Instant::now();
-    let mut model = load_base::<B>(&recipe, &base, &device)?;
+    let model = load_base::<B>(&recipe, &base, &device)?;
     let load_time = start.elapsed();
-    if trained == Trained::Full {
-        trained.attach(&mut model, recipe.train.seed, &device)?;
-    }
     let model = trained.restore(model, checkpoint, &device)?;
-    let optimizer = AdamW::new(&recipe.train);
+    let steps = windows.num_steps();
+    let optimizer = trained.optimizer(&model.config, &recipe.train, steps)?;
     let names = trained.parameters(&model.config)?; // of which ties may have come apart
     restore_optimizer(&optimizer, &names, checkpoint, &device)?;
     folder.write_recipe(&recipe)?;
     folder.go_back(&progress)?;
-    let folder = folder.with_events(&recipe, progress.step + 1)?;
+    let folder = folder.with_events(&recipe, &progress)?;
     Ok(assemble(
         recipe, trained, base, windows, rows.eval, device, model, optimizer, folder, progress,
         load_time,
@@ -267,7 +263,7 @@ fn assemble<B: TrainBackend>(
     Run {
         model: CausalLm {
             model,
-            dropout: recipe.adapter.dropout,
+            method: trained.method().cloned(),
             seed: train.seed,
             recompute: train.recompute == Recompute::Block,
         },

@@ -4,7 +4,7 @@
 //! trained tokens in it, so that one batch of eight rows and eight batches of one are the same
 //! step.
 
-use adapters::{AdaptedBackend, AdaptedLlama, TrainBackend, set_dropout};
+use adapters::{AdaptedBackend, AdaptedLlama, Method, TrainBackend, draw};
 use burn::module::{AutodiffModule, Module, ModuleVisitor, Param};
 use burn::optim::{GradientsAccumulator, GradientsParams};
 use burn::tensor::{Int, Tensor, backend::Backend};
@@ -23,8 +23,9 @@ pub(crate) const LOGITS_AT_A_TIME: usize = 1 << 23;
 pub struct CausalLm<B: Backend> {
     /// The model.
     pub model: AdaptedLlama<B>,
-    /// Dropout before `lora_a`, while training.
-    pub dropout: f64,
+    /// The method of its adapter, if it has one.
+    #[module(skip)]
+    pub method: Option<Method>,
     /// Decides what is dropped.
     #[module(skip)]
     pub seed: u64,
@@ -69,9 +70,9 @@ impl<B: TrainBackend> TrainStep for CausalLm<B> {
         let mut total: Option<Tensor<B::InnerBackend, 1>> = None;
         for (index, batch) in window.micro_batches.iter().enumerate() {
             let mut lm = self.clone();
-            if self.dropout > 0.0 {
+            if self.method.as_ref().is_some_and(Method::is_random) {
                 let seed = self.seed ^ ((window.step as u64) << 20 | index as u64);
-                set_dropout(&mut lm.model, self.dropout, seed);
+                draw(&mut lm.model, seed);
             }
             let sum = lm.accumulate(batch, 1.0 / trained_tokens as f64, &mut gradients);
             total = Some(match total {
@@ -80,10 +81,13 @@ impl<B: TrainBackend> TrainStep for CausalLm<B> {
             });
         }
         let total = total.map_or(0.0, |total| f64::from(total.into_scalar_f32()));
+        let mut grads = gradients.grads();
+        let regularise = |method: &Method| method.regularise(&self.model, &mut grads);
+        let term = self.method.as_ref().map_or(0.0, regularise);
         TrainOutput {
-            grads: gradients.grads(),
+            grads,
             item: StepItem {
-                loss: total / trained_tokens as f64,
+                loss: total / trained_tokens as f64 + term,
                 trained_tokens,
                 tokens: window.num_tokens(),
                 epoch: window.epoch,

@@ -1,8 +1,9 @@
-//! What a run trains and leaves behind: a LoRA adapter, or the whole model.
+//! What a run trains and leaves behind: an adapter, or the whole model.
 
 use std::path::{Path, PathBuf};
 
-use adapters::{AdaptedLlama, LoraConfig, peft};
+use adapters::methods::Part;
+use adapters::{AdaptedBackend, AdaptedLlama, AdapterConfig, Method, peft};
 use burn::tensor::backend::Backend;
 use model::checkpoint::{Checkpoint, MODEL_FILE, NamedTensor, write_safetensors};
 use model::config::LlamaConfig;
@@ -10,13 +11,18 @@ use model::folder::{ModelFolder, edit_config};
 use model::weight::param_id;
 
 use crate::error::{Error, Result};
+use crate::optimizer::AdamW;
+use crate::recipe::TrainSection;
 use crate::run_folder::io;
+
+/// The trained weights of a checkpoint whose adapter is in another form.
+const EXACT_FILE: &str = "trained.safetensors";
 
 /// What is trained.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Trained {
-    /// A LoRA adapter; saved in PEFT's format.
-    Lora(LoraConfig),
+    /// An adapter; saved in PEFT's format.
+    Adapter(AdapterConfig),
     /// Every weight; saved as a Hugging Face model folder.
     Full,
 }
@@ -25,7 +31,7 @@ impl Trained {
     /// The folder inside a run or checkpoint that holds it.
     pub fn folder_name(&self) -> &'static str {
         match self {
-            Self::Lora(_) => "adapter",
+            Self::Adapter(_) => "adapter",
             Self::Full => "model",
         }
     }
@@ -33,9 +39,36 @@ impl Trained {
     /// Name and shape of every trained tensor.
     pub fn parameters(&self, config: &LlamaConfig) -> Result<Vec<(String, Vec<usize>)>> {
         Ok(match self {
-            Self::Lora(lora) => adapters::parameters(lora, config)?,
+            Self::Adapter(adapter) => adapter.parameters(config)?,
             Self::Full => config.tensors(),
         })
+    }
+
+    /// The method of the adapter, if it is one.
+    pub fn method(&self) -> Option<&Method> {
+        match self {
+            Self::Adapter(adapter) => Some(&adapter.method),
+            Self::Full => None,
+        }
+    }
+
+    /// The optimizer of a run of so many steps.
+    pub fn optimizer<B: Backend>(
+        &self,
+        config: &LlamaConfig,
+        train: &TrainSection,
+        steps: usize,
+    ) -> Result<AdamW<B>> {
+        let optimizer = AdamW::new(train);
+        let Self::Adapter(adapter) = self else {
+            return Ok(optimizer);
+        };
+        let rate = |part: &Part| adapter.method.rate(part, train.learning_rate);
+        let parts = adapter.parts(config)?.into_iter();
+        let rates = parts.map(|part| (param_id(&part.name), rate(&part)));
+        let rates = rates.filter(|(_, rate)| *rate != 1.0).collect();
+        let after = adapter.method.after_step(&adapter.layers(config)?, steps);
+        Ok(optimizer.with(rates, after))
     }
 
     /// Number of trained weights.
@@ -46,14 +79,14 @@ impl Trained {
     }
 
     /// Makes what is trained of a plain model: fresh adapters, or trainable weights.
-    pub fn attach<B: Backend>(
+    pub fn attach<B: AdaptedBackend>(
         &self,
         model: &mut AdaptedLlama<B>,
         seed: u64,
         device: &B::Device,
     ) -> Result<()> {
         match self {
-            Self::Lora(lora) => adapters::attach(model, lora, seed, device)?,
+            Self::Adapter(adapter) => adapters::attach(model, adapter, seed, device)?,
             Self::Full => adapters::train_all(model)?,
         }
         Ok(())
@@ -61,7 +94,7 @@ impl Trained {
 
     /// Writes the adapter, or the model with the files of its base folder, to `into/adapter` or
     /// `into/model`; with it goes a chat template that is not the base model's own.
-    pub fn save<B: Backend>(
+    pub fn save<B: AdaptedBackend>(
         &self,
         model: &AdaptedLlama<B>,
         base: &ModelFolder,
@@ -70,8 +103,8 @@ impl Trained {
     ) -> Result<PathBuf> {
         let folder = into.join(self.folder_name());
         match self {
-            Self::Lora(lora) => {
-                peft::save(model, lora, base_name, &folder)?;
+            Self::Adapter(adapter) => {
+                peft::save(model, adapter, base_name, &folder)?;
                 if let Some(template) = &base.template {
                     template.save(&folder)?;
                 }
@@ -103,18 +136,40 @@ impl Trained {
         Ok(folder)
     }
 
-    /// Overwrites the trained weights of `model` with those that [`Trained::save`] wrote.
-    pub fn restore<B: Backend>(
+    /// Writes what is trained so that a run can go on with it, where [`Trained::save`] writes
+    /// something else.
+    pub fn save_exactly<B: AdaptedBackend>(
         &self,
-        model: AdaptedLlama<B>,
+        model: &AdaptedLlama<B>,
+        into: &Path,
+    ) -> Result<()> {
+        if let Self::Adapter(adapter) = self
+            && adapter.method.is_converted()
+        {
+            peft::save_exactly(model, adapter, &into.join(EXACT_FILE))?;
+        }
+        Ok(())
+    }
+
+    /// Puts what is trained on a base model, with the weights that [`Trained::save`] and
+    /// [`Trained::save_exactly`] wrote.
+    pub fn restore<B: AdaptedBackend>(
+        &self,
+        mut model: AdaptedLlama<B>,
         from: &Path,
         device: &B::Device,
     ) -> Result<AdaptedLlama<B>> {
         let folder = from.join(self.folder_name());
+        if let Self::Adapter(adapter) = self
+            && adapter.method.is_converted()
+        {
+            let file = from.join(EXACT_FILE);
+            return Ok(peft::load_exactly(model, adapter, &file, device)?);
+        }
         match self {
-            Self::Lora(ours) => {
+            Self::Adapter(ours) => {
                 let (model, theirs) = peft::load(model, &folder, device)?;
-                let problem = |key| {
+                let problem = |key: String| {
                     format!(
                         "adapter.{key} is not what the run began with ({})",
                         folder.display()
@@ -128,6 +183,7 @@ impl Trained {
                 }
             }
             Self::Full => {
+                adapters::train_all(&mut model)?;
                 let file = Checkpoint::open_file(&folder.join(MODEL_FILE))?;
                 let tensors = model.config.tensors();
                 file.check(&tensors, |_| false)?;

@@ -143,7 +143,7 @@ fn load(folder: &Path) -> AdaptedLlama<Flex> {
 fn lm(model: AdaptedLlama<Flex>) -> CausalLm<Flex> {
     CausalLm {
         model,
-        dropout: 0.0,
+        method: None,
         seed: 0,
         recompute: false,
     }
@@ -301,8 +301,8 @@ const EVENTFUL: &str = "train.epochs=2.6 train.micro_batch_size=2 train.gradient
     train.learning_rate=1e-2 train.weight_decay=0.01 train.eval_every=3 train.save_every=2 \
     train.keep_checkpoints=9";
 
-/// [`EVENTFUL`] with a method, `lora`, `full` or `packed`, which is LoRA with packing: 6 sequences
-/// an epoch, where there are 11 rows.
+/// [`EVENTFUL`] with a method, `full` or LoRA in one of its forms; `packed` is LoRA with packing: 6
+/// sequences an epoch, where there are 11 rows.
 fn eventful(method: &str) -> String {
     match method {
         "packed" => {
@@ -310,6 +310,9 @@ fn eventful(method: &str) -> String {
             format!("{text} data.packing=true data.max_length=31")
         }
         "lora" => format!("{EVENTFUL} adapter.dropout=0.2 adapter.rank=3"),
+        "dora" => format!("{} adapter.use_dora=true", eventful("lora")),
+        "pissa" => format!("{} adapter.init=pissa_niter_2", eventful("lora")),
+        "olora" => format!("{EVENTFUL} adapter.init=olora adapter.use_rslora=true"),
         method => format!("{EVENTFUL} adapter.method={method}"),
     }
 }
@@ -319,6 +322,8 @@ fn a_resumed_run_is_the_uninterrupted_one() {
     for (method, result) in [
         ("lora", "adapter"),
         ("packed", "adapter"),
+        ("dora", "adapter"),
+        ("pissa", "adapter"),
         ("full", "model"),
     ] {
         let text = eventful(method);
@@ -472,6 +477,9 @@ fn layers_that_are_computed_again_change_nothing() {
     let cases = [
         ("gqa", "lora", ""),
         ("gqa", "lora", "quantization.format=nf4"),
+        ("gqa", "dora", "quantization.format=nf4"),
+        ("gqa", "pissa", "quantization.format=nf4"),
+        ("gqa", "olora", ""),
         ("gqa", "lora", "adapter.layers_to_transform=[1]"),
         ("gqa", "lora", "adapter.layers_to_transform=[0]"),
         (
@@ -566,7 +574,7 @@ fn dropout_acts_while_training_and_not_while_evaluating() {
     assert_ne!(first, mean(1, &[row, row]));
     let valid = |run: &Run<B>| evaluation(run.model.valid().model, &eval, 2).loss;
     let eval_with = valid(&run);
-    run.model.dropout = 0.0;
+    run.model.method = None;
     assert_ne!(with, loss(&run));
     assert_eq!(eval_with, valid(&run));
     let evals = numbers(&metrics(plain.path(), "eval"), "loss");

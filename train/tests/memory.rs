@@ -86,7 +86,7 @@ fn measure(
     trained.attach(&mut model, 1, &device).unwrap();
     let lm = CausalLm::<Autodiff<Flex>> {
         model,
-        dropout: recipe.adapter.dropout,
+        method: trained.method().cloned(),
         seed: 1,
         recompute,
     };

@@ -2,13 +2,17 @@
 
 use std::path::PathBuf;
 
+use burn::tensor::backend::Backend;
 use model::config::LlamaConfig;
 use quant::{Format, Scheme};
 
 use super::{Onto, Weighted};
+use crate::attach::share;
 use crate::base::{EMBEDDINGS, HEAD};
-use crate::config::LoraLayer;
+use crate::config::Layer;
 use crate::error::Result;
+use crate::methods::lora::LoraSettings;
+use crate::methods::{Method, Part, Update, Values};
 use crate::peft::{self, Opened};
 
 /// An adapter that fits the model.
@@ -16,15 +20,15 @@ pub(super) struct Adapter {
     pub(super) folder: PathBuf,
     pub(super) weight: f64,
     pub(super) opened: Opened,
-    pub(super) layers: Vec<LoraLayer>,
+    pub(super) layers: Vec<Layer>,
 }
 
 impl Adapter {
     /// Opens an adapter on a model.
     pub(super) fn open(adapter: &Weighted, model: &LlamaConfig) -> Result<Self> {
         let opened = peft::open(&adapter.folder, model)?;
-        for (name, _) in &opened.parameters {
-            opened.file.float_dtype(&peft::key(name))?;
+        for part in &opened.parts {
+            opened.file.float_dtype(&part.key)?;
         }
         Ok(Self {
             folder: adapter.folder.clone(),
@@ -34,15 +38,45 @@ impl Adapter {
         })
     }
 
-    /// The update of a layer.
-    pub(super) fn layer(&self, name: &str) -> Option<&LoraLayer> {
+    /// A layer that it adapts.
+    pub(super) fn layer(&self, name: &str) -> Option<&Layer> {
         self.layers.iter().find(|layer| layer.name == name)
+    }
+
+    /// Its update of a layer, all of it.
+    pub(super) fn update<B: Backend>(
+        &self,
+        layer: &Layer,
+        device: &B::Device,
+    ) -> Result<Option<Update<B>>> {
+        let (opened, method) = (&self.opened, &self.opened.config.method);
+        let read =
+            |part: Part| Ok((opened.read(&part)?, part)).map(|(values, part)| (part, values));
+        let all = |parts: Vec<Part>| parts.into_iter().map(read).collect::<Result<Vec<_>>>();
+        let shared = all(method.model_parts(&self.layers, &opened.model))?;
+        let shared = share(shared, device);
+        let values = Values::new(all(method.layer_parts(layer))?, &shared, device);
+        Ok(method.update(layer, values))
+    }
+
+    /// Elements of one of its tensors, by our name.
+    pub(super) fn read(&self, name: &str) -> Result<Vec<f32>> {
+        let part = self.opened.parts.iter().find(|part| part.name == name);
+        self.opened
+            .read(part.expect("it is a tensor of the adapter"))
+    }
+
+    /// The settings of LoRA, if updates of it can be added up to one of a larger rank.
+    pub(super) fn lora(&self) -> Option<&LoraSettings> {
+        match &self.opened.config.method {
+            Method::Lora(lora) if !lora.use_dora => Some(lora),
+            _ => None,
+        }
     }
 
     /// The tensors that it replaces as a whole.
     fn replaced(&self) -> impl Iterator<Item = &str> {
-        let names = self.opened.parameters.iter().map(|(name, _)| name.as_str());
-        names.filter(|name| !name.ends_with(".lora_a") && !name.ends_with(".lora_b"))
+        self.opened.whole().map(|part| part.name.as_str())
     }
 
     /// Whether it replaces a tensor as a whole.
@@ -55,6 +89,21 @@ impl Adapter {
         self.layer("lm_head").is_some() || self.replaces(EMBEDDINGS) || self.replaces(HEAD)
     }
 
+    /// Why it cannot be merged, or not in the company of the others.
+    fn cannot_be_merged(&self, all: &[Self]) -> Option<String> {
+        let (folder, method) = (self.folder.display(), &self.opened.config.method);
+        let title = method.title();
+        if !method.changes_layers() {
+            return Some(format!(
+                "{folder} is {title}: what it puts in front of a text is no part of the weights"
+            ));
+        }
+        let adds_up = self.lora().is_some() || (all.len() == 1 && self.weight == 1.0);
+        (!adds_up).then(|| {
+            format!("{folder} is {title}, of which one at a time is merged, with the weight 1")
+        })
+    }
+
     /// What its base was quantised to, in the words of its file.
     pub(super) fn stated(&self) -> Option<&str> {
         self.opened.base_quantization()
@@ -65,6 +114,7 @@ impl Adapter {
 pub(super) fn conflicts(adapters: &[Adapter]) -> Vec<String> {
     let mut problems = Vec::new();
     for (index, one) in adapters.iter().enumerate() {
+        problems.extend(one.cannot_be_merged(adapters));
         for name in one.replaced() {
             let folder = one.folder.display();
             if one.weight != 1.0 {

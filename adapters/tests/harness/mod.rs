@@ -2,7 +2,8 @@
 
 use std::path::{Path, PathBuf};
 
-use adapters::{LoraConfig, LoraInit, Pattern, Targets};
+use adapters::methods::lora::LoraSettings;
+use adapters::{AdapterConfig, Selection, Targets};
 
 /// The tests run on the processor, or with `--features wgpu` on the first graphics adapter.
 #[cfg(not(feature = "wgpu"))]
@@ -16,18 +17,21 @@ pub fn root(path: &str) -> PathBuf {
 }
 
 /// Settings of rank 4 without any extras.
-pub fn lora(target_modules: Targets) -> LoraConfig {
-    LoraConfig {
+pub fn lora(target_modules: Targets) -> AdapterConfig {
+    AdapterConfig {
+        selection: Selection {
+            target_modules,
+            ..Selection::default()
+        },
+        method: rank_4().into(),
+    }
+}
+
+/// LoRA of rank 4 without any extras.
+pub fn rank_4() -> LoraSettings {
+    LoraSettings {
         rank: 4,
         alpha: 8.0,
-        dropout: 0.0,
-        target_modules,
-        exclude_modules: None,
-        layers_to_transform: None,
-        rank_pattern: Pattern::default(),
-        alpha_pattern: Pattern::default(),
-        use_rslora: false,
-        modules_to_save: Vec::new(),
-        init: LoraInit::Default,
+        ..LoraSettings::default()
     }
 }

@@ -58,6 +58,8 @@ fn run(cli: Cli, output: &Output) -> anyhow::Result<ExitCode> {
         Some(Command::Quantize(args)) => commands::quantize::run(args, &device, output),
         Some(Command::Plan(args)) => commands::plan::run(args, &device, output),
         Some(Command::Report(args)) => commands::report::run(args, output),
+        Some(Command::Push(args)) => commands::push::run(args, output),
+        Some(Command::Pull(args)) => commands::pull::run(args, output),
         Some(Command::Devices) => commands::devices::run(&device, output),
     }
 }

@@ -1,11 +1,13 @@
 //! The matrix product.
 
+mod one_row;
+
 use burn::backend::autodiff::NodeId;
 use burn::backend::autodiff::checkpoint::{base::Checkpointer, strategy::CheckpointStrategy};
 use burn::backend::autodiff::grads::Gradients;
 use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
 use burn::backend::{Autodiff, Flex, flex::FlexTensor};
-use burn::tensor::ops::FloatTensor;
+use burn::tensor::ops::{FloatTensor, FloatTensorOps};
 use burn::tensor::{Tensor, backend::Backend};
 
 use super::{cpu, primitive, tensor};
@@ -37,6 +39,11 @@ pub trait MatmulBackend: Backend {
         Self::float_matmul(a, b)
     }
 
+    /// Runs what consists of many small products.
+    fn together<T: Send>(run: impl FnOnce() -> T + Send) -> T {
+        run()
+    }
+
     /// See [`add_matmul`].
     fn add_matmul(
         sum: FloatTensor<Self>,
@@ -62,8 +69,25 @@ pub fn reference<B: MatmulBackend>(
 const ALONE: usize = 192 * 192 * 192;
 
 impl MatmulBackend for Flex {
+    fn product(a: FlexTensor, b: FlexTensor) -> FlexTensor {
+        match one_row::product(&a, &b) {
+            Some(y) => y,
+            None => Flex::float_matmul(a, b),
+        }
+    }
+
+    /// On a thread of the pool: each product that is called from outside of it waits until one has
+    /// woken up.
+    fn together<T: Send>(run: impl FnOnce() -> T + Send) -> T {
+        rayon::scope(|_| run())
+    }
+
     /// In place where nobody else holds `sum`.
     fn add_matmul(sum: FlexTensor, a: FlexTensor, b: FlexTensor) -> FlexTensor {
+        let sum = match one_row::add(sum, &a, &b) {
+            Ok(sum) => return sum,
+            Err(sum) => sum,
+        };
         if !cpu::all_f32([&sum, &a, &b]) {
             return reference::<Flex>(sum, a, b);
         }
@@ -138,6 +162,10 @@ impl<B: MatmulBackend> Backward<B, 2> for ProductBackward {
 }
 
 impl<B: MatmulBackend, C: CheckpointStrategy> MatmulBackend for Autodiff<B, C> {
+    fn together<T: Send>(run: impl FnOnce() -> T + Send) -> T {
+        B::together(run)
+    }
+
     /// The batch dimensions of both operands are the same.
     fn product(a: FloatTensor<Self>, b: FloatTensor<Self>) -> FloatTensor<Self> {
         let y = B::product(a.primitive.clone(), b.primitive.clone());

@@ -169,11 +169,11 @@ impl Row {
     }
 
     fn found(&self) -> Vec<String> {
-        self.columns
-            .keys()
-            .filter(|column| self.has(column))
-            .cloned()
-            .collect()
+        let named = |column: &String| match self.has(column) {
+            true => column.clone(),
+            false => format!("{column} (null)"),
+        };
+        self.columns.keys().map(named).collect()
     }
 
     fn detect(&self) -> Result<Format> {

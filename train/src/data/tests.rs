@@ -492,7 +492,7 @@ fn unknown_columns_are_listed_with_the_formats() {
     let message = message(prepare_rows(&rows, &settings(), &smollm2()));
     assert_eq!(
         message,
-        "rows.jsonl:2: no format fits the columns body, title; the formats are messages (messages), \
+        "rows.jsonl:2: no format fits the columns body, title, text (null); the formats are messages (messages), \
          sharegpt (conversations), alpaca (instruction, output), completion (prompt, completion), \
          qa (question, answer), text (text), tokens (input_ids)"
     );

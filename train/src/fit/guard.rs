@@ -173,7 +173,7 @@ mod tests {
         let config = ModelFolder::open(&folder).unwrap().config;
         let device = Default::default();
         let mut model: AdaptedLlama<B> = adapters::init(&config, 1, &device);
-        let trained = Trained::Lora(crate::recipe::AdapterSection::default().lora());
+        let trained = Trained::Adapter(crate::recipe::AdapterSection::default().config());
         trained.attach(&mut model, 1, &device).unwrap();
         let names = Names::new(&trained.parameters(&config).unwrap());
         let mut gradients = GradientsParams::new();

@@ -204,7 +204,7 @@ impl<B: TrainBackend> StepByStep<B> {
             });
         learner.lr_step(); // also of a step that is skipped: the next one is where it would be
         if bad.is_none() {
-            let is_small = matches!(self.trained, Trained::Lora(_));
+            let is_small = matches!(self.trained, Trained::Adapter(_));
             state.good = Some(Good {
                 window,
                 model: is_small.then(|| model.valid()),

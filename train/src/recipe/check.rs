@@ -1,8 +1,9 @@
 //! Values that cannot be, and requests that cannot be honoured.
 
+use std::borrow::Cow;
 use std::fmt::Display;
 
-use adapters::{LoraConfig, LoraInit};
+use adapters::Method;
 use serde::Serialize;
 use toml::Table;
 
@@ -13,7 +14,7 @@ const MAX_ROWS_PER_STEP: usize = 1 << 20;
 const MAX_STEPS: usize = 1 << 32;
 
 /// The key and what is wrong with it, for everything that is wrong.
-pub(super) fn problems(recipe: &Recipe) -> Vec<(&'static str, String)> {
+pub(super) fn problems(recipe: &Recipe) -> Vec<(Cow<'static, str>, String)> {
     let mut found = Problems::default();
     for check in [model, quantization, adapter, data, steps, optimizer] {
         check(recipe, &mut found);
@@ -89,13 +90,15 @@ fn all_but<T: Serialize + Default>(
 }
 
 #[derive(Default)]
-struct Problems(Vec<(&'static str, String)>);
+struct Problems(Vec<(Cow<'static, str>, String)>);
 
 impl Problems {
     /// Notes that `key` `text` unless `ok`.
-    fn unless(&mut self, ok: bool, key: &'static str, text: impl Display) {
+    fn unless(&mut self, ok: bool, key: impl Into<Cow<'static, str>>, text: impl Display) {
         if !ok {
-            self.0.push((key, format!("{key} {text}")));
+            let key = key.into();
+            let problem = format!("{key} {text}");
+            self.0.push((key, problem));
         }
     }
 }
@@ -136,33 +139,22 @@ fn quantization(recipe: &Recipe, problems: &mut Problems) {
 
 fn adapter(recipe: &Recipe, problems: &mut Problems) {
     let (adapter, method) = (&recipe.adapter, &recipe.adapter.method);
+    let known: Vec<_> = Method::names().map(|name| format!("{name:?}")).collect();
     problems.unless(
-        adapter.is_full() || method == "lora",
+        adapter.is_full() || Method::named(method).is_some(),
         "adapter.method",
-        format_args!("= {method:?} is not supported: expected \"lora\" or \"full\""),
+        format_args!(
+            "= {method:?} is not supported: expected {} or \"full\"",
+            known.join(", ")
+        ),
     );
-    let most = LoraConfig::MAX_RANK;
-    let fits = |rank: usize| (1..=most).contains(&rank);
-    let range = format!("must be from 1 to {most}");
-    problems.unless(fits(adapter.rank), "adapter.rank", &range);
-    let mut ranks = adapter.rank_pattern.0.iter().map(|(_, rank)| *rank);
-    let range = format_args!("has a rank that {range}");
-    problems.unless(ranks.all(fits), "adapter.rank_pattern", range);
-    let fits = |alpha: f64| (alpha as f32).is_finite() && alpha as f32 != 0.0; // computed in f32
-    let text = "must be a finite number other than 0";
-    problems.unless(fits(adapter.alpha), "adapter.alpha", text);
-    let mut alphas = adapter.alpha_pattern.0.iter().map(|(_, alpha)| *alpha);
-    let text = format_args!("has an alpha that {text}");
-    problems.unless(alphas.all(fits), "adapter.alpha_pattern", text);
-    let share = (0.0..1.0).contains(&adapter.dropout);
-    problems.unless(share, "adapter.dropout", "must be from 0 to below 1");
-    let text = "= true is not supported";
-    problems.unless(!adapter.use_dora, "adapter.use_dora", text);
-    problems.unless(
-        adapter.init_from.is_none() || adapter.init == LoraInit::Default,
-        "adapter.init",
-        "does not go with adapter.init_from",
-    );
+    for (key, text) in adapter.settings.problems() {
+        problems.unless(false, format!("adapter.{key}"), text);
+    }
+    if let (Some(key), Some(_)) = (adapter.settings.start(), &adapter.init_from) {
+        let text = "does not go with adapter.init_from";
+        problems.unless(false, format!("adapter.{key}"), text);
+    }
 }
 
 fn data(recipe: &Recipe, problems: &mut Problems) {

@@ -1,7 +1,7 @@
 //! The names of sections and keys, and what a name that is none of them may have meant.
 
-use serde::de::DeserializeOwned;
-use toml::{Table, Value};
+use adapters::Method;
+use adapters::methods::keys_of;
 
 use super::{
     AdapterSection, DataSection, ModelSection, OutputSection, QuantizationSection, TrainSection,
@@ -93,26 +93,11 @@ pub(super) fn keys(section: &str) -> Vec<String> {
     match section {
         "model" => keys_of::<ModelSection>(),
         "quantization" => keys_of::<QuantizationSection>(),
-        "adapter" => keys_of::<AdapterSection>(),
+        "adapter" => AdapterSection::default().keys(),
         "data" => keys_of::<DataSection>(),
         "train" => keys_of::<TrainSection>(),
         "output" => keys_of::<OutputSection>(),
         _ => Vec::new(),
-    }
-}
-
-/// serde tells the fields of a structure to who asks for one that is not there, each in backticks.
-fn keys_of<T: DeserializeOwned>() -> Vec<String> {
-    let strange = Table::from_iter([("".to_owned(), Value::Boolean(true))]);
-    match strange.try_into::<T>() {
-        Err(e) => e
-            .message()
-            .split('`')
-            .skip(3)
-            .step_by(2)
-            .map(str::to_owned)
-            .collect(),
-        Ok(_) => Vec::new(),
     }
 }
 
@@ -136,6 +121,19 @@ pub(super) fn unknown_key(section: &str, key: &str) -> String {
     match elsewhere(key).or_else(near).or_else(|| in_any_section(key)) {
         Some(meant) => format!("{why}: did you mean {meant}?"),
         None => format!("{why}: expected {}", keys(section).join(", ")),
+    }
+}
+
+/// Why a key of the adapter is none, or not one of its method.
+pub(super) fn unknown_setting(adapter: &AdapterSection, key: &str) -> String {
+    let all: Vec<_> = Method::that_know(key).collect();
+    match all.as_slice() {
+        [] => unknown_key("adapter", key),
+        methods => format!(
+            "adapter.method = {:?} does not know it: it is a key of {}",
+            adapter.method,
+            methods.join(", ")
+        ),
     }
 }
 

@@ -7,7 +7,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use toml::{Table, Value};
 
-use super::{Recipe, check, names};
+use super::{AdapterSection, Recipe, check, names};
 use crate::error::{Error, Result};
 
 /// Reads a recipe; `data` tells whether training rows must be given.
@@ -28,7 +28,7 @@ pub(super) fn read(
     };
     let recipe = reader.read(table, settings);
     for (key, problem) in check::problems(&recipe) {
-        reader.add_value_problem(key, &problem);
+        reader.add_value_problem(&key, &problem);
     }
     if data && recipe.data.train.is_empty() {
         let missing = "data.train is missing: give a file or folder of training rows";
@@ -41,6 +41,15 @@ pub(super) fn read(
             problems: reader.problems,
         }),
     }
+}
+
+/// The method that a recipe will have in the end.
+fn chosen_method<'a>(table: &'a Table, settings: &'a [(String, Value)]) -> Option<&'a str> {
+    let mut set = settings.iter().rev();
+    let set = set.find(|(key, _)| key == "adapter.method");
+    let value = set.map(|(_, value)| value);
+    let value = value.or_else(|| table.get("adapter")?.get("method"))?;
+    value.as_str()
 }
 
 fn read_table(path: &Path) -> Result<Table> {
@@ -106,6 +115,9 @@ enum Place {
 impl Reader<'_> {
     fn read(&mut self, table: Table, settings: &[(String, Value)]) -> Recipe {
         let mut recipe = Recipe::default();
+        if let Some(method) = chosen_method(&table, settings) {
+            recipe.adapter = AdapterSection::of(method); // it decides which keys there are
+        }
         for (section, value) in table {
             match value {
                 _ if !names::SECTIONS.contains(&section.as_str()) => {
@@ -135,9 +147,14 @@ impl Reader<'_> {
 
     fn set(&mut self, recipe: &mut Recipe, place: Place, section: &str, key: &str, value: Value) {
         let at = format!("{section}.{key}");
-        let known = names::keys(section).iter().any(|known| known == key);
+        let known = match section {
+            "adapter" => recipe.adapter.keys(),
+            _ => names::keys(section),
+        };
+        let known = known.iter().any(|known| known == key);
         let outcome = match section {
             _ if !names::SECTIONS.contains(&section) => Err(names::unknown_section(section)),
+            "adapter" if !known => Err(names::unknown_setting(&recipe.adapter, key)),
             _ if !known => Err(names::unknown_key(section, key)),
             "model" => set(&mut recipe.model, key, value),
             "quantization" => set(&mut recipe.quantization, key, value),

@@ -2,10 +2,13 @@
 
 use std::path::PathBuf;
 
-use adapters::{LoraConfig, LoraInit, Pattern, Targets};
+use adapters::methods::lora::LoraSettings;
+use adapters::{AdapterConfig, Method, Selection};
 use model::chat::TrainOn;
 use quant::Scheme;
-use serde::{Deserialize, Serialize};
+use serde::de::{DeserializeOwned, Error as _};
+use serde::{Deserialize, Deserializer, Serialize};
+use toml::{Table, Value};
 
 use crate::data::{Format, Settings, Truncate};
 
@@ -51,41 +54,20 @@ impl QuantizationSection {
     }
 }
 
-/// `[adapter]`
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(default, deny_unknown_fields)]
+/// `[adapter]`: the keys of its parts are its keys.
+#[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct AdapterSection {
     /// `"lora"`, or `"full"` for all weights.
     pub method: String,
-    /// Width of the LoRA bottleneck.
-    pub rank: usize,
-    /// Numerator of the LoRA scaling.
-    pub alpha: f64,
-    /// Dropout before `lora_a`.
-    pub dropout: f64,
-    /// List of name ends, a regular expression, or `"all-linear"`.
-    pub target_modules: Targets,
-    /// Modules left out although `target_modules` means them.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub exclude_modules: Option<Targets>,
-    /// Adapt only these decoder layers.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub layers_to_transform: Option<Vec<usize>>,
-    /// Modules that are trained and saved as a whole.
-    pub modules_to_save: Vec<String>,
-    /// Scale by `alpha / √rank`.
-    pub use_rslora: bool,
-    /// Weight-decomposed LoRA.
-    pub use_dora: bool,
-    /// How `lora_a` starts.
-    pub init: LoraInit,
+    /// Which modules are adapted, or trained as a whole.
+    #[serde(flatten)]
+    pub selection: Selection,
     /// A PEFT adapter folder to continue from.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub init_from: Option<PathBuf>,
-    /// Ranks of single modules.
-    pub rank_pattern: Pattern<usize>,
-    /// Alphas of single modules.
-    pub alpha_pattern: Pattern<f64>,
+    /// The method's own settings; those of LoRA if there is no such method.
+    #[serde(flatten)]
+    pub settings: Method,
 }
 
 /// `[data]`
@@ -229,23 +211,46 @@ impl Default for QuantizationSection {
 
 impl Default for AdapterSection {
     fn default() -> Self {
-        Self {
-            method: "lora".into(),
-            rank: 16,
-            alpha: 32.0,
-            dropout: 0.0,
-            target_modules: Targets::AllLinear,
-            exclude_modules: None,
-            layers_to_transform: None,
-            modules_to_save: Vec::new(),
-            use_rslora: false,
-            use_dora: false,
-            init: LoraInit::Default,
-            init_from: None,
-            rank_pattern: Pattern::default(),
-            alpha_pattern: Pattern::default(),
-        }
+        Self::of("lora")
     }
+}
+
+/// Key by key, since a method decides which keys there are.
+impl<'de> Deserialize<'de> for AdapterSection {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let mut table = Table::deserialize(deserializer)?;
+        let method = match table.remove("method") {
+            Some(method) => String::deserialize(method).map_err(within)?,
+            None => "lora".into(),
+        };
+        let mut section = Self::of(&method);
+        if let Some(folder) = table.remove("init_from") {
+            section.init_from = Some(PathBuf::deserialize(folder).map_err(within)?);
+        }
+        let known = adapters::methods::keys_of::<Selection>();
+        let is_selection = |(key, _): &(String, Value)| known.contains(key);
+        let (selection, settings): (Vec<_>, Vec<_>) = table.into_iter().partition(is_selection);
+        section.selection = over(&section.selection, selection).map_err(within)?;
+        let settings = Value::Table(Table::from_iter(settings));
+        section.settings =
+            Method::deserialize(section.settings.name(), settings).map_err(within)?;
+        Ok(section)
+    }
+}
+
+/// Values with some set to others.
+fn over<T: Serialize + DeserializeOwned>(
+    values: &T,
+    others: Vec<(String, Value)>,
+) -> Result<T, toml::de::Error> {
+    let mut all = Table::try_from(values).map_err(toml::de::Error::custom)?;
+    all.extend(others);
+    all.try_into()
+}
+
+/// The same without a place, which it has none of inside of a section.
+fn within<E: serde::de::Error>(error: toml::de::Error) -> E {
+    E::custom(error.message())
 }
 
 impl Default for DataSection {
@@ -336,35 +341,49 @@ impl AdapterSection {
         self.method == "full"
     }
 
-    /// The settings of a LoRA adapter.
-    pub fn lora(&self) -> LoraConfig {
-        LoraConfig {
-            rank: self.rank,
-            alpha: self.alpha,
-            dropout: self.dropout,
-            target_modules: self.target_modules.clone(),
-            exclude_modules: self.exclude_modules.clone(),
-            layers_to_transform: self.layers_to_transform.clone(),
-            rank_pattern: self.rank_pattern.clone(),
-            alpha_pattern: self.alpha_pattern.clone(),
-            use_rslora: self.use_rslora,
-            modules_to_save: self.modules_to_save.clone(),
-            init: self.init,
+    /// The section of a recipe that gives nothing but the method.
+    pub fn of(method: &str) -> Self {
+        let settings = Method::named(method).unwrap_or_else(|| LoraSettings::default().into());
+        Self {
+            method: method.into(),
+            selection: Selection {
+                target_modules: settings.default_targets(),
+                ..Selection::default()
+            },
+            init_from: None,
+            settings,
         }
     }
 
-    /// Takes over the settings of an adapter that training continues from.
-    pub fn set_lora(&mut self, lora: &LoraConfig) {
-        let lora = lora.clone();
-        self.rank = lora.rank;
-        self.alpha = lora.alpha;
-        self.dropout = lora.dropout;
-        self.target_modules = lora.target_modules;
-        self.exclude_modules = lora.exclude_modules;
-        self.layers_to_transform = lora.layers_to_transform;
-        self.rank_pattern = lora.rank_pattern;
-        self.alpha_pattern = lora.alpha_pattern;
-        self.use_rslora = lora.use_rslora;
-        self.modules_to_save = lora.modules_to_save;
+    /// The keys that this method has.
+    pub fn keys(&self) -> Vec<String> {
+        let mut keys = vec!["method".to_owned()];
+        keys.extend(adapters::methods::keys_of::<Selection>());
+        keys.push("init_from".into());
+        keys.extend(self.settings.keys());
+        keys
+    }
+
+    /// The settings of the adapter.
+    pub fn config(&self) -> AdapterConfig {
+        AdapterConfig {
+            selection: self.selection.clone(),
+            method: self.settings.clone(),
+        }
+    }
+
+    /// Takes over the settings of an adapter that training continues from, but those that `given`
+    /// names and that may change.
+    pub fn continue_from(&mut self, theirs: &AdapterConfig, given: impl Fn(&str) -> bool) {
+        self.selection = theirs.selection.clone();
+        let free = self.settings.free_keys();
+        let ours = Table::try_from(&self.settings).unwrap_or_default();
+        let kept = ours.into_iter();
+        let kept = kept.filter(|(key, _)| free.contains(&key.as_str()) && given(key));
+        let mut all = Table::try_from(&theirs.method).unwrap_or_default();
+        all.extend(kept);
+        self.method = theirs.method.name().into();
+        self.settings = Method::deserialize(&self.method, Value::Table(all))
+            .unwrap_or_else(|_| theirs.method.clone());
     }
 }

@@ -1,5 +1,6 @@
 //! Everything about runs that is said in words: groups of labelled values, one for each run.
 
+use adapters::Method;
 use toml::Value;
 
 use super::facts::{DataFacts, End, Session};
@@ -77,7 +78,7 @@ const GROUPS: [(&str, &[(&str, Read)]); 5] = [
             }),
             ("Step, median", |run| Some(duration(step_seconds(run)?))),
             ("Tokens per second, median", |run| {
-                Some(format!("{:.0}", speed(run)?))
+                Some(count(speed(run)?.round() as u64))
             }),
             ("Tokens trained on", |run| {
                 let all: f64 = run.steps.iter().filter_map(|entry| entry.tokens).sum();
@@ -169,16 +170,15 @@ pub fn method(run: &RunRecord) -> Option<String> {
     if method == "full" {
         return Some("all weights".into());
     }
-    let name = match method {
-        "lora" => "LoRA",
-        other => other,
+    let mut text = match Method::named(method) {
+        Some(method) => method.title().to_owned(),
+        None => method.to_owned(),
     };
     let number = |key| Some(run.value("adapter", key)?.to_string());
-    let mut text = format!(
-        "{name}, rank {}, alpha {}",
-        number("rank")?,
-        plain(&number("alpha")?)
-    );
+    for key in ["rank", "alpha", "num_virtual_tokens"] {
+        let value = number(key);
+        text.extend(value.map(|value| format!(", {} {}", key.replace('_', " "), plain(&value))));
+    }
     let dropout = number("dropout").filter(|dropout| dropout != "0.0");
     text.extend(dropout.map(|dropout| format!(", dropout {dropout}")));
     for key in ["use_rslora", "use_dora"] {
@@ -319,13 +319,6 @@ pub fn step_seconds(run: &RunRecord) -> Option<f64> {
 /// The median number of tokens a second.
 pub fn speed(run: &RunRecord) -> Option<f64> {
     median(run.steps.iter().filter_map(|entry| entry.tokens_per_second))
-}
-
-/// The most memory that was measured, of the process.
-pub fn measured_bytes(run: &RunRecord) -> Option<u64> {
-    let peaks = run.steps.iter().filter_map(|entry| entry.peak_memory_bytes);
-    let most = peaks.fold(0.0, f64::max);
-    (most > 0.0).then_some(most as u64)
 }
 
 fn versions(run: &RunRecord) -> Option<String> {

@@ -21,7 +21,7 @@ use crate::cli::EvalArgs;
 use crate::device::{Device, Job};
 use crate::encoder;
 use crate::failure::Advised;
-use crate::output::Output;
+use crate::output::{Output, count};
 use crate::signals;
 
 /// Measures the loss of a model on rows.
@@ -137,14 +137,14 @@ impl Job for EvalJob {
         let model = self.adapted.load::<B::InnerBackend>(&device)?;
         let lm = CausalLm::<B::InnerBackend> {
             model,
-            dropout: 0.0,
+            method: None,
             seed: 0,
             recompute: false,
         };
         let interrupter = signals::interrupter("stopping after this batch (again: at once)");
         let rows = self.row_numbers.len();
         let output = self.adapted.output;
-        output.note(format_args!("evaluating {rows} rows"));
+        output.note(format_args!("evaluating {}", count(rows, "row")));
         let mut lines = Vec::new();
         let mut row_numbers = self.row_numbers.iter();
         let wanted = self.per_token.is_some();

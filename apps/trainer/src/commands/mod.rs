@@ -6,6 +6,8 @@ pub mod eval;
 pub mod generate;
 pub mod merge;
 pub mod plan;
+pub mod pull;
+pub mod push;
 pub mod quantize;
 pub mod report;
 pub mod train;
@@ -18,7 +20,7 @@ use ::train::recipe::{Recipe, parse_setting};
 use ::train::run_folder::check_empty;
 use ::train::session;
 use ::train::trained::Trained;
-use adapters::{AdaptedLlama, base_bytes, peft};
+use adapters::{AdaptedBackend, AdaptedLlama, base_bytes, peft};
 use anyhow::Result;
 use burn::tensor::backend::Backend;
 use model::folder::ModelFolder;
@@ -107,12 +109,20 @@ fn check_is_model(folder: &Path) -> Result<()> {
     Err(Advised::failed(message, help).into())
 }
 
-/// What a recipe trains; `adapter.init_from` is an adapter.
-fn trained(recipe: &mut Recipe) -> Result<Trained> {
-    if let Some(folder) = &recipe.adapter.init_from {
+/// What a recipe trains; `adapter.init_from` is an adapter, downloaded if it is a Hub id.
+fn trained(recipe: &mut Recipe, output: &Output) -> Result<Trained> {
+    if let Some(folder) = &mut recipe.adapter.init_from {
+        let name = folder.to_string_lossy().into_owned();
+        if hub::is_id(&name) {
+            *folder = open_adapter(&name, output)?;
+        }
         if !folder.exists() {
             let message = format!("adapter.init_from: there is no folder {}", folder.display());
-            return Err(Advised::failed(message, "give the folder of a PEFT adapter").into());
+            return Err(Advised::failed(
+                message,
+                "give the folder of a PEFT adapter, or its id on the Hub",
+            )
+            .into());
         }
         check_is_adapter(folder)?;
     }
@@ -218,7 +228,7 @@ impl Adapted {
     }
 
     /// Loads the model and puts the adapter on it.
-    pub fn load<B: Backend>(&self, device: &B::Device) -> Result<AdaptedLlama<B>> {
+    pub fn load<B: AdaptedBackend>(&self, device: &B::Device) -> Result<AdaptedLlama<B>> {
         self.adapt(self.load_base(device)?, device)
     }
 
@@ -232,7 +242,7 @@ impl Adapted {
     }
 
     /// Puts the adapter, if there is one, on the model.
-    pub fn adapt<B: Backend>(
+    pub fn adapt<B: AdaptedBackend>(
         &self,
         model: AdaptedLlama<B>,
         device: &B::Device,

@@ -1,39 +1,29 @@
-//! The adapted linear layer: `y = x Wᵀ + b + s · drop(x) Aᵀ Bᵀ`.
-//!
-//! Source: <https://arxiv.org/abs/2106.09685>, `peft/tuners/lora/layer.py`.
+//! The linear layer of an adapted model, and what it drops while it is trained.
 
-mod linear;
-
-use burn::module::{Module, Param};
+use burn::module::Module;
 use burn::tensor::{Tensor, TensorData, backend::Backend};
 use model::linear::Projection;
-use model::ops::{MatmulBackend, matmul};
 use rayon::prelude::*;
 
-use crate::base::BaseLinear;
-pub use linear::{LoraBackend, lora_linear, reference};
+use crate::base::{AdaptedBackend, BaseLinear};
+use crate::methods::{Computes, Update};
 
-/// A linear layer, with or without LoRA.
+/// A linear layer, with or without something that is trained beside it.
 #[derive(Module, Debug)]
 pub struct AdaptedLinear<B: Backend> {
     /// The layer of the base model.
     pub base: BaseLinear<B>,
     /// What is trained beside it.
-    pub lora: Option<Lora<B>>,
+    pub update: Option<Update<B>>,
 }
 
-/// The low-rank update of one layer.
-#[derive(Module, Debug)]
-pub struct Lora<B: Backend> {
-    /// `[r, in]`.
-    pub lora_a: Param<Tensor<B, 2>>,
-    /// `[out, r]`.
-    pub lora_b: Param<Tensor<B, 2>>,
-    /// The factor on the update.
-    pub scaling: f64,
-    /// Set while training with dropout.
-    #[module(skip)]
-    pub dropout: Option<Dropout>,
+impl<B: AdaptedBackend> Projection<B> for AdaptedLinear<B> {
+    fn forward(&self, x: Tensor<B, 2>) -> Tensor<B, 2> {
+        match &self.update {
+            None => self.base.forward(x),
+            Some(update) => update.forward(x, &self.base),
+        }
+    }
 }
 
 /// Which elements are dropped: a function of the seed, so that a block computed again drops the
@@ -46,27 +36,8 @@ pub struct Dropout {
     pub seed: u64,
 }
 
-impl<B: LoraBackend> Projection<B> for AdaptedLinear<B> {
-    fn forward(&self, x: Tensor<B, 2>) -> Tensor<B, 2> {
-        match &self.lora {
-            None => self.base.forward(x),
-            Some(lora) => lora_linear(x, &self.base, lora),
-        }
-    }
-}
-
-impl<B: MatmulBackend> Lora<B> {
-    /// `x` `[n, in]` to the update `[n, out]`, in plain tensor operations.
-    pub fn forward(&self, x: Tensor<B, 2>) -> Tensor<B, 2> {
-        let x = dropped(x, self.dropout);
-        let narrow = matmul(x, self.lora_a.val().transpose()); // [n, r]
-        let narrow = narrow.mul_scalar(self.scaling);
-        matmul(narrow, self.lora_b.val().transpose()) // [n, out]
-    }
-}
-
 /// `x` `[n, d]` with the elements set to 0 that are dropped, and the others grown for it.
-fn dropped<B: Backend>(x: Tensor<B, 2>, dropout: Option<Dropout>) -> Tensor<B, 2> {
+pub(crate) fn dropped<B: Backend>(x: Tensor<B, 2>, dropout: Option<Dropout>) -> Tensor<B, 2> {
     match dropout {
         Some(dropout) => {
             let mask = dropout.mask(x.dims(), &x.device());

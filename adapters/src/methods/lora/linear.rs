@@ -19,8 +19,9 @@ use model::linear::Projection;
 use model::ops::{MatmulBackend, add_matmul, matmul};
 use quant::QuantBackend;
 
-use super::{Dropout, Lora, dropped};
+use super::Lora;
 use crate::base::BaseLinear;
+use crate::linear::{Dropout, dropped};
 
 /// `x` `[n, in]` through a base layer and the low-rank update beside it: `[n, out]`.
 pub fn lora_linear<B: LoraBackend>(
@@ -50,7 +51,7 @@ pub fn reference<B: QuantBackend + MatmulBackend>(
     base: &BaseLinear<B>,
     lora: &Lora<B>,
 ) -> Tensor<B, 2> {
-    base.forward(x.clone()) + lora.forward(x)
+    base.forward(x.clone()) + lora.addition(x)
 }
 
 impl LoraBackend for Flex {}
@@ -72,7 +73,7 @@ impl<B: Backend> Update<B> {
             a: lora.lora_a.val(),
             b: lora.lora_b.val(),
             scaling: lora.scaling,
-            dropout: lora.dropout,
+            dropout: lora.drops(),
         }
     }
 }
@@ -158,7 +159,7 @@ impl<B: LoraBackend, C: CheckpointStrategy> LoraBackend for Autodiff<B, C> {
             a: tensor(a.primitive.clone()),
             b: tensor(b.primitive.clone()),
             scaling: lora.scaling,
-            dropout: lora.dropout,
+            dropout: lora.drops(),
         };
         let (y, narrow) = forward(tensor(x.primitive.clone()), &base, &update);
         match LoraLinearBackward
@@ -215,8 +216,12 @@ mod tests {
         Lora {
             lora_a: Param::from_tensor(noise("a", [RANK, IN])),
             lora_b: Param::from_tensor(noise("b", [OUT, RANK])),
+            magnitude: None,
+            base_squares: None,
+            start: None,
             scaling: 0.7,
-            dropout,
+            dropout: dropout.map_or(0.0, |dropout| dropout.probability),
+            seed: dropout.map(|dropout| dropout.seed),
         }
     }
 

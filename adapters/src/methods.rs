@@ -1,0 +1,773 @@
+//! The methods: each is one file, and one line at the end of this one.
+//!
+//! Such a file has the method's settings ([`Settings`]: their keys in a recipe and in PEFT's
+//! `adapter_config.json`). One that changes linear layers ([`LayerMethod`]) says which tensors an
+//! adapted layer has and how they start, and has the module that computes with them ([`Computes`]);
+//! one that puts something in front of the tokens ([`PromptMethod`]) places it on the model.
+
+pub mod lora;
+
+use std::collections::HashMap;
+use std::ops::Range;
+
+use burn::module::{Module, Param, ParamId};
+use burn::optim::GradientsParams;
+use burn::tensor::{Tensor, TensorData, backend::Backend};
+use model::config::LlamaConfig;
+use model::weight::named_param;
+use serde::de::DeserializeOwned;
+use serde::{Deserializer, Serialize};
+use serde_json::{Map, Value};
+
+use crate::attach::AdaptedLlama;
+use crate::base::{AdaptedBackend, BaseLinear, TrainBackend};
+use crate::config::{Layer, Targets};
+
+/// What PEFT puts before the names of the base model's modules.
+const PREFIX: &str = "base_model.model.";
+
+/// The settings of a method. As serde spells them they are its keys in a recipe.
+pub trait Settings: Clone + PartialEq + Default + Serialize + DeserializeOwned {
+    /// Its name in a recipe: `adapter.method`.
+    const NAME: &'static str;
+    /// Its name in a sentence.
+    const TITLE: &'static str;
+    /// `peft_type` in `adapter_config.json`.
+    const PEFT_TYPE: &'static str;
+    /// Settings of `adapter_config.json` that change what the tensors mean and are not supported:
+    /// the value each must have.
+    const MUST_BE: &'static [(&'static str, Value)] = &[];
+    /// Keys that change neither what the tensors are nor what they mean, so that an adapter may be
+    /// trained on with other values.
+    const FREE: &'static [&'static str] = &[];
+
+    /// Its keys of `adapter_config.json`, of which all others are passed over; keys that are missing
+    /// have PEFT's defaults.
+    ///
+    /// # Errors
+    /// A value of the wrong type.
+    fn from_peft(json: &str) -> serde_json::Result<Self>;
+
+    /// The settings in PEFT's spelling.
+    fn to_peft(&self) -> Map<String, Value>;
+
+    /// What of an `adapter_config.json` cannot be honoured, one sentence each.
+    fn unsupported(json: &Map<String, Value>) -> Vec<String> {
+        let must_be = Self::MUST_BE.iter();
+        must_be
+            .filter_map(|(key, wanted)| unless_neutral(json, key, wanted))
+            .collect()
+    }
+
+    /// Keys whose values cannot be, and what is wrong with each.
+    fn problems(&self) -> Vec<(&'static str, String)> {
+        Vec::new()
+    }
+
+    /// Regular expressions that are to match the ends of layers' names.
+    fn patterns(&self) -> Vec<&str> {
+        Vec::new()
+    }
+
+    /// Whether anything is dropped while training.
+    fn is_random(&self) -> bool {
+        false
+    }
+
+    /// The key that says how the tensors start, if that is not as usual: an adapter that is there
+    /// already has no start.
+    fn start(&self) -> Option<&'static str> {
+        None
+    }
+
+    /// The factor on the learning rate of a tensor, of which `learning_rate` is the peak.
+    fn rate(&self, _part: &Part, _learning_rate: f64) -> f64 {
+        1.0
+    }
+
+    /// Whether what is saved differs from what is trained: then checkpoints hold that, too.
+    fn is_converted(&self) -> bool {
+        false
+    }
+
+    /// The layers that a recipe means which does not say.
+    fn default_targets() -> Targets {
+        Targets::AllLinear
+    }
+
+    /// The layers that PEFT means by `"target_modules": null`.
+    fn peft_targets() -> Targets {
+        Targets::Names(vec!["q_proj".into(), "v_proj".into()])
+    }
+}
+
+/// A method that changes what linear layers compute.
+pub trait LayerMethod: Settings {
+    /// What computes in one layer.
+    type Update<B: Backend>;
+
+    /// The tensors of an adapted layer.
+    fn parts(&self, layer: &Layer) -> Vec<Part>;
+
+    /// Tensors that all adapted layers share.
+    fn shared_parts(&self, _layers: &[Layer]) -> Vec<Part> {
+        Vec::new()
+    }
+
+    /// The values that the tensors of a layer start with, in the order of [`LayerMethod::parts`];
+    /// those of random ones follow from `seed` and their name. A method may change the base layer.
+    fn fresh<B: Backend>(
+        &self,
+        layer: &Layer,
+        base: &mut BaseLinear<B>,
+        seed: u64,
+    ) -> Vec<Vec<f32>>;
+
+    /// The values that a shared tensor starts with.
+    fn fresh_shared(&self, _part: &Part, _seed: u64) -> Vec<f32> {
+        Vec::new()
+    }
+
+    /// The update of a layer, of these values.
+    fn update<B: Backend>(&self, layer: &Layer, values: Values<'_, B>) -> Self::Update<B>;
+
+    /// How many numbers the update of a layer keeps from forward to backward: for each token, and
+    /// beside them.
+    fn kept(&self, layer: &Layer) -> [usize; 2];
+
+    /// Turns the values of all tensors, by their names, into those that are saved, and says what an
+    /// adapter of those is; of a method that [is converted](Settings::is_converted).
+    fn convert(&self, _layers: &[Layer], _values: &mut HashMap<String, Vec<f32>>) -> Option<Self> {
+        None
+    }
+
+    /// Adds to the gradients those of a term of the loss that depends on the weights of a layer
+    /// alone, and returns the term; `layers` are adapted.
+    fn regularise<B: TrainBackend>(
+        &self,
+        _update: &Self::Update<B>,
+        _layers: usize,
+        _gradients: &mut GradientsParams,
+    ) -> f64 {
+        0.0
+    }
+
+    /// What it does after each of `steps` optimizer steps.
+    fn after_step<B: Backend>(
+        &self,
+        _layers: &[Layer],
+        _steps: usize,
+    ) -> Option<Box<dyn AfterStep<B>>> {
+        None
+    }
+}
+
+/// What a method does after an optimizer step. Values and gradients are flat.
+pub trait AfterStep<B: Backend>: std::fmt::Debug + Send {
+    /// Whether it looks at a parameter.
+    fn watches(&self, id: ParamId) -> bool;
+
+    /// After `step`, counted from 1: `values` has the watched parameters as the step left them, and
+    /// takes what they are to be; `gradients` has what the step followed.
+    fn after(
+        &mut self,
+        step: usize,
+        values: &mut HashMap<ParamId, Tensor<B, 1>>,
+        gradients: &HashMap<ParamId, Tensor<B, 1>>,
+    );
+
+    /// What it remembers from step to step, by name.
+    fn state(&self) -> Vec<(String, Vec<f32>)>;
+
+    /// Remembers what [`AfterStep::state`] gave; nothing if that was of no step yet.
+    fn restore(&mut self, state: HashMap<String, Vec<f32>>, device: &B::Device);
+}
+
+/// What an update computes. Shapes: `n` tokens, `[out, in]` the layer.
+pub trait Computes<B: AdaptedBackend> {
+    /// `x` `[n, in]` through the base layer and the update: `[n, out]`.
+    fn forward(&self, x: Tensor<B, 2>, base: &BaseLinear<B>) -> Tensor<B, 2>;
+
+    /// Rows of the layer's weight with the update in it, from the same rows of the base's,
+    /// `[rows, in]`: a layer with these computes the same without an update.
+    fn merge(&self, rows: Range<usize>, weight: Tensor<B, 2>) -> Tensor<B, 2>;
+
+    /// The layer's bias `[out]` with the update in it.
+    fn merge_bias(&self, bias: Tensor<B, 1>) -> Tensor<B, 1> {
+        bias
+    }
+
+    /// Makes ready what follows from the base layer alone, which does not change any more.
+    fn settle(&mut self, _base: &BaseLinear<B>) {}
+
+    /// From here on, until the next call, `seed` decides what is dropped; before the first, nothing
+    /// is.
+    fn draw(&mut self, _seed: u64) {}
+
+    /// The values of a tensor that is not trained, by the end of its name.
+    fn frozen(&self, _part: &str) -> Option<Tensor<B, 2>> {
+        None
+    }
+}
+
+/// A method that puts trained vectors in front of every row.
+pub trait PromptMethod: Settings {
+    /// Its tensors.
+    fn parts(&self, model: &LlamaConfig) -> Vec<Part>;
+
+    /// The values that a tensor starts with.
+    fn fresh<B: Backend>(&self, part: &Part, model: &AdaptedLlama<B>, seed: u64) -> Vec<f32>;
+
+    /// Puts the tensors on a model.
+    fn place<B: Backend>(&self, model: &mut AdaptedLlama<B>, values: Values<'_, B>);
+
+    /// The tensors that are saved, and what an adapter of those is; of a method that [is
+    /// converted](Settings::is_converted).
+    fn convert<B: AdaptedBackend>(
+        &self,
+        _model: &AdaptedLlama<B>,
+    ) -> Option<(Self, HashMap<String, Vec<f32>>)> {
+        None
+    }
+}
+
+/// A tensor of an adapter.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Part {
+    /// Its name here, from which its parameter id follows: `layer.end`, or the end alone.
+    pub name: String,
+    /// Its name in PEFT's file.
+    pub key: String,
+    /// Its shape.
+    pub shape: Vec<usize>,
+    /// What it is for.
+    pub role: Role,
+}
+
+/// What a tensor of an adapter is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Role {
+    /// It is trained.
+    Trained,
+    /// It belongs to the adapter and stays as it is.
+    Frozen,
+    /// It is trained and takes the place of a weight of the model.
+    Whole,
+}
+
+impl Part {
+    /// A trained tensor of a layer: the end of its name here, and in PEFT's file.
+    pub fn of_layer(layer: &Layer, end: &str, peft: &str, shape: &[usize]) -> Self {
+        Self {
+            name: format!("{}.{end}", layer.name),
+            key: format!("{PREFIX}{}.{peft}", layer.name),
+            shape: shape.into(),
+            role: Role::Trained,
+        }
+    }
+
+    /// A trained tensor that belongs to no layer and has the same name everywhere.
+    pub fn of_model(name: &str, shape: &[usize]) -> Self {
+        Self {
+            name: name.into(),
+            key: name.into(),
+            shape: shape.into(),
+            role: Role::Trained,
+        }
+    }
+
+    /// The same, not trained.
+    pub fn frozen(self) -> Self {
+        Self {
+            role: Role::Frozen,
+            ..self
+        }
+    }
+
+    /// A weight of the model that is trained as a whole.
+    pub(crate) fn whole(name: String, shape: Vec<usize>) -> Self {
+        Self {
+            key: format!("{PREFIX}{name}"),
+            name,
+            shape,
+            role: Role::Whole,
+        }
+    }
+
+    /// The module that it belongs to; nothing if it belongs to the model.
+    pub fn module(&self) -> Option<&str> {
+        self.name.rsplit_once('.').map(|(module, _)| module)
+    }
+
+    /// The last part of its name.
+    pub fn end(&self) -> &str {
+        self.name.rsplit('.').next().unwrap_or(&self.name)
+    }
+}
+
+/// The values of an adapter's tensors on their way into a module.
+pub struct Values<'a, B: Backend> {
+    own: HashMap<String, (Part, Vec<f32>)>,
+    shared: &'a [(Part, Tensor<B, 2>)],
+    device: &'a B::Device,
+}
+
+impl<'a, B: Backend> Values<'a, B> {
+    pub(crate) fn new(
+        own: impl IntoIterator<Item = (Part, Vec<f32>)>,
+        shared: &'a [(Part, Tensor<B, 2>)],
+        device: &'a B::Device,
+    ) -> Self {
+        let own = own.into_iter();
+        let by_end = |(part, values): (Part, Vec<f32>)| (part.end().to_owned(), (part, values));
+        Self {
+            own: own.map(by_end).collect(),
+            shared,
+            device,
+        }
+    }
+
+    /// Takes a trained tensor, by the end of its name.
+    ///
+    /// # Panics
+    /// If the method's parts have no such tensor of `D` dimensions.
+    pub fn param<const D: usize>(&mut self, end: &str) -> Param<Tensor<B, D>> {
+        let (part, tensor) = self.take(end);
+        named_param(&part.name, tensor)
+    }
+
+    /// Takes a tensor that is not trained, likewise.
+    pub fn frozen<const D: usize>(&mut self, end: &str) -> Tensor<B, D> {
+        self.take(end).1
+    }
+
+    fn take<const D: usize>(&mut self, end: &str) -> (Part, Tensor<B, D>) {
+        let (part, values) = self.own.remove(end).expect("it is one of the parts");
+        let data = TensorData::new(values, part.shape.as_slice());
+        (part, Tensor::from_data(data, self.device))
+    }
+
+    /// A tensor that all layers share, by its name.
+    ///
+    /// # Panics
+    /// If the method's shared parts have no such tensor.
+    pub fn shared(&self, name: &str) -> Tensor<B, 2> {
+        let found = self.shared.iter().find(|(part, _)| part.name == name);
+        found.expect("it is one of the shared parts").1.clone()
+    }
+}
+
+/// What is to be known of a method without its settings.
+#[derive(Clone, Copy)]
+pub(crate) struct About {
+    pub(crate) name: &'static str,
+    pub(crate) peft_type: &'static str,
+    keys: fn() -> Vec<String>,
+    default: fn() -> Method,
+    pub(crate) unsupported: fn(&Map<String, Value>) -> Vec<String>,
+    pub(crate) from_peft: fn(&str) -> serde_json::Result<Method>,
+    default_targets: fn() -> Targets,
+    pub(crate) peft_targets: fn() -> Targets,
+}
+
+impl About {
+    const fn of<S: Settings + Into<Method>>() -> Self {
+        Self {
+            name: S::NAME,
+            peft_type: S::PEFT_TYPE,
+            keys: keys_of::<S>,
+            default: || S::default().into(),
+            unsupported: S::unsupported,
+            from_peft: |json| S::from_peft(json).map(Into::into),
+            default_targets: S::default_targets,
+            peft_targets: S::peft_targets,
+        }
+    }
+}
+
+/// Refuses a setting that is neither `wanted` nor empty.
+fn unless_neutral(json: &Map<String, Value>, key: &str, wanted: &Value) -> Option<String> {
+    let value = json.get(key)?;
+    let is_neutral = value.is_null()
+        || value == wanted
+        || value.as_array().is_some_and(Vec::is_empty)
+        || value.as_object().is_some_and(Map::is_empty);
+    (!is_neutral).then(|| format!("{key} is {value}: this is not supported"))
+}
+
+/// serde tells the fields of a structure to who asks for one that is not there, each in backticks.
+pub fn keys_of<T: DeserializeOwned>() -> Vec<String> {
+    match serde_json::from_str::<T>("{\"\": true}") {
+        Err(e) => {
+            let text = e.to_string();
+            let names = text.split('`').skip(3).step_by(2);
+            names.map(str::to_owned).collect()
+        }
+        Ok(_) => Vec::new(),
+    }
+}
+
+/// Makes of the lists of methods what has to tell them apart.
+macro_rules! methods {
+    (
+        layers { $($Layer:ident: $layer:ident::$LayerSettings:ident, $Update:ident;)* }
+        prompts { $($Prompt:ident: $prompt:ident::$PromptSettings:ident;)* }
+    ) => {
+        /// A method with its settings.
+        #[derive(Debug, Clone, PartialEq, Serialize)]
+        #[serde(untagged)]
+        pub enum Method {
+            $(#[doc = concat!("See [`", stringify!($layer), "`].")] $Layer($layer::$LayerSettings),)*
+            $(#[doc = concat!("See [`", stringify!($prompt), "`].")] $Prompt($prompt::$PromptSettings),)*
+        }
+
+        /// What is trained beside one linear layer.
+        #[derive(Module, Debug)]
+        pub enum Update<B: Backend> {
+            $(#[doc = concat!("See [`", stringify!($layer), "`].")] $Layer($layer::$Update<B>),)*
+        }
+
+        $(impl From<$layer::$LayerSettings> for Method {
+            fn from(settings: $layer::$LayerSettings) -> Self {
+                Self::$Layer(settings)
+            }
+        })*
+        $(impl From<$prompt::$PromptSettings> for Method {
+            fn from(settings: $prompt::$PromptSettings) -> Self {
+                Self::$Prompt(settings)
+            }
+        })*
+
+        const METHODS: &[About] = &[
+            $(About::of::<$layer::$LayerSettings>(),)*
+            $(About::of::<$prompt::$PromptSettings>(),)*
+        ];
+
+        impl Method {
+            fn about(&self) -> About {
+                match self {
+                    $(Self::$Layer(_) => About::of::<$layer::$LayerSettings>(),)*
+                    $(Self::$Prompt(_) => About::of::<$prompt::$PromptSettings>(),)*
+                }
+            }
+
+            /// Its name in a sentence.
+            pub fn title(&self) -> &'static str {
+                match self {
+                    $(Self::$Layer(_) => $layer::$LayerSettings::TITLE,)*
+                    $(Self::$Prompt(_) => $prompt::$PromptSettings::TITLE,)*
+                }
+            }
+
+            /// Whether it changes linear layers, see [`LayerMethod`].
+            pub fn changes_layers(&self) -> bool {
+                match self {
+                    $(Self::$Layer(_) => true,)*
+                    $(Self::$Prompt(_) => false,)*
+                }
+            }
+
+            /// The keys of the settings that cannot be, and what is wrong with each.
+            pub fn problems(&self) -> Vec<(&'static str, String)> {
+                match self {
+                    $(Self::$Layer(settings) => settings.problems(),)*
+                    $(Self::$Prompt(settings) => settings.problems(),)*
+                }
+            }
+
+            /// Regular expressions that are to match the ends of layers' names.
+            pub(crate) fn patterns(&self) -> Vec<&str> {
+                match self {
+                    $(Self::$Layer(settings) => settings.patterns(),)*
+                    $(Self::$Prompt(settings) => settings.patterns(),)*
+                }
+            }
+
+            /// Whether anything is dropped while training.
+            pub fn is_random(&self) -> bool {
+                match self {
+                    $(Self::$Layer(settings) => settings.is_random(),)*
+                    $(Self::$Prompt(settings) => settings.is_random(),)*
+                }
+            }
+
+            /// Keys that may change while the tensors stay what they are.
+            pub fn free_keys(&self) -> &'static [&'static str] {
+                match self {
+                    $(Self::$Layer(_) => $layer::$LayerSettings::FREE,)*
+                    $(Self::$Prompt(_) => $prompt::$PromptSettings::FREE,)*
+                }
+            }
+
+            pub(crate) fn to_peft(&self) -> Map<String, Value> {
+                match self {
+                    $(Self::$Layer(settings) => settings.to_peft(),)*
+                    $(Self::$Prompt(settings) => settings.to_peft(),)*
+                }
+            }
+
+            /// The tensors of an adapted layer.
+            pub(crate) fn layer_parts(&self, layer: &Layer) -> Vec<Part> {
+                match self {
+                    $(Self::$Layer(settings) => settings.parts(layer),)*
+                    $(Self::$Prompt(_) => Vec::new(),)*
+                }
+            }
+
+            /// The tensors that belong to no single layer.
+            pub(crate) fn model_parts(&self, layers: &[Layer], _model: &LlamaConfig) -> Vec<Part> {
+                match self {
+                    $(Self::$Layer(settings) => settings.shared_parts(layers),)*
+                    $(Self::$Prompt(settings) => settings.parts(_model),)*
+                }
+            }
+
+            /// The values that the tensors of a layer start with.
+            pub(crate) fn fresh<B: Backend>(
+                &self,
+                layer: &Layer,
+                base: &mut BaseLinear<B>,
+                seed: u64,
+            ) -> Vec<Vec<f32>> {
+                match self {
+                    $(Self::$Layer(settings) => settings.fresh(layer, base, seed),)*
+                    $(Self::$Prompt(_) => Vec::new(),)*
+                }
+            }
+
+            /// The values that a tensor starts with that belongs to no single layer.
+            pub(crate) fn fresh_in_model<B: Backend>(
+                &self,
+                part: &Part,
+                _model: &AdaptedLlama<B>,
+                seed: u64,
+            ) -> Vec<f32> {
+                match self {
+                    $(Self::$Layer(settings) => settings.fresh_shared(part, seed),)*
+                    $(Self::$Prompt(settings) => settings.fresh(part, _model, seed),)*
+                }
+            }
+
+            /// The update of a layer; nothing of a method that changes none.
+            pub(crate) fn update<B: Backend>(
+                &self,
+                layer: &Layer,
+                values: Values<'_, B>,
+            ) -> Option<Update<B>> {
+                match self {
+                    $(Self::$Layer(settings) => Some(Update::$Layer(settings.update(layer, values))),)*
+                    $(Self::$Prompt(_) => None,)*
+                }
+            }
+
+            /// Puts on a model what belongs in front of its tokens.
+            pub(crate) fn place<B: Backend>(
+                &self,
+                _model: &mut AdaptedLlama<B>,
+                _values: Values<'_, B>,
+            ) {
+                match self {
+                    $(Self::$Layer(_) => {})*
+                    $(Self::$Prompt(settings) => settings.place(_model, _values),)*
+                }
+            }
+
+            /// See [`Settings::start`].
+            pub fn start(&self) -> Option<&'static str> {
+                match self {
+                    $(Self::$Layer(settings) => settings.start(),)*
+                    $(Self::$Prompt(settings) => settings.start(),)*
+                }
+            }
+
+            /// See [`Settings::rate`].
+            pub fn rate(&self, part: &Part, learning_rate: f64) -> f64 {
+                match self {
+                    $(Self::$Layer(settings) => settings.rate(part, learning_rate),)*
+                    $(Self::$Prompt(settings) => settings.rate(part, learning_rate),)*
+                }
+            }
+
+            /// See [`Settings::is_converted`].
+            pub fn is_converted(&self) -> bool {
+                match self {
+                    $(Self::$Layer(settings) => settings.is_converted(),)*
+                    $(Self::$Prompt(settings) => settings.is_converted(),)*
+                }
+            }
+
+            /// What is saved in place of `values`, which have all tensors by their names, and what an
+            /// adapter of that is.
+            pub(crate) fn convert<B: AdaptedBackend>(
+                &self,
+                layers: &[Layer],
+                _model: &AdaptedLlama<B>,
+                values: &mut HashMap<String, Vec<f32>>,
+            ) -> Option<Self> {
+                match self {
+                    $(Self::$Layer(settings) => settings.convert(layers, values).map(Self::$Layer),)*
+                    $(Self::$Prompt(settings) => {
+                        let (settings, converted) = settings.convert(_model)?;
+                        values.extend(converted);
+                        Some(Self::$Prompt(settings))
+                    })*
+                }
+            }
+
+            /// Adds to the gradients those of the method's own terms of the loss, and returns the sum
+            /// of the terms.
+            pub fn regularise<B: TrainBackend>(
+                &self,
+                model: &AdaptedLlama<B>,
+                gradients: &mut GradientsParams,
+            ) -> f64 {
+                let updates: Vec<_> = model.projections().filter_map(|(_, p)| p.update.as_ref()).collect();
+                let one = |update: &&Update<B>| match (self, *update) {
+                    $((Self::$Layer(settings), Update::$Layer(update)) => {
+                        settings.regularise(update, updates.len(), gradients)
+                    })*
+                    #[allow(unreachable_patterns, reason = "there may be one method alone")]
+                    _ => 0.0,
+                };
+                updates.iter().map(one).sum()
+            }
+
+            /// See [`LayerMethod::after_step`].
+            pub fn after_step<B: Backend>(
+                &self,
+                layers: &[Layer],
+                steps: usize,
+            ) -> Option<Box<dyn AfterStep<B>>> {
+                match self {
+                    $(Self::$Layer(settings) => settings.after_step(layers, steps),)*
+                    $(Self::$Prompt(_) => None,)*
+                }
+            }
+
+            /// See [`LayerMethod::kept`].
+            pub fn kept(&self, layer: &Layer) -> [usize; 2] {
+                match self {
+                    $(Self::$Layer(settings) => settings.kept(layer),)*
+                    $(Self::$Prompt(_) => [0, 0],)*
+                }
+            }
+
+            /// Reads the settings of the method of this name in a recipe's spelling.
+            ///
+            /// # Errors
+            /// Keys that it does not know, and values of the wrong type.
+            pub fn deserialize<'de, D: Deserializer<'de>>(
+                name: &str,
+                settings: D,
+            ) -> std::result::Result<Self, D::Error> {
+                use serde::Deserialize;
+                match name {
+                    $($layer::$LayerSettings::NAME => {
+                        $layer::$LayerSettings::deserialize(settings).map(Self::$Layer)
+                    })*
+                    $($prompt::$PromptSettings::NAME => {
+                        $prompt::$PromptSettings::deserialize(settings).map(Self::$Prompt)
+                    })*
+                    other => Err(serde::de::Error::custom(format_args!(
+                        "{other:?} is no method"
+                    ))),
+                }
+            }
+        }
+
+        impl<B: AdaptedBackend> Computes<B> for Update<B> {
+            fn forward(&self, x: Tensor<B, 2>, base: &BaseLinear<B>) -> Tensor<B, 2> {
+                match self {
+                    $(Self::$Layer(update) => update.forward(x, base),)*
+                }
+            }
+
+            fn merge(&self, rows: Range<usize>, weight: Tensor<B, 2>) -> Tensor<B, 2> {
+                match self {
+                    $(Self::$Layer(update) => update.merge(rows, weight),)*
+                }
+            }
+
+            fn merge_bias(&self, bias: Tensor<B, 1>) -> Tensor<B, 1> {
+                match self {
+                    $(Self::$Layer(update) => Computes::<B>::merge_bias(update, bias),)*
+                }
+            }
+
+            fn settle(&mut self, base: &BaseLinear<B>) {
+                match self {
+                    $(Self::$Layer(update) => update.settle(base),)*
+                }
+            }
+
+            fn draw(&mut self, seed: u64) {
+                match self {
+                    $(Self::$Layer(update) => Computes::<B>::draw(update, seed),)*
+                }
+            }
+
+            fn frozen(&self, part: &str) -> Option<Tensor<B, 2>> {
+                match self {
+                    $(Self::$Layer(update) => update.frozen(part),)*
+                }
+            }
+        }
+    };
+}
+
+impl Method {
+    /// The names of all methods.
+    pub fn names() -> impl Iterator<Item = &'static str> {
+        METHODS.iter().map(|method| method.name)
+    }
+
+    /// A method by its name, with its default settings.
+    pub fn named(name: &str) -> Option<Self> {
+        let about = METHODS.iter().find(|method| method.name == name)?;
+        Some((about.default)())
+    }
+
+    /// The methods whose settings have a key.
+    pub fn that_know(key: &str) -> impl Iterator<Item = &'static str> {
+        let known = move |method: &&About| (method.keys)().iter().any(|known| known == key);
+        METHODS.iter().filter(known).map(|method| method.name)
+    }
+
+    /// Its name in a recipe.
+    pub fn name(&self) -> &'static str {
+        self.about().name
+    }
+
+    /// The keys of its settings.
+    pub fn keys(&self) -> Vec<String> {
+        (self.about().keys)()
+    }
+
+    /// The layers that a recipe means which does not say.
+    pub fn default_targets(&self) -> Targets {
+        (self.about().default_targets)()
+    }
+
+    pub(crate) fn peft_type(&self) -> &'static str {
+        self.about().peft_type
+    }
+
+    pub(crate) fn of_peft_type(name: &str) -> Option<About> {
+        METHODS
+            .iter()
+            .find(|method| method.peft_type == name)
+            .copied()
+    }
+
+    pub(crate) fn peft_types() -> impl Iterator<Item = &'static str> {
+        METHODS.iter().map(|method| method.peft_type)
+    }
+}
+
+// One line a method: what it is called here, its file, its settings and its update in a layer.
+methods! {
+    layers {
+        Lora: lora::LoraSettings, Lora;
+    }
+    prompts {}
+}
