@@ -285,7 +285,7 @@ pub struct PushArgs {
 
 #[derive(Debug, Args)]
 pub struct PullArgs {
-    /// owner/name[@revision], or hf://datasets/owner/name[/file]
+    /// Of a model, an adapter (owner/name@revision) or a data set (hf://datasets/owner/name/file)
     #[arg(value_name = "ID")]
     pub id: String,
     /// A branch, a tag or a commit, in place of @revision
@@ -311,4 +311,7 @@ pub struct SamplingArgs {
     /// Decides the random numbers of a temperature above 0: the same seed, the same text [default: 42]
     #[arg(long, allow_negative_numbers = true)]
     pub seed: Option<u64>,
+    /// The task of the text, for an adapter that tells tasks apart (mpt) [default: 0]
+    #[arg(long, allow_negative_numbers = true)]
+    pub task_id: Option<usize>,
 }

@@ -6,7 +6,9 @@ use burn::tensor::{Shape, TensorMetadata};
 use burn_cubecl::{CubeBackend, CubeRuntime, FloatElement, IntElement, element::BoolElement};
 use burn_fusion::{Fusion, FusionBackend};
 
-use super::{CrossEntropyBackend, MatmulBackend, RmsNormBackend, RotaryBackend, SwigluBackend};
+use super::{
+    CrossEntropyBackend, MatmulBackend, RmsNormBackend, RotaryBackend, SwigluBackend, UpdateBackend,
+};
 
 impl<R: CubeRuntime, F: FloatElement, I: IntElement, BT: BoolElement> CrossEntropyBackend
     for CubeBackend<R, F, I, BT>
@@ -28,6 +30,10 @@ impl<R: CubeRuntime, F: FloatElement, I: IntElement, BT: BoolElement> SwigluBack
     for CubeBackend<R, F, I, BT>
 {
 }
+impl<R: CubeRuntime, F: FloatElement, I: IntElement, BT: BoolElement> UpdateBackend
+    for CubeBackend<R, F, I, BT>
+{
+}
 
 impl<B: FusionBackend> CrossEntropyBackend for Fusion<B> {}
 impl<B: FusionBackend> MatmulBackend for Fusion<B> {
@@ -42,3 +48,4 @@ impl<B: FusionBackend> MatmulBackend for Fusion<B> {
 impl<B: FusionBackend> RmsNormBackend for Fusion<B> {}
 impl<B: FusionBackend> RotaryBackend for Fusion<B> {}
 impl<B: FusionBackend> SwigluBackend for Fusion<B> {}
+impl<B: FusionBackend> UpdateBackend for Fusion<B> {}

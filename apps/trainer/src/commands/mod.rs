@@ -15,6 +15,7 @@ pub mod train;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use ::train::data::{Split, folder_files};
 use ::train::recipe::{Recipe, parse_setting};
 use ::train::run_folder::check_empty;
 use ::train::session;
@@ -40,30 +41,44 @@ fn open_model(name: &str, files: Files, output: &Output) -> Result<ModelFolder> 
     Ok(ModelFolder::open(&path)?)
 }
 
-/// The data files and folders of a recipe; data sets of the Hub are downloaded, and what is taken of
-/// them is said.
-fn open_data(paths: &[PathBuf], output: &Output) -> Result<Vec<PathBuf>> {
+/// The data files that a recipe names; data sets of the Hub are downloaded. What is taken of them,
+/// and of folders with other splits, is said.
+fn open_data(paths: &[PathBuf], split: Split, output: &Output) -> Result<Vec<PathBuf>> {
     let mut found = Vec::new();
     for path in paths {
         let address = path.to_string_lossy();
+        if path.is_dir() {
+            let [files, others] = folder_files(path, split)?;
+            if !others.is_empty() {
+                let (read, left) = (names(&files), names(&others));
+                output.note(format_args!("{address}: {read}; not read: {left}"));
+            }
+            found.extend(files);
+            continue;
+        }
         if !address.starts_with(hub::DATASETS) {
             found.push(path.clone());
             continue;
         }
         let files = Hub::from_env().dataset(&address, &mut output.downloads())?;
-        let name = |file: &PathBuf| {
-            file.file_name()
-                .map(|name| name.to_string_lossy().into_owned())
-        };
-        let names: Vec<_> = files.iter().filter_map(name).take(5).collect();
-        let more = match files.len() - names.len() {
-            0 => String::new(),
-            more => format!(" and {more} more"),
-        };
-        output.note(format_args!("{address}: {}{more}", names.join(", ")));
+        output.note(format_args!("{address}: {}", names(&files)));
         found.extend(files);
     }
     Ok(found)
+}
+
+/// The names of the first few files, and how many more there are.
+fn names(files: &[PathBuf]) -> String {
+    let name = |file: &PathBuf| {
+        file.file_name()
+            .map(|name| name.to_string_lossy().into_owned())
+    };
+    let names: Vec<_> = files.iter().filter_map(name).take(5).collect();
+    let more = match files.len() - names.len() {
+        0 => String::new(),
+        more => format!(" and {more} more"),
+    };
+    format!("{}{more}", names.join(", "))
 }
 
 /// Refuses an adapter, or the folder of a run, in place of a model.
@@ -174,6 +189,8 @@ pub struct Adapted {
     pub adapter: Option<PathBuf>,
     /// What the linear layers are quantised to.
     pub scheme: Option<Scheme>,
+    /// The task that texts are asked to be of.
+    pub task: Option<usize>,
     /// Where loading is reported.
     pub output: Output,
 }
@@ -203,6 +220,7 @@ impl Adapted {
             base,
             adapter,
             scheme,
+            task: None,
             output: *output,
         })
     }
@@ -210,6 +228,42 @@ impl Adapted {
     /// Takes the chat template that is named, else the adapter's, else the model's.
     pub fn choose_template(&mut self, named: Option<&str>) -> Result<()> {
         choose_template(&mut self.base, self.adapter.as_deref(), named)
+    }
+
+    /// How many tasks the adapter tells apart, if it does.
+    pub fn tasks(&self) -> Result<Option<usize>> {
+        let config = self.adapter.as_deref().map(peft::read_config);
+        Ok(config.transpose()?.and_then(|config| config.method.tasks()))
+    }
+
+    /// The task of a text.
+    ///
+    /// # Errors
+    /// If the adapter does not know the one that is asked for.
+    pub fn task(&self) -> Result<usize> {
+        let tasks = self.tasks()?;
+        match (tasks, self.task) {
+            (None, None) => Ok(0),
+            (Some(tasks), Some(task)) if task < tasks => Ok(task),
+            (Some(tasks), None) => {
+                if tasks > 1 {
+                    let note = format_args!("task 0 of {tasks} (--task-id names another)");
+                    self.output.note(note);
+                }
+                Ok(0)
+            }
+            (Some(tasks), Some(task)) => Err(Advised::usage(
+                format!("--task-id {task} is no task of the adapter, which has {tasks}"),
+                format!("give a number from 0 to {}", tasks - 1),
+            )
+            .into()),
+            (None, Some(_)) => Err(Advised::usage(
+                "--task-id needs an adapter that tells tasks apart",
+                "give --adapter one that was trained with adapter.method = \"mpt\", or leave \
+                 --task-id out",
+            )
+            .into()),
+        }
     }
 
     /// Loads the model and puts the adapter on it.
