@@ -16,7 +16,7 @@ use serde_json::{Map, Value, json};
 
 use crate::attach::{AdaptedLlama, Start, put};
 use crate::base::{AdaptedBackend, BaseLinear, scheme};
-use crate::config::{AdapterConfig, Selection, Targets};
+use crate::config::{AdapterConfig, OneOrMany, Selection, Targets};
 use crate::error::{Error, Result};
 use crate::linear::AdaptedLinear;
 use crate::methods::{Computes, Method, Part, Role};
@@ -37,15 +37,9 @@ const BASE_QUANTIZATION: &str = "base_quantization";
 struct PeftSelection {
     target_modules: Option<Targets>,
     exclude_modules: Option<Targets>,
-    layers_to_transform: Option<OneOrMany>,
+    layers_to_transform: Option<OneOrMany<usize>>,
+    layers_pattern: Option<OneOrMany<String>>,
     modules_to_save: Option<Vec<String>>,
-}
-
-#[derive(Deserialize)]
-#[serde(untagged)]
-enum OneOrMany {
-    One(usize),
-    Many(Vec<usize>),
 }
 
 /// Reads `adapter_config.json` of a folder.
@@ -104,15 +98,13 @@ pub fn read_config(folder: &Path) -> Result<AdapterConfig> {
 
 impl PeftSelection {
     fn read(self, default_targets: fn() -> Targets) -> Selection {
-        let many = |layers| match layers {
-            OneOrMany::One(layer) => vec![layer],
-            OneOrMany::Many(layers) => layers,
-        };
-        let layers = self.layers_to_transform.map(many);
+        let layers = self.layers_to_transform.map(|all| all.all().to_vec());
+        let has_pattern = |all: &OneOrMany<String>| all.all().iter().any(|one| !one.is_empty());
         Selection {
             target_modules: self.target_modules.unwrap_or_else(default_targets),
             exclude_modules: self.exclude_modules,
             layers_to_transform: layers.filter(|all| !all.is_empty()),
+            layers_pattern: self.layers_pattern.filter(has_pattern),
             modules_to_save: self.modules_to_save.unwrap_or_default(),
         }
     }
@@ -401,7 +393,7 @@ fn config_json(config: &AdapterConfig, model: &LlamaConfig, base_model: &str) ->
     set("revision", json!(revision));
     set("task_type", json!("CAUSAL_LM"));
     if config.method.changes_layers() {
-        set("layers_pattern", Value::Null);
+        set("layers_pattern", json!(selection.layers_pattern));
         set("layers_to_transform", json!(selection.layers_to_transform));
         set("target_modules", names(&selection.target_modules));
         if let Some(exclude) = &selection.exclude_modules {

@@ -19,6 +19,10 @@ use crate::run_folder::io;
 const EXACT_FILE: &str = "trained.safetensors";
 
 /// What is trained.
+#[allow(
+    clippy::large_enum_variant,
+    reason = "a run has one, and it is matched on everywhere"
+)]
 #[derive(Debug, Clone, PartialEq)]
 pub enum Trained {
     /// An adapter; saved in PEFT's format.
