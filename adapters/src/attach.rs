@@ -118,7 +118,10 @@ pub fn draw<B: AdaptedBackend>(model: &mut AdaptedLlama<B>, seed: u64) {
 }
 
 /// Trains the modules that `chosen` picks by name as a whole.
-fn unfreeze<B: Backend>(model: &mut AdaptedLlama<B>, chosen: impl Fn(&str) -> bool) -> Result<()> {
+pub(crate) fn unfreeze<B: Backend>(
+    model: &mut AdaptedLlama<B>,
+    chosen: impl Fn(&str) -> bool,
+) -> Result<()> {
     unfreeze_weight(
         &mut model.embed_tokens,
         "model.embed_tokens",

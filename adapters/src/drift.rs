@@ -64,7 +64,7 @@ pub fn drift<B: AdaptedBackend>(
     let shape = [config.vocab_size, config.hidden_size];
     let head = Head {
         weight: merge.weight(HEAD, &shape)?,
-        update: merge.update("lm_head", shape, device)?,
+        update: merge.update("lm_head", device)?,
     };
     let trained = probe.logits(
         |name| merge.dense(name),

@@ -71,6 +71,12 @@ pub enum Error {
         /// One sentence a tensor, with both shapes where they differ.
         problems: Vec<String>,
     },
+    /// Adapters that cannot be used together, or not with their weights; every problem is listed.
+    #[error("cannot combine these adapters: {}", listed(problems, usize::MAX))]
+    Combine {
+        /// One sentence a problem.
+        problems: Vec<String>,
+    },
     /// Adapters that cannot be merged together, or not onto what they are to be merged onto; every
     /// problem is listed.
     #[error("cannot merge these adapters: {}", listed(problems, usize::MAX))]

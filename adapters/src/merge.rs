@@ -1,15 +1,10 @@
-//! From a base model and adapters on it to a model that needs none: `W + Σ w · s · B A`.
+//! From a base model and adapters on it to a model that needs none.
 //!
-//! Shapes: `out` and `in` of a linear layer, `r` the sum of all adapters' ranks.
-//!
-//! Source: `merge_and_unload` and `add_weighted_adapter(combination_type="cat")` in
-//! `peft/tuners/lora/model.py`.
-
-mod adapter;
+//! Source: `merge_and_unload` in `peft/tuners/lora/model.py`.
 
 use std::borrow::Cow;
 use std::ops::Range;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use burn::backend::Flex;
 use burn::tensor::{Tensor, TensorData, backend::Backend};
@@ -17,18 +12,15 @@ use model::checkpoint::{Checkpoint, LazyTensor, MODEL_FILE, encode, fits, write_
 use model::config::LlamaConfig;
 use model::folder::{ModelFolder, edit_config};
 use model::load::LinearSource;
-use model::weight::named_param;
-use quant::{Quantized, Scheme};
+use quant::{Format, Quantized, Scheme};
 use safetensors::Dtype;
 
 use crate::base::{AdaptedBackend, Base, BaseLinear, EMBEDDINGS, HEAD};
-use crate::config::Layer;
+use crate::combine::{Adapter, Adapters, Combination, Weighted};
 use crate::error::{Error, Result};
 use crate::linear::AdaptedLinear;
-use crate::methods::lora::{Lora, LoraSettings};
 use crate::methods::{Computes, Update};
 use crate::peft::in_words;
-use adapter::{Adapter, conflicts, trained_on};
 
 /// How many elements are merged at a time.
 const PART: usize = 1 << 22;
@@ -43,22 +35,13 @@ pub enum Onto {
     Dequantized,
 }
 
-/// An adapter folder, and how much of its update is added: 1 is all of it.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Weighted {
-    /// The folder.
-    pub folder: PathBuf,
-    /// The factor.
-    pub weight: f64,
-}
-
 /// A merge that has been checked and not begun.
 pub struct Merge<'a> {
     pub(crate) source: &'a ModelFolder,
     pub(crate) base: Base<'a>,
     /// Of the merged model.
     pub(crate) config: LlamaConfig,
-    adapters: Vec<Adapter>,
+    adapters: Adapters,
     onto: Onto,
 }
 
@@ -85,6 +68,7 @@ impl<'a> Merge<'a> {
         source: &'a ModelFolder,
         checkpoint: &'a Checkpoint,
         adapters: &[Weighted],
+        combination: Combination,
         onto: Option<Onto>,
     ) -> Result<Self> {
         let base = Base::new(&source.config, checkpoint, None)?;
@@ -93,17 +77,19 @@ impl<'a> Merge<'a> {
                 path: source.path.clone(),
             });
         }
-        let open = |adapter: &Weighted| Adapter::open(adapter, &source.config);
-        let adapters: Vec<_> = adapters.iter().map(open).collect::<Result<_>>()?;
-        let mut problems = conflicts(&adapters);
+        let adapters = Adapters::open(adapters, combination, &source.config)?;
+        let mut problems: Vec<_> = adapters.all.iter().filter_map(not_in_weights).collect();
+        if problems.is_empty() {
+            problems = adapters.conflicts();
+        }
         let scheme = match base.is_stored {
             true => base.scheme,
-            false => trained_on(&adapters, onto, &mut problems),
+            false => trained_on(&adapters.all, onto, &mut problems),
         };
         if !problems.is_empty() {
             return Err(Error::Merge { problems });
         }
-        let untied = adapters.iter().any(Adapter::touches_embeddings);
+        let untied = adapters.touch_embeddings();
         let merge = Self {
             source,
             config: LlamaConfig {
@@ -164,7 +150,7 @@ impl<'a> Merge<'a> {
     pub fn merged_layers(&self) -> usize {
         let tensors = self.config.tensors();
         let changes = |(name, _): &&(String, _)| match name.strip_suffix(".weight") {
-            Some(module) => self.replaces(name) || self.parts(module).next().is_some(),
+            Some(module) => self.replaces(name) || self.adapters.adapt(module),
             None => false, // a bias goes with its weight
         };
         tensors.iter().filter(changes).count()
@@ -185,7 +171,7 @@ impl<'a> Merge<'a> {
     pub fn strangers(&self) -> Vec<(&Path, &str)> {
         let ours = in_words(self.base.scheme);
         let strange = |adapter: &'_ &Adapter| adapter.stated().is_some_and(|base| base != ours);
-        let strange = self.adapters.iter().filter(strange);
+        let strange = self.adapters.all.iter().filter(strange);
         strange
             .filter_map(|adapter| Some((adapter.folder.as_path(), adapter.stated()?)))
             .collect()
@@ -193,7 +179,7 @@ impl<'a> Merge<'a> {
 
     /// A tensor before any update, dense: an adapter's if one replaces it, else the base's.
     pub(crate) fn dense(&self, name: &str) -> Weight<'_> {
-        match self.replacement(name) {
+        match self.adapters.replacement(name) {
             Some((adapter, key)) => Weight::Dense(&adapter.opened.file, key.to_owned()),
             None => Weight::Dense(self.base.checkpoint, self.base_name(name).to_owned()),
         }
@@ -215,7 +201,7 @@ impl<'a> Merge<'a> {
         &self,
         source: LinearSource<B>,
     ) -> Result<AdaptedLinear<B>> {
-        let update = self.update(source.name, source.shape, source.device)?;
+        let update = self.update(source.name, source.device)?;
         let base = match self.replaces(&format!("{}.weight", source.name)) {
             true => BaseLinear::Dense(source.linear()?),
             false => self.base.linear(source)?.base,
@@ -225,44 +211,16 @@ impl<'a> Merge<'a> {
 
     /// Whether an adapter replaces a tensor as a whole.
     pub(crate) fn replaces(&self, name: &str) -> bool {
-        self.replacement(name).is_some()
+        self.adapters.replacement(name).is_some()
     }
 
-    /// The adapter that replaces a tensor, and the name that it has for it.
-    fn replacement(&self, name: &str) -> Option<(&Adapter, &str)> {
-        self.adapters.iter().find_map(|adapter| {
-            let mut whole = adapter.opened.whole();
-            let part = whole.find(|part| part.name == name)?;
-            Some((adapter, part.key.as_str()))
-        })
-    }
-
-    /// What all adapters together do to a layer `[out, in]`, if one does anything.
+    /// What all adapters together do to a layer, if one does anything.
     pub(crate) fn update<B: Backend>(
         &self,
-        name: &str,
-        shape: [usize; 2],
+        layer: &str,
         device: &B::Device,
     ) -> Result<Option<Update<B>>> {
-        let loras: Vec<_> = self
-            .parts(name)
-            .filter_map(|(adapter, _)| Some((adapter, adapter.lora()?)))
-            .collect();
-        match self.parts(name).next() {
-            _ if !loras.is_empty() => {
-                let lora = sum_of_loras(&loras, name, shape, device)?;
-                Ok(Some(Update::Lora(lora)))
-            }
-            Some((adapter, layer)) => adapter.update(layer, device), // the only one, see `conflicts`
-            None => Ok(None),
-        }
-    }
-
-    /// The adapters that adapt a layer.
-    fn parts(&self, name: &str) -> impl Iterator<Item = (&Adapter, &Layer)> {
-        self.adapters
-            .iter()
-            .filter_map(move |adapter| Some((adapter, adapter.layer(name)?)))
+        self.adapters.update(layer, device)
     }
 
     /// The base's name of a tensor.
@@ -286,21 +244,11 @@ impl<'a> Merge<'a> {
     fn merged(&self, name: &str, shape: &[usize], dtype: Dtype) -> Result<Vec<u8>> {
         let width: usize = shape[1..].iter().product();
         let weight = self.weight(name, shape)?;
-        let update = match (name.strip_suffix(".weight"), shape) {
-            (Some(layer), &[out, r#in]) => {
-                self.update::<Flex>(layer, [out, r#in], &Default::default())?
-            }
-            _ => None,
+        let update_of = |end| match name.strip_suffix(end) {
+            Some(layer) => self.update::<Flex>(layer, &Default::default()),
+            None => Ok(None),
         };
-        let biased = match name
-            .strip_suffix(".bias")
-            .map(|layer| self.parts(layer).next())
-        {
-            Some(Some((_, layer))) => {
-                self.update::<Flex>(&layer.name, layer.shape, &Default::default())?
-            }
-            _ => None,
-        };
+        let (update, biased) = (update_of(".weight")?, update_of(".bias")?);
         let is_changed = update.is_some() || biased.is_some() || self.replaces(name);
         let mut bytes = Vec::with_capacity(shape[0] * width * dtype.bitsize() / 8);
         let step = (PART / width).max(1);
@@ -351,41 +299,40 @@ fn merge_bias(update: &Update<Flex>, values: Vec<f32>) -> Vec<f32> {
     merged.into_vec().expect("computed in f32")
 }
 
-/// LoRA updates of a layer `[out, in]` as one: `lora_a` `[r, in]` and `lora_b` `[out, r]` side by
-/// side, with the weights and scalings in `lora_b`.
-fn sum_of_loras<B: Backend>(
-    loras: &[(&Adapter, &LoraSettings)],
-    layer: &str,
-    [out, r#in]: [usize; 2],
-    device: &B::Device,
-) -> Result<Lora<B>> {
-    let parts = loras
-        .iter()
-        .map(|(adapter, lora)| (adapter, lora.rank_and_scaling(layer)));
-    let rank: usize = parts.clone().map(|(_, (rank, _))| rank).sum();
-    let names = ["lora_a", "lora_b"].map(|part| format!("{layer}.{part}"));
-    let mut a = Vec::with_capacity(rank * r#in);
-    let mut b = vec![0.0; out * rank];
-    for (adapter, (own_rank, scaling)) in parts {
-        let column = a.len() / r#in;
-        a.extend(adapter.read(&names[0])?);
-        let factor = (adapter.weight * scaling) as f32;
-        let own = adapter.read(&names[1])?; // [out, own_rank]
-        for (row, own) in b.chunks_mut(rank).zip(own.chunks(own_rank)) {
-            let row = row[column..].iter_mut().zip(own);
-            row.for_each(|(b, x)| *b = factor * x);
-        }
-    }
-    let tensor =
-        |values, shape: [usize; 2]| Tensor::from_data(TensorData::new(values, shape), device);
-    Ok(Lora {
-        lora_a: named_param(&names[0], tensor(a, [rank, r#in])),
-        lora_b: named_param(&names[1], tensor(b, [out, rank])),
-        magnitude: None,
-        base_squares: None,
-        start: None,
-        scaling: 1.0,
-        dropout: 0.0,
-        seed: None,
+/// Why an adapter cannot be merged at all.
+fn not_in_weights(adapter: &Adapter) -> Option<String> {
+    let (folder, method) = (adapter.folder.display(), &adapter.opened.config.method);
+    let title = method.title();
+    (!method.changes_layers()).then(|| {
+        format!("{folder} is {title}: what it puts in front of a text is no part of the weights")
     })
+}
+
+/// How the base is quantised that adapters of a dense model were trained on: as their files say, if
+/// they agree. PEFT's files do not say; if no other does, weights are dequantised from its default.
+fn trained_on(
+    adapters: &[Adapter],
+    onto: Option<Onto>,
+    problems: &mut Vec<String>,
+) -> Option<Scheme> {
+    let default = Scheme::new(Format::Nf4, Scheme::DEFAULT_BLOCK_SIZE, false);
+    let onto_dequantized = onto == Some(Onto::Dequantized);
+    let stated: Vec<_> = adapters.iter().filter_map(Adapter::stated).collect();
+    let Some(first) = stated.first() else {
+        return onto_dequantized.then_some(default);
+    };
+    let scheme = Scheme::from_words(first);
+    let agree = stated.iter().all(|other| other == first);
+    if onto_dequantized && !(agree && scheme.is_some()) {
+        let told = adapters.iter().map(|adapter| {
+            let base = adapter.stated().unwrap_or("unknown");
+            format!("{}: {base}", adapter.folder.display())
+        });
+        let all: Vec<_> = told.collect();
+        problems.push(format!(
+            "there is no one quantised base that the adapters were trained on ({})",
+            all.join("; ")
+        ));
+    }
+    scheme.filter(|_| agree)
 }

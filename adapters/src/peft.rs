@@ -206,7 +206,7 @@ pub fn load<B: AdaptedBackend>(
 }
 
 /// Gives a model an output layer of its own, whose weights are still those of the embeddings.
-fn untie<B: Backend>(model: &mut AdaptedLlama<B>) {
+pub(crate) fn untie<B: Backend>(model: &mut AdaptedLlama<B>) {
     let base = BaseLinear::Dense(Linear {
         weight: model.embed_tokens.clone(),
         bias: None,

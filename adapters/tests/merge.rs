@@ -1,34 +1,23 @@
 //! Adapters merged into their base, against PEFT (`fixtures/merge/make.py`, `fixtures/make.py`).
 
 mod harness;
+mod logits;
 
 use std::path::{Path, PathBuf};
 
 use adapters::methods::lora::LoraSettings;
 use adapters::{
-    AdaptedLlama, AdapterConfig, Drift, Error, Merge, Onto, Pattern, Targets, Weighted, drift,
-    peft, read_parameters, write_parameters,
+    AdaptedLlama, AdapterConfig, Combination, Drift, Error, Merge, Onto, Pattern, Targets,
+    Weighted, drift, peft, read_parameters, write_parameters,
 };
-use burn::tensor::{Tensor, TensorData};
-use harness::{B, lora, rank_4, root};
+use harness::{B, lora, rank_4};
+use logits::{Expected, base, fixture, largest_difference, load, logits, weighted, whole};
 use model::checkpoint::{Checkpoint, MODEL_FILE, NamedTensor, write_safetensors};
 use model::folder::ModelFolder;
 use model::load::normal;
-use model::rope::Rope;
-use model::segments::Segments;
 use quant::{Format, Scheme};
-use safetensors::SafeTensors;
 use serde_json::Value;
 use tempfile::TempDir;
-
-/// A folder of PEFT's adapters.
-fn fixture(name: &str) -> PathBuf {
-    root("tests/fixtures").join(name)
-}
-
-fn base(name: &str) -> PathBuf {
-    root("../model/tests/fixtures/models").join(name)
-}
 
 /// The adapters that come with a base and logits, with the name of the base.
 fn cases() -> Vec<(PathBuf, String)> {
@@ -40,15 +29,6 @@ fn cases() -> Vec<(PathBuf, String)> {
     let cases: Vec<_> = entries.filter_map(|e| read(e.unwrap().path())).collect();
     assert!(cases.len() >= 10);
     cases
-}
-
-fn whole(folder: impl Into<PathBuf>) -> Weighted {
-    weighted(folder, 1.0)
-}
-
-fn weighted(folder: impl Into<PathBuf>, weight: f64) -> Weighted {
-    let folder = folder.into();
-    Weighted { folder, weight }
 }
 
 /// A merged model in a folder of its own.
@@ -71,7 +51,7 @@ fn merge_and_probe(
 ) -> adapters::Result<Merged> {
     let source = ModelFolder::open(base)?;
     let checkpoint = source.checkpoint()?;
-    let merge = Merge::new(&source, &checkpoint, adapters, onto)?;
+    let merge = Merge::new(&source, &checkpoint, adapters, Combination::Cat, onto)?;
     let folder = tempfile::tempdir().unwrap();
     merge.write(folder.path(), &|| true)?;
     let merged = Checkpoint::open_folder(folder.path())?;
@@ -103,62 +83,6 @@ impl Merged {
         let text = std::fs::read_to_string(self.path().join("config.json")).unwrap();
         serde_json::from_str(&text).unwrap()
     }
-}
-
-fn load(folder: &Path) -> AdaptedLlama<B> {
-    let folder = ModelFolder::open(folder).unwrap();
-    let checkpoint = folder.checkpoint().unwrap();
-    adapters::load(&folder.config, &checkpoint, None, &Default::default()).unwrap()
-}
-
-/// Logits of the sequences `[b, s]`, row by row.
-fn logits(model: &AdaptedLlama<B>, ids: &[i64], [b, s]: [usize; 2]) -> Vec<f32> {
-    let device = Default::default();
-    let ids = Tensor::from_data(TensorData::new(ids.to_vec(), [b * s]), &device);
-    let rope = Rope::new(&model.config, Segments::new(vec![s; b]), &device);
-    let logits = model.logits(model.forward(ids, &rope, None));
-    logits.into_data().into_vec().unwrap()
-}
-
-/// What a generator has written.
-struct Expected(Vec<u8>);
-
-impl Expected {
-    fn read(folder: &Path) -> Self {
-        Self(std::fs::read(folder.join("expected.safetensors")).unwrap())
-    }
-
-    fn tensors(&self) -> SafeTensors<'_> {
-        SafeTensors::deserialize(&self.0).unwrap()
-    }
-
-    fn ids(&self) -> (Vec<i64>, [usize; 2]) {
-        let tensors = self.tensors();
-        let ids = tensors.tensor("input_ids").unwrap();
-        let (numbers, _) = ids.data().as_chunks();
-        let numbers = numbers.iter().map(|b| i64::from_le_bytes(*b)).collect();
-        (numbers, [ids.shape()[0], ids.shape()[1]])
-    }
-
-    fn logits(&self, name: &str) -> Vec<f32> {
-        let tensors = self.tensors();
-        let logits = tensors.tensor(name).unwrap();
-        let (numbers, _) = logits.data().as_chunks();
-        numbers.iter().map(|b| f32::from_le_bytes(*b)).collect()
-    }
-
-    /// The largest difference between a model's logits and these.
-    fn off(&self, name: &str, model: &AdaptedLlama<B>) -> f32 {
-        let (ids, shape) = self.ids();
-        largest_difference(&self.logits(name), &logits(model, &ids, shape))
-    }
-}
-
-fn largest_difference(a: &[f32], b: &[f32]) -> f32 {
-    assert_eq!(a.len(), b.len());
-    a.iter()
-        .zip(b)
-        .fold(0.0, |most, (a, b)| most.max((a - b).abs()))
 }
 
 /// A copy of a model with weights in f32, so that nothing is rounded when it is merged.
@@ -503,7 +427,7 @@ fn the_base_of_the_training_must_be_known_to_be_merged_onto() {
     let source = ModelFolder::open(&base).unwrap();
     let checkpoint = source.checkpoint().unwrap();
     let open = |adapters: &[Weighted], onto| {
-        let merge = Merge::new(&source, &checkpoint, adapters, onto).unwrap();
+        let merge = Merge::new(&source, &checkpoint, adapters, Combination::Cat, onto).unwrap();
         (merge.trained_on(), merge.strangers().len())
     };
     let double_quant = Some(Scheme::new(Format::Nf4, 64, true));
@@ -528,7 +452,14 @@ fn numbers_too_large_for_their_type_are_refused() {
 fn whoever_asks_can_stop_it() {
     let source = ModelFolder::open(&base("gqa")).unwrap();
     let checkpoint = source.checkpoint().unwrap();
-    let merge = Merge::new(&source, &checkpoint, &[whole(fixture("qv"))], None).unwrap();
+    let merge = Merge::new(
+        &source,
+        &checkpoint,
+        &[whole(fixture("qv"))],
+        Combination::Cat,
+        None,
+    )
+    .unwrap();
     let folder = tempfile::tempdir().unwrap();
     let error = merge.write(folder.path(), &|| false).unwrap_err();
     assert!(matches!(error, Error::Interrupted), "{error}");

@@ -14,11 +14,17 @@ use crate::report::{Entry, RunRecord};
 use crate::trained::Trained;
 
 pub mod hub;
+pub mod merged;
 
 /// File name of the card.
 pub const CARD_FILE: &str = "README.md";
 /// Most steps whose losses are told.
 const TOLD: usize = 12;
+
+/// How a whole model is loaded.
+const MODEL_IN_PYTHON: &str = "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n\
+    tokenizer = AutoTokenizer.from_pretrained(\"PATH\")  # this folder\n\
+    model = AutoModelForCausalLM.from_pretrained(\"PATH\")\n";
 
 /// Writes the card of what a run trained into its folder; what the run folder does not know yet is
 /// left out.
@@ -73,23 +79,42 @@ fn card(run: &RunRecord, recipe: &Recipe, trained: &Trained) -> String {
 }
 
 fn front_matter(base: &str, trained: &Trained) -> String {
+    match trained {
+        Trained::Adapter(adapter) => {
+            front_matter_of(base, "peft", "adapter", Some(adapter.method.name()))
+        }
+        Trained::Full => front_matter_of(base, "transformers", "finetune", None),
+    }
+}
+
+/// The front matter of something that loads with `library` and is a `kind` of its base model.
+fn front_matter_of(base: &str, library: &str, kind: &str, tag: Option<&str>) -> String {
     // a JSON string is a YAML string
     let quoted = |text: &str| serde_json::Value::from(text).to_string();
-    let (library, kind) = match trained {
-        Trained::Adapter(_) => ("peft", "adapter"),
-        Trained::Full => ("transformers", "finetune"),
-    };
-    let method = match trained {
-        Trained::Adapter(adapter) => format!("- {}\n", adapter.method.name()),
-        Trained::Full => String::new(),
-    };
-    let (id, _) = base.split_once('@').unwrap_or((base, ""));
+    let tag = tag.map_or(String::new(), |tag| format!("- {tag}\n"));
+    let (id, _) = name_and_revision(base);
     format!(
         "---\nbase_model: {}\nlibrary_name: {library}\npipeline_tag: text-generation\ntags:\n- {}\n\
-         {method}- transformers\n---\n",
+         {tag}- transformers\n---\n",
         quoted(id),
         quoted(&format!("base_model:{kind}:{id}")),
     )
+}
+
+/// The two parts of `owner/name@revision`; a folder has no revision.
+fn name_and_revision(base: &str) -> (&str, Option<&str>) {
+    match base.split_once('@') {
+        Some((id, revision)) if !Path::new(base).exists() => (id, Some(revision)),
+        _ => (base, None),
+    }
+}
+
+/// A model as an argument of `from_pretrained`.
+fn python_name(base: &str) -> String {
+    match name_and_revision(base) {
+        (id, Some(revision)) => format!("{id:?}, revision={revision:?}"),
+        (id, None) => format!("{id:?}"),
+    }
 }
 
 /// The model, and what it was trained on.
@@ -109,7 +134,7 @@ fn title(recipe: &Recipe) -> String {
 /// The name in a Hub id or a path, also of a folder in the Hub's cache
 /// (`models--OWNER--NAME/snapshots/COMMIT`).
 fn short_name(base: &str) -> &str {
-    let (base, _) = base.split_once('@').unwrap_or((base, ""));
+    let (base, _) = name_and_revision(base);
     let mut parts = base.rsplit(['/', '\\']).filter(|part| !part.is_empty());
     let last = parts.next().unwrap_or(base);
     let cached = parts.find_map(|part| part.strip_prefix("models--"));
@@ -121,13 +146,11 @@ fn usage(text: &mut String, base: &str, trained: &Trained) {
         Trained::Adapter(_) => format!(
             "from peft import PeftModel\nfrom transformers import AutoModelForCausalLM, \
              AutoTokenizer\n\ntokenizer = AutoTokenizer.from_pretrained(\"PATH\")  # this folder\n\
-             model = AutoModelForCausalLM.from_pretrained({base:?})\n\
-             model = PeftModel.from_pretrained(model, \"PATH\")\n"
+             model = AutoModelForCausalLM.from_pretrained({})\n\
+             model = PeftModel.from_pretrained(model, \"PATH\")\n",
+            python_name(base)
         ),
-        Trained::Full => "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n\
-             tokenizer = AutoTokenizer.from_pretrained(\"PATH\")  # this folder\n\
-             model = AutoModelForCausalLM.from_pretrained(\"PATH\")\n"
-            .into(),
+        Trained::Full => MODEL_IN_PYTHON.into(),
     };
     let command = match trained {
         Trained::Adapter(_) => format!("trainer chat --model {base} --adapter PATH"),
@@ -272,6 +295,8 @@ mod tests {
             text.contains("rows.jsonl") && !text.contains("/home/me"),
             "{text}"
         );
+        let python = r#"from_pretrained("owner/base", revision="main")"#;
+        assert!(text.contains(python), "{text}");
         recipe.adapter.method = "full".into();
         let text = card(&RunRecord::default(), &recipe, &Trained::Full);
         assert!(text.contains("library_name: transformers\n") && !text.contains("PEFT"));

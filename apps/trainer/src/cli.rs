@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use adapters::Combination;
 use clap::{Args, Parser, Subcommand, value_parser};
 use quant::Scheme;
 
@@ -112,14 +113,26 @@ pub struct TrainArgs {
     pub print_recipe: bool,
 }
 
-/// The model that a command computes with, and an adapter on it.
+/// The model that a command computes with, and adapters on it.
 #[derive(Debug, Args)]
 pub struct ModelArgs {
     #[command(flatten)]
     pub base: BaseArgs,
-    /// A PEFT adapter folder or Hub id
-    #[arg(long)]
-    pub adapter: Option<String>,
+    #[command(flatten)]
+    pub adapters: AdapterArgs,
+}
+
+/// Adapters that are used together.
+#[derive(Debug, Args)]
+pub struct AdapterArgs {
+    /// A PEFT adapter folder or Hub id; DIR=0.7 adds 0.7 of its update (repeatable: LoRA adapters add
+    /// up)
+    #[arg(long, value_name = "DIR[=WEIGHT]")]
+    pub adapter: Vec<String>,
+    /// How several LoRA adapters are one, as in PEFT: cat adds up what they do, linear their matrices
+    #[arg(long, value_name = "HOW", requires = "adapter")]
+    #[arg(default_value = Combination::default().name(), value_parser = Combination::NAMES)]
+    pub combine: String,
 }
 
 /// A model without adapters.
@@ -166,9 +179,8 @@ pub struct MergeArgs {
     /// A model folder or a Hub id
     #[arg(long)]
     pub model: String,
-    /// A PEFT adapter folder or Hub id; DIR=0.7 adds 0.7 of its update (repeatable)
-    #[arg(long, value_name = "DIR[=WEIGHT]")]
-    pub adapter: Vec<String>,
+    #[command(flatten)]
+    pub adapters: AdapterArgs,
     /// The folder to make
     #[arg(long, value_name = "DIR")]
     pub out: PathBuf,
@@ -235,9 +247,15 @@ pub struct GenerateArgs {
 pub struct ChatArgs {
     #[command(flatten)]
     pub base: BaseArgs,
-    /// A PEFT adapter folder or Hub id (repeatable: the first is used until /adapter names another)
-    #[arg(long)]
+    /// A PEFT adapter folder or Hub id; DIR=0.7 adds 0.7 of its update (repeatable: the first is used
+    /// until /adapter names others)
+    #[arg(long, value_name = "DIR[=WEIGHT]")]
     pub adapter: Vec<String>,
+    /// How several LoRA adapters in use are one, as in PEFT: cat adds up what they do, linear their
+    /// matrices
+    #[arg(long, value_name = "HOW", requires = "adapter")]
+    #[arg(default_value = Combination::default().name(), value_parser = Combination::NAMES)]
+    pub combine: String,
     /// What the model is told before the conversation
     #[arg(long, value_name = "TEXT")]
     pub system: Option<String>,

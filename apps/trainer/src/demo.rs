@@ -11,7 +11,7 @@ use std::time::Instant;
 
 use ::train::fit::Stopped;
 use ::train::recipe::Recipe;
-use adapters::TrainBackend;
+use adapters::{Combination, TrainBackend, Weighted};
 use anyhow::{Context, Result};
 use burn::train::Interrupter;
 use model::checkpoint::write_file;
@@ -180,7 +180,8 @@ fn ask(
     device.clone().run(Ask {
         adapted: Adapted {
             base: ModelFolder::open(&place.base)?,
-            adapter: adapter.map(Path::to_path_buf),
+            adapters: adapter.map(Weighted::whole).into_iter().collect(),
+            combination: Combination::default(),
             scheme: place.recipe.quantization.scheme(),
             task: None,
             output: *output,

@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use adapters::Weighted;
 use anyhow::Result;
 use model::chat::ChatTemplate;
 use model::folder::ModelFolder;
@@ -27,18 +28,19 @@ pub fn open(folder: &ModelFolder, data: &DataSection) -> Result<Encoder> {
     })
 }
 
-/// Chooses the template in use: the one that is named, else that of the adapter, which it was
-/// trained with, else the model's own.
+/// Chooses the template in use: the one that is named, else that of the first adapter that was trained
+/// with one of its own, else the model's.
 pub fn choose_template(
     base: &mut ModelFolder,
-    adapter: Option<&Path>,
+    adapters: &[Weighted],
     name: Option<&str>,
 ) -> Result<()> {
-    base.template = match (name, adapter) {
-        (Some(name), _) => Some(named_template(name)?),
-        (None, Some(folder)) => ChatTemplate::from_folder(folder)?,
-        (None, None) => None,
-    };
+    base.template = name.map(named_template).transpose()?;
+    for adapter in adapters {
+        if base.template.is_none() {
+            base.template = ChatTemplate::from_folder(&adapter.folder)?;
+        }
+    }
     Ok(())
 }
 

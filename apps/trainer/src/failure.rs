@@ -267,6 +267,10 @@ fn adapter_advice(error: &adapters::Error) -> &'static str {
             "leave --quant (quantization.format) out, or give the original model"
         }
         E::Quantized { .. } => "give the original model",
+        E::Combine { .. } => {
+            "give one --adapter alone and without a weight, or only LoRA adapters; --combine cat takes \
+             any ranks"
+        }
         E::Merge { .. } => {
             "merge fewer adapters at a time, leave weights of 1 out, merge --onto original, or give \
              what cannot be merged to --adapter of eval, generate and chat"

@@ -1,6 +1,6 @@
 //! Ctrl-C, SIGTERM and SIGHUP: the first asks what is being done to stop, the second ends it.
 
-use std::io;
+use std::io::{self, IsTerminal};
 use std::process::ExitCode;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::channel;
@@ -80,6 +80,22 @@ pub fn interruptible<T>(work: impl FnOnce(&Interrupter) -> T) -> T {
 pub fn interrupted(output: &Output) -> Result<ExitCode> {
     output.result(&json!({"interrupted": true}), "interrupted")?;
     Ok(ExitCode::from(INTERRUPTED))
+}
+
+/// From now on a signal ends the program at once, during a transfer that the same command goes on
+/// with: `left` says what there is of it.
+pub fn end_transfer(output: &Output, left: String) {
+    let output = *output;
+    at_once(move || {
+        if io::stderr().is_terminal() {
+            output::log(""); // below the bar of what is on its way
+        }
+        output::log(format_args!(
+            "interrupted: {left}; give the same command to go on"
+        ));
+        let _ = output.result(&json!({"interrupted": true}), "interrupted");
+    });
+    end_at_once();
 }
 
 /// A signal. Those that come within a moment of each other are the same wish: a terminal that is closed

@@ -99,7 +99,7 @@ impl Answer {
         let half = self.body.len() / 2;
         let mut length = self.body.len();
         match self.fault {
-            Some(Fault::Cut) => self.body.truncate(half),
+            Some(Fault::Cut | Fault::Stall) => self.body.truncate(half),
             Some(Fault::Short) => {
                 self.body.truncate(half);
                 length = half;
@@ -115,6 +115,9 @@ impl Answer {
             self.status, self.headers
         );
         let _ = stream.write_all(&[head.as_bytes(), &self.body].concat());
+        if self.fault == Some(Fault::Stall) {
+            let _ = stream.read_to_end(&mut Vec::new());
+        }
     }
 }
 
@@ -144,6 +147,10 @@ pub fn serve(mut stream: &TcpStream, shelf: &Mutex<Shelf>, url: &str) {
         let mut half = vec![0; length / 2];
         let _ = reader.read_exact(&mut half);
         return; // and the connection closes
+    }
+    if fault == Some(Fault::Stall) {
+        let _ = reader.read_to_end(&mut Vec::new());
+        return;
     }
     request.body = vec![0; length];
     if reader.read_exact(&mut request.body).is_err() {

@@ -28,6 +28,8 @@ pub enum Fault {
     Short,
     /// Sends all bytes, and the last one is another.
     Damage,
+    /// Sends half of the bytes, and nothing more until the other side has gone.
+    Stall,
     /// Refuses, for good.
     Refuse,
 }

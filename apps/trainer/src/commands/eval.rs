@@ -28,12 +28,7 @@ use crate::signals;
 pub fn run(args: EvalArgs, device: &str, output: &Output) -> Result<ExitCode> {
     let device = Device::find(device)?;
     let recipe = read_recipe(&args)?;
-    let mut adapted = Adapted::open(
-        &args.model.base,
-        args.model.adapter.as_deref(),
-        &device,
-        output,
-    )?;
+    let mut adapted = Adapted::open(&args.model, &device, output)?;
     adapted.choose_template(recipe.data.chat_template.as_deref())?;
     let encoder = encoder::open(&adapted.base, &recipe.data)?;
     check_folder(args.per_token.as_deref())?;

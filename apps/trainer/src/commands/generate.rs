@@ -22,12 +22,7 @@ use crate::signals;
 pub fn run(args: GenerateArgs, device: &str, output: &Output) -> Result<ExitCode> {
     let sampling = read_sampling(&args.sampling, output)?;
     let device = Device::find(device)?;
-    let mut adapted = Adapted::open(
-        &args.model.base,
-        args.model.adapter.as_deref(),
-        &device,
-        output,
-    )?;
+    let mut adapted = Adapted::open(&args.model, &device, output)?;
     adapted.task = args.sampling.task_id;
     let task = adapted.task()?;
     if args.chat {

@@ -10,8 +10,10 @@ use model::checkpoint::Checkpoint;
 use model::folder::{ModelFolder, write_folder};
 use model::hub::Files;
 use serde_json::json;
+use train::card::merged::MergedCard;
 
-use super::{check_out, open_adapter, open_model, other_base};
+use super::weighted::{combination, open_adapters, read_weight};
+use super::{check_out, open_model, other_base};
 use crate::cli::MergeArgs;
 use crate::device::{Device, Job};
 use crate::encoder::choose_template;
@@ -31,27 +33,19 @@ const PROBE_TOKENS: usize = 96;
 
 /// Writes a model with adapters merged into it.
 pub fn run(args: MergeArgs, device: &str, output: &Output) -> Result<ExitCode> {
-    let named: Vec<_> = args
-        .adapter
-        .iter()
-        .map(|a| read_weight(a))
-        .collect::<Result<_>>()?;
     let device = Device::find(device)?;
     check_out(&args.out)?;
     let mut source = open_model(&args.model, Files::Model, output)?;
     check_outside(&args.out, &source.path)?;
-    let open = |(name, weight): &(&str, f64)| {
-        let (folder, weight) = (open_adapter(name, output)?, *weight);
-        Ok(Weighted { folder, weight })
-    };
-    let adapters: Vec<_> = named.iter().map(open).collect::<Result<_>>()?;
-    take_template(&mut source, &adapters)?;
+    let adapters = open_adapters(&args.adapters, output)?;
+    choose_template(&mut source, &adapters, None)?;
     let checkpoint = source.checkpoint()?;
     let onto = args.onto.as_deref().map(|onto| match onto {
         "original" => Onto::Original,
         _ => Onto::Dequantized,
     });
-    let merge = Merge::new(&source, &checkpoint, &adapters, onto)?;
+    let combination = combination(&args.adapters.combine);
+    let merge = Merge::new(&source, &checkpoint, &adapters, combination, onto)?;
     warn(&merge, &adapters, output);
     let ids = probe(&source)?;
     let interrupter = signals::interrupter("stopping");
@@ -60,33 +54,18 @@ pub fn run(args: MergeArgs, device: &str, output: &Output) -> Result<ExitCode> {
     let drift = write_folder(&args.out, |folder| {
         merge.write(folder, &go_on)?;
         output.note("measuring the drift");
-        device.run(DriftJob {
+        let drift = device.run(DriftJob {
             merge: &merge,
             merged: Checkpoint::open_folder(folder)?,
             ids: &ids,
             go_on: &go_on,
-        })
+        })?;
+        card(&args, &adapters, &merge, &drift).write(folder)?;
+        Ok::<_, anyhow::Error>(drift)
     });
     match drift {
         Err(_) if interrupter.should_stop() => signals::interrupted(output),
         drift => report(&args.out, &merge, drift?, output),
-    }
-}
-
-/// `DIR` or `DIR=0.7`. A folder whose name looks like the latter is a folder.
-fn read_weight(text: &str) -> Result<(&str, f64)> {
-    let split = text.rsplit_once('=').filter(|_| !Path::new(text).exists());
-    let Some((name, weight)) = split else {
-        return Ok((text, 1.0));
-    };
-    let number = weight.parse::<f64>().ok();
-    match number.filter(|weight| weight.is_finite() && *weight >= 0.0) {
-        Some(weight) => Ok((name, weight)),
-        None => Err(Advised::usage(
-            format!("--adapter {text}: {weight:?} is not a weight"),
-            format!("give a number from 0 on, as in --adapter {name}=0.7"),
-        )
-        .into()),
     }
 }
 
@@ -107,17 +86,6 @@ fn check_outside(out: &Path, model: &Path) -> Result<()> {
         .into()),
         false => Ok(()),
     }
-}
-
-/// Takes the chat template of the first adapter that was trained with one of its own.
-fn take_template(source: &mut ModelFolder, adapters: &[Weighted]) -> Result<()> {
-    for adapter in adapters {
-        choose_template(source, Some(&adapter.folder), None)?;
-        if source.template.is_some() {
-            break;
-        }
-    }
-    Ok(())
 }
 
 fn warn(merge: &Merge, adapters: &[Weighted], output: &Output) {
@@ -147,6 +115,38 @@ fn probe(source: &ModelFolder) -> Result<Vec<u32>> {
     Ok((1..=PROBE_TOKENS as u64).map(id).collect())
 }
 
+/// What the merged model says of itself.
+fn card<'a>(
+    args: &'a MergeArgs,
+    adapters: &[Weighted],
+    merge: &Merge,
+    drift: &Drift,
+) -> MergedCard<'a> {
+    let names = args.adapters.adapter.iter().zip(adapters);
+    MergedCard {
+        base: &args.model,
+        adapters: names
+            .map(|(text, adapter)| (name_of(text), adapter.weight))
+            .collect(),
+        combination: args.adapters.combine.as_str(),
+        onto: onto(merge),
+        drift: *drift,
+    }
+}
+
+/// An adapter as it was named, without its weight.
+fn name_of(text: &str) -> &str {
+    read_weight(text).map_or(text, |(name, _)| name)
+}
+
+/// Which weights were merged onto, in words.
+fn onto(merge: &Merge) -> String {
+    match merge.onto() {
+        Onto::Original => "the original weights".to_owned(),
+        Onto::Dequantized => format!("what {} decodes to", in_words(merge.trained_on())),
+    }
+}
+
 fn report(out: &PathBuf, merge: &Merge, drift: Drift, output: &Output) -> Result<ExitCode> {
     let onto = match merge.onto() {
         Onto::Original => "original".to_owned(),
@@ -165,10 +165,7 @@ fn report(out: &PathBuf, merge: &Merge, drift: Drift, output: &Output) -> Result
             "same_top": drift.same_top,
         },
     });
-    let onto = match merge.onto() {
-        Onto::Original => "the original weights".to_owned(),
-        Onto::Dequantized => format!("what {onto} decodes to"),
-    };
+    let onto = self::onto(merge);
     let text = format!(
         "{}\nmerged {} layers onto {onto}, {} tensors in all\ndrift from the trained model (base: \
          {}) on {} tokens: logits {:.2e} at most, {:.2e} in the mean; KL divergence {:.2e} nats; \

@@ -11,6 +11,7 @@ pub mod push;
 pub mod quantize;
 pub mod report;
 pub mod train;
+mod weighted;
 
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -20,7 +21,7 @@ use ::train::recipe::{Recipe, parse_setting};
 use ::train::run_folder::check_empty;
 use ::train::session;
 use ::train::trained::Trained;
-use adapters::{AdaptedBackend, AdaptedLlama, base_bytes, peft};
+use adapters::{AdaptedBackend, AdaptedLlama, Combination, Weighted, base_bytes, combine, peft};
 use anyhow::Result;
 use burn::tensor::backend::Backend;
 use model::folder::ModelFolder;
@@ -28,7 +29,8 @@ use model::hub::{self, Files, Hub};
 use quant::{Format, Scheme};
 use toml::Value;
 
-use crate::cli::BaseArgs;
+use self::weighted::open_adapters;
+use crate::cli::{BaseArgs, ModelArgs};
 use crate::device::Device;
 use crate::encoder::choose_template;
 use crate::failure::Advised;
@@ -181,12 +183,14 @@ fn check_out(out: &Path) -> Result<()> {
     check_empty(out).map_err(advised)
 }
 
-/// A model and the adapter on it, found and not loaded yet.
+/// A model and the adapters on it, found and not loaded yet.
 pub struct Adapted {
     /// The model's folder.
     pub base: ModelFolder,
-    /// The adapter's folder.
-    pub adapter: Option<PathBuf>,
+    /// The adapters.
+    pub adapters: Vec<Weighted>,
+    /// How several are one.
+    pub combination: Combination,
     /// What the linear layers are quantised to.
     pub scheme: Option<Scheme>,
     /// The task that texts are asked to be of.
@@ -196,13 +200,18 @@ pub struct Adapted {
 }
 
 impl Adapted {
-    /// Finds what the command line names, if the device can hold it.
-    pub fn open(
-        args: &BaseArgs,
-        adapter: Option<&str>,
-        device: &Device,
-        output: &Output,
-    ) -> Result<Self> {
+    /// Finds the model and the adapters that the command line names, if the device can hold them.
+    pub fn open(args: &ModelArgs, device: &Device, output: &Output) -> Result<Self> {
+        let base = Self::open_base(&args.base, device, output)?;
+        Ok(Self {
+            adapters: open_adapters(&args.adapters, output)?,
+            combination: weighted::combination(&args.adapters.combine),
+            ..base
+        })
+    }
+
+    /// Finds the model that the command line names, if the device can hold it.
+    pub fn open_base(args: &BaseArgs, device: &Device, output: &Output) -> Result<Self> {
         let (format, blocks) = (args.quant.as_deref(), &args.blocks);
         let block_size = blocks.block_size.unwrap_or(Scheme::DEFAULT_BLOCK_SIZE);
         let scheme = read_scheme(format, block_size, blocks.double_quant)?;
@@ -214,26 +223,31 @@ impl Adapted {
             let help = "leave --block-size and --double-quant out, or give the original model";
             return Err(Advised::usage(message, help).into());
         }
-        let adapter = adapter.map(|name| open_adapter(name, output)).transpose()?;
         check_memory(base_bytes(&base, scheme)?, device)?;
         Ok(Self {
             base,
-            adapter,
+            adapters: Vec::new(),
+            combination: Combination::default(),
             scheme,
             task: None,
             output: *output,
         })
     }
 
-    /// Takes the chat template that is named, else the adapter's, else the model's.
+    /// Takes the chat template that is named, else an adapter's, else the model's.
     pub fn choose_template(&mut self, named: Option<&str>) -> Result<()> {
-        choose_template(&mut self.base, self.adapter.as_deref(), named)
+        choose_template(&mut self.base, &self.adapters, named)
     }
 
-    /// How many tasks the adapter tells apart, if it does.
+    /// How many tasks an adapter tells apart, if one does.
     pub fn tasks(&self) -> Result<Option<usize>> {
-        let config = self.adapter.as_deref().map(peft::read_config);
-        Ok(config.transpose()?.and_then(|config| config.method.tasks()))
+        for adapter in &self.adapters {
+            let config = peft::read_config(&adapter.folder)?;
+            if let Some(tasks) = config.method.tasks() {
+                return Ok(Some(tasks));
+            }
+        }
+        Ok(None)
     }
 
     /// The task of a text.
@@ -266,7 +280,7 @@ impl Adapted {
         }
     }
 
-    /// Loads the model and puts the adapter on it.
+    /// Loads the model and puts the adapters on it.
     pub fn load<B: AdaptedBackend>(&self, device: &B::Device) -> Result<AdaptedLlama<B>> {
         self.adapt(self.load_base(device)?, device)
     }
@@ -280,18 +294,22 @@ impl Adapted {
         Ok(model)
     }
 
-    /// Puts the adapter, if there is one, on the model.
+    /// Puts the adapters, if there are any, on the model.
     pub fn adapt<B: AdaptedBackend>(
         &self,
         model: AdaptedLlama<B>,
         device: &B::Device,
     ) -> Result<AdaptedLlama<B>> {
-        let Some(folder) = &self.adapter else {
-            return Ok(model);
-        };
-        let (model, _) = peft::load(model, folder, device)?;
-        if let Some([theirs, ours]) = peft::other_base(&model, folder)? {
-            self.output.note(other_base("the adapter", &theirs, &ours));
+        let model = combine(model, &self.adapters, self.combination, device)?;
+        for Weighted { folder, .. } in &self.adapters {
+            let Some([theirs, ours]) = peft::other_base(&model, folder)? else {
+                continue;
+            };
+            let name = match self.adapters.len() {
+                1 => "the adapter".to_owned(),
+                _ => folder.display().to_string(),
+            };
+            self.output.note(other_base(name, &theirs, &ours));
         }
         Ok(model)
     }

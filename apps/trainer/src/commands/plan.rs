@@ -65,7 +65,7 @@ pub fn run(args: RecipeArgs, device: &str, output: &Output) -> Result<ExitCode> 
     let device = Device::find(device)?;
     let trained = trained(&mut recipe, output)?;
     let mut base = open_model(&recipe.model.path, Files::Config, output)?;
-    choose_template(&mut base, None, recipe.data.chat_template.as_deref())?;
+    choose_template(&mut base, &[], recipe.data.chat_template.as_deref())?;
     let trainable_params = session::num_params(&recipe, &trained, &base.config)?;
     let all_params = all_params(&trained, &base, trainable_params);
     let mut problems = weight_problems(&recipe, &base);

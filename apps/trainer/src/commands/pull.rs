@@ -10,13 +10,16 @@ use serde_json::json;
 use crate::cli::PullArgs;
 use crate::failure::Advised;
 use crate::output::Output;
+use crate::signals;
 
 /// Brings a repository into the cache and says where it lies.
 pub fn run(args: PullArgs, output: &Output) -> Result<ExitCode> {
     let id = with_revision(&args)?;
     let hub = Hub::from_env();
+    signals::end_transfer(output, "what has arrived is kept".into());
     if id.starts_with(DATASETS) {
         let files = hub.dataset(&id, &mut output.downloads())?;
+        signals::no_farewell();
         let lines: Vec<_> = files
             .iter()
             .map(|file| file.display().to_string())
@@ -31,6 +34,7 @@ pub fn run(args: PullArgs, output: &Output) -> Result<ExitCode> {
         return Err(Advised::failed(message, help).into());
     }
     let (kind, path): (_, PathBuf) = hub.pull(&id, &mut output.downloads())?;
+    signals::no_farewell();
     let (kind, flag) = match kind {
         Files::Adapter => ("adapter", "--adapter"),
         _ => ("model", "--model"),

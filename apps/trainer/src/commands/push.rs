@@ -16,6 +16,7 @@ use train::run_folder::RECIPE_FILE;
 use crate::cli::PushArgs;
 use crate::failure::Advised;
 use crate::output::Output;
+use crate::signals;
 
 /// Puts an adapter or a model into a repository of the Hub.
 pub fn run(args: PushArgs, output: &Output) -> Result<ExitCode> {
@@ -35,12 +36,20 @@ pub fn run(args: PushArgs, output: &Output) -> Result<ExitCode> {
         files,
     };
     let count = push.files.len();
+    signals::end_transfer(
+        output,
+        format!(
+            "the files appear in {} together or not at all, and what has arrived is kept",
+            args.repo
+        ),
+    );
     output.note(format_args!(
         "pushing {count} files of {} to {}",
         source.folder.display(),
         args.repo
     ));
     let pushed = Hub::from_env().push(&push, &mut output.uploads())?;
+    signals::no_farewell();
     report(&args, &pushed, output)
 }
 

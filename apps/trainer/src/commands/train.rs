@@ -113,7 +113,7 @@ pub fn launch(
         ModelInit::Pretrained => Files::Model,
     };
     let mut base = open_model(&recipe.model.path, files, output)?;
-    encoder::choose_template(&mut base, None, recipe.data.chat_template.as_deref())?;
+    encoder::choose_template(&mut base, &[], recipe.data.chat_template.as_deref())?;
     encoder::forget_same_template(&mut base, &mut recipe)?;
     // what does not fit is said before anything is loaded
     let trainable = session::num_params(&recipe, &trained, &base.config)?;

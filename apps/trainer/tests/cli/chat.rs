@@ -236,6 +236,21 @@ fn adapters_are_changed_in_the_middle_of_a_chat() {
         }
         assert_eq!(run.stderr.matches("error").count(), 0, "{run}");
     }
+    // several at once, and one with a weight
+    let lines = "spell: house\n/reset\n/adapter a=0 b\nspell: house\n/reset\n/adapter\n\
+                 /adapter runs/a/adapter=1 b=0\nspell: house\n/adapter b=x\n/adapter b c\n";
+    let run = chat(&dir, &format!("--adapter {a}=0 --adapter {b}"), lines).succeeds();
+    let alone = dir.trainer_with("generate --model model --chat --prompt", "spell: house");
+    let alone = alone.succeeds().stdout;
+    assert_eq!(run.stdout, format!("{alone}b\na\n"), "{run}");
+    for said in [
+        "using runs/a/adapter=0 and runs/b/adapter\n",
+        "* runs/a/adapter=0\n* runs/b/adapter\n",
+        "is not a weight",
+        "there is no adapter c",
+    ] {
+        assert!(run.stderr.contains(said), "{said}: {run}");
+    }
     // one that was not given; the conversation goes on, and nothing of it is known any more
     let lines = "spell: house\n/adapter runs/b/adapter\nspell: house\n/save chat.jsonl\n";
     let run = chat(&dir, &format!("-v --adapter {a}"), lines).succeeds();

@@ -132,6 +132,62 @@ fn conversations_are_rendered_and_only_answers_count() {
     assert_eq!(run.json()["tokens"], json!(answers));
 }
 
+#[test]
+fn several_adapters_together_are_what_they_are_merged() {
+    let dir = Dir::with_tokens();
+    for (run, flags) in [
+        ("a", "--rank 4"),
+        ("b", "--rank 4 --set train.seed=7"),
+        ("c", "--rank 2"),
+    ] {
+        let line = "train -q --model model --data rows.jsonl --max-steps 6 \
+                    --set train.learning_rate=0.05";
+        dir.trainer(&format!("{line} --output {run} {flags}"))
+            .succeeds();
+    }
+    let loss = |model: &str| {
+        let line = format!("eval --json --data rows.jsonl --model {model}");
+        dir.trainer(&line).succeeds().json()["loss"]
+            .as_f64()
+            .unwrap()
+    };
+    let a_b = "--adapter a/adapter=0.5 --adapter b/adapter=0.7";
+    let sums = [
+        a_b,
+        "--adapter a/adapter --adapter c/adapter=-0.5",
+        &format!("{a_b} --combine linear"),
+        "--adapter a/adapter=0.7",
+    ];
+    let losses = sums.map(|adapters| {
+        let out = format!("merged{}", adapters.len());
+        let line = format!("merge -q --model model {adapters} --out {out}");
+        dir.trainer(&line).succeeds();
+        let (merged, beside) = (loss(&out), loss(&format!("model {adapters}")));
+        assert!(
+            (merged - beside).abs() < 1e-5,
+            "{adapters}: {merged} {beside}"
+        );
+        beside
+    });
+    assert!((losses[0] - losses[2]).abs() > 0.01, "{losses:?}");
+    assert!((losses[3] - loss("model --adapter a/adapter")).abs() > 0.01);
+    let parts = "--adapter a/adapter=0.25 --adapter a/adapter=0.75";
+    for quant in ["", "--quant nf4"] {
+        let whole = loss(&format!("model {quant} --adapter a/adapter"));
+        let parts = loss(&format!("model {quant} {parts}"));
+        assert!((parts - whole).abs() < 1e-5, "{parts} {whole}");
+    }
+    let ids = |adapters: &str| {
+        let line = "generate --json --model model --prompt-ids 5,6 --max-new-tokens 8";
+        let run = dir.trainer(&format!("{line} {adapters}")).succeeds();
+        run.json()["token_ids"].clone()
+    };
+    assert_eq!(ids(parts), ids("--adapter a/adapter"));
+    let line = "eval --model model --data rows.jsonl --adapter a/adapter --adapter c/adapter";
+    dir.trainer(&format!("{line} --combine linear"))
+        .fails(1, &["a/adapter has rank 4 in", "--combine cat"]);
+}
+
 #[cfg(unix)]
 #[test]
 fn an_interrupted_evaluation_stops_between_batches() {

@@ -52,6 +52,15 @@ fn a_model_by_id_is_downloaded_once_and_then_works_offline() {
     assert_eq!(dir.trainer(line).succeeds().json()["steps"], json!(1));
     let config = dir.json("run/adapter/adapter_config.json");
     assert_eq!(config["base_model_name_or_path"], "acme/tiny");
+    assert_eq!(config["revision"], json!(null));
+    let line = "train -q --model acme/tiny@main --data rows.jsonl --output pinned --max-steps 1";
+    dir.trainer(line).succeeds();
+    let config = dir.json("pinned/adapter/adapter_config.json");
+    assert_eq!(config["base_model_name_or_path"], "acme/tiny");
+    assert_eq!(config["revision"], "main");
+    let card = dir.read("pinned/adapter/README.md");
+    let python = r#"from_pretrained("acme/tiny", revision="main")"#;
+    assert!(card.contains(python), "{card}");
 }
 
 #[test]

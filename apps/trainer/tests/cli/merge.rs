@@ -37,8 +37,21 @@ fn a_merged_model_says_what_model_and_adapter_say() {
     assert_eq!(drift(&json, "same_top"), 1.0);
     assert_eq!(
         dir.names("made/merged"),
-        ["config.json", "generation_config.json", "model.safetensors"]
+        [
+            "README.md",
+            "config.json",
+            "generation_config.json",
+            "model.safetensors"
+        ]
     );
+    let card = dir.read("made/merged/README.md");
+    for part in [
+        "---\nbase_model: \"model\"\nlibrary_name: transformers\n",
+        "merged into the original weights by",
+        "| run/adapter | 1 |",
+    ] {
+        assert!(card.contains(part), "{part}: {card}");
+    }
     assert_eq!(dir.names("made"), ["merged"]);
 
     let loss = |model: &str| {
@@ -93,6 +106,8 @@ fn weights_of_adapters_are_heeded() {
     assert!((loss("b", parts) - whole).abs() < 1e-5);
     let half = loss("c", "--adapter run/adapter=0.5");
     assert!((half - whole).abs() > 0.01, "{half} {whole}");
+    let taken_back = "--adapter run/adapter=0.5 --adapter run/adapter=-0.5";
+    assert!((loss("f", taken_back) - loss("g", "")).abs() < 1e-5);
     // a folder may be named like one with a weight
     std::fs::rename(dir.path("run/adapter"), dir.path("run=2")).unwrap();
     assert_eq!(loss("d", "--adapter run=2"), whole);

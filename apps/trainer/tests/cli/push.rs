@@ -263,3 +263,58 @@ fn data_sets_of_every_kind_stream_their_rows() {
     ];
     run(&dir, &hub, &format!("{eval} hf://datasets/acme/tiny/b")).fails(1, &parts);
 }
+
+/// Sends Ctrl-C to a line when the Hub has begun to stall.
+#[cfg(unix)]
+fn interrupted(dir: &Dir, hub: &FakeHub, line: &str) -> std::process::Output {
+    let mut command = dir.piped(&words(line));
+    command.env("HF_ENDPOINT", &hub.endpoint);
+    command.env("HF_TOKEN", TOKEN).env_remove("HF_HUB_OFFLINE");
+    let mut child = command.spawn().unwrap();
+    while !hub.shelf.lock().unwrap().faults.is_empty() {
+        assert!(child.try_wait().unwrap().is_none(), "it has ended");
+        std::thread::sleep(std::time::Duration::from_millis(5));
+    }
+    crate::support::send(&child, libc::SIGINT);
+    child.wait_with_output().unwrap()
+}
+
+#[cfg(unix)]
+#[test]
+fn ctrl_c_leaves_a_transfer_to_go_on_with() {
+    let (dir, hub) = (Dir::with_adapter(), FakeHub::listen(0));
+    let says = |output: &std::process::Output, parts: &[&str]| {
+        assert_eq!(output.status.code(), Some(130));
+        assert_eq!(output.stdout, b"{\"interrupted\":true}\n");
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        for part in parts {
+            assert!(stderr.contains(part), "{part}: {stderr}");
+        }
+    };
+    let again = "give the same command to go on";
+    let name = "adapter_model.safetensors";
+    let weights = fs::read(dir.path("run/adapter").join(name)).unwrap();
+    let sum = checksum(name, &weights);
+    hub.change(|shelf| shelf.faults = vec![(sum, Fault::Stall)]);
+    let push = "push run --repo acme/mine --json";
+    let stopped = interrupted(&dir, &hub, push);
+    says(&stopped, &["acme/mine together or not at all", again]);
+    let is_there = |name| {
+        hub.shelf
+            .lock()
+            .unwrap()
+            .file("acme/mine", "main", name)
+            .is_some()
+    };
+    assert!(!is_there("adapter_config.json"));
+    run(&dir, &hub, push).succeeds();
+    assert!(is_there("adapter_config.json") && is_there(name));
+
+    hub.change(|shelf| shelf.faults = vec![(name.into(), Fault::Stall)]);
+    let pull = "pull acme/mine --json";
+    says(&interrupted(&dir, &hub, pull), &["is kept", again]);
+    dir.trainer(pull).fails(1, &["is not in the cache"]);
+    let path = run(&dir, &hub, pull).succeeds().json()["path"].clone();
+    let pulled = Path::new(path.as_str().unwrap()).join(name);
+    assert_eq!(fs::read(pulled).unwrap(), weights);
+}

@@ -20,7 +20,7 @@ pub enum Command<'a> {
     Exit,
     /// Forget the conversation.
     Reset,
-    /// Show the adapters, or use one.
+    /// Show the adapters, or use some.
     Adapter(Option<&'a str>),
     /// Add the conversation to a file of training rows.
     Save(&'a str),
@@ -33,6 +33,7 @@ pub const HELP: &str = "\
 /reset          forget the conversation (also /clear)
 /adapter        list the adapters
 /adapter NAME   use this one: its folder, the end of its path, or the name of its run; off: none
+/adapter A B=0.5  use several at once, with weights
 /save FILE      add the conversation to a .jsonl file of training rows
 /exit           leave (also /quit and Ctrl-D)
 /help           this list

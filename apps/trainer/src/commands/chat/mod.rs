@@ -8,7 +8,7 @@ use std::ops::ControlFlow;
 use std::path::Path;
 use std::process::ExitCode;
 
-use adapters::{AdaptedBackend, AdaptedLinear, AdaptedLlama, TrainBackend};
+use adapters::{AdaptedBackend, AdaptedLinear, AdaptedLlama, TrainBackend, Weighted};
 use anyhow::Result;
 use model::generate::{FinishReason, Generation, Generator, Sampling};
 
@@ -16,6 +16,7 @@ use self::command::{Command, HELP, Typed};
 use self::conversation::{Asked, Conversation};
 use self::shelf::{Adapter, Shelf};
 use super::generate::{Answer, read_sampling};
+use super::weighted::{combination, read_weight};
 use super::{Adapted, open_adapter};
 use crate::cli::ChatArgs;
 use crate::device::{Device, Job};
@@ -35,13 +36,15 @@ pub fn run(args: ChatArgs, device: &str, output: &Output) -> Result<ExitCode> {
     }
     let sampling = read_sampling(&args.sampling, output)?;
     let device = Device::find(device)?;
-    let mut adapted = Adapted::open(&args.base, None, &device, output)?;
+    let mut adapted = Adapted::open_base(&args.base, &device, output)?;
+    adapted.combination = combination(&args.combine);
     let mut shelf = Shelf::default();
-    for name in &args.adapter {
-        shelf.add(name, open_adapter(name, output)?);
+    for text in &args.adapter {
+        let (name, weight) = read_weight(text)?;
+        shelf.add(name, weight, open_adapter(name, output)?);
     }
-    let used = shelf.first();
-    adapted.adapter = used.as_ref().map(|adapter| adapter.folder.clone());
+    let used: Vec<_> = shelf.first().into_iter().collect();
+    adapted.adapters = weighted(&used);
     adapted.task = args.sampling.task_id;
     adapted.task()?;
     adapted.choose_template(args.chat_template.as_deref())?;
@@ -63,23 +66,28 @@ pub fn run(args: ChatArgs, device: &str, output: &Output) -> Result<ExitCode> {
 
 struct ChatJob {
     name: String,
-    /// The model's folder, and that of the adapter in use.
+    /// The model's folder, and those of the adapters in use.
     adapted: Adapted,
     chat_template: Option<String>,
     shelf: Shelf,
-    /// The adapter in use.
-    used: Option<Adapter>,
+    /// The adapters in use.
+    used: Vec<Adapter>,
     conversation: Conversation,
     max_new_tokens: usize,
     sampling: Sampling,
     output: Output,
 }
 
-/// How a conversation with one adapter ends.
+/// How a conversation with some adapters ends.
 enum Next {
     Leave(ExitCode),
-    /// Goes on with this adapter, or with none.
-    Use(Option<Adapter>),
+    /// Goes on with these adapters, or with none.
+    Use(Vec<Adapter>),
+}
+
+fn weighted(used: &[Adapter]) -> Vec<Weighted> {
+    let each = used.iter().map(|adapter| adapter.weighted.clone());
+    each.collect()
 }
 
 impl Job for ChatJob {
@@ -98,7 +106,7 @@ impl Job for ChatJob {
         loop {
             match self.converse(&model, &device, &mut lines)? {
                 Next::Leave(code) => return Ok(code),
-                Next::Use(adapter) => match self.change(&base, adapter, &device) {
+                Next::Use(adapters) => match self.change(&base, adapters, &device) {
                     Ok(changed) => model = changed,
                     Err(error) => self.complain(error),
                 },
@@ -108,7 +116,7 @@ impl Job for ChatJob {
 }
 
 impl ChatJob {
-    /// Answers and obeys until the end, or another adapter is wanted.
+    /// Answers and obeys until the end, or other adapters are wanted.
     fn converse<B: AdaptedBackend>(
         &mut self,
         model: &AdaptedLlama<B>,
@@ -144,31 +152,51 @@ impl ChatJob {
                 }
                 Typed::Command(Command::Save(file)) => self.save(Path::new(file)),
                 Typed::Command(Command::Adapter(None)) => {
-                    output::log(self.shelf.list(self.used.as_ref()));
+                    output::log(self.shelf.list(&self.used));
                 }
-                Typed::Command(Command::Adapter(Some("off"))) => return Ok(Next::Use(None)),
-                Typed::Command(Command::Adapter(Some(name))) => match self.find(name) {
-                    Ok(adapter) => return Ok(Next::Use(Some(adapter))),
+                Typed::Command(Command::Adapter(Some("off"))) => return Ok(Next::Use(Vec::new())),
+                Typed::Command(Command::Adapter(Some(text))) => match self.choose(text) {
+                    Ok(adapters) => return Ok(Next::Use(adapters)),
                     Err(error) => self.complain(error),
                 },
             }
         }
     }
 
+    /// The adapter of that name, which may have spaces in it, or all that are named, with weights.
+    fn choose(&mut self, text: &str) -> Result<Vec<Adapter>> {
+        if let Some(one) = self.find(text)? {
+            return Ok(vec![one]);
+        }
+        let mut all = Vec::new();
+        for word in text.split_whitespace() {
+            let found = match self.find(word)? {
+                Some(named) => Some(named),
+                None => {
+                    let (name, weight) = read_weight(word)?;
+                    self.find(name)?.map(|adapter| adapter.weighing(weight))
+                }
+            };
+            all.push(found.ok_or_else(|| {
+                Advised::failed(
+                    format!("there is no adapter {word}"),
+                    "give the folder of one; /adapter lists those that are known",
+                )
+            })?);
+        }
+        Ok(all)
+    }
+
     /// The adapter of that name, or the one in a folder of that name.
-    fn find(&mut self, name: &str) -> Result<Adapter> {
+    fn find(&mut self, name: &str) -> Result<Option<Adapter>> {
         if let Some(known) = self.shelf.find(name)? {
-            return Ok(known);
+            return Ok(Some(known));
         }
         if !Path::new(name).is_dir() {
-            return Err(Advised::failed(
-                format!("there is no adapter {name}"),
-                "give the folder of one; /adapter lists those that are known",
-            )
-            .into());
+            return Ok(None);
         }
         let folder = open_adapter(name, &self.output)?;
-        Ok(self.shelf.add(name, folder))
+        Ok(Some(self.shelf.add(name, 1.0, folder)))
     }
 
     /// Answers a line; the chat ends when nobody reads the answers any more.
@@ -241,15 +269,14 @@ impl ChatJob {
         }
     }
 
-    /// The model with another adapter, or none, which reads by that one's chat template.
+    /// The model with other adapters, or none, which reads by their chat template.
     fn change<B: AdaptedBackend>(
         &mut self,
         base: &AdaptedLlama<B>,
-        adapter: Option<Adapter>,
+        adapters: Vec<Adapter>,
         device: &B::Device,
     ) -> Result<AdaptedLlama<B>> {
-        let before = self.adapted.adapter.take();
-        self.adapted.adapter = adapter.as_ref().map(|adapter| adapter.folder.clone());
+        let before = std::mem::replace(&mut self.adapted.adapters, weighted(&adapters));
         let changed = self
             .adapted
             .task()
@@ -258,12 +285,12 @@ impl ChatJob {
             .and_then(|model| Ok((model, self.conversation.set_template(&self.adapted.base)?)));
         match changed {
             Ok((model, ())) => {
-                self.used = adapter;
+                self.used = adapters;
                 self.output.note(self.now_used());
                 Ok(model)
             }
             Err(error) => {
-                self.adapted.adapter = before;
+                self.adapted.adapters = before;
                 self.adapted
                     .choose_template(self.chat_template.as_deref())?;
                 Err(error)
@@ -272,9 +299,10 @@ impl ChatJob {
     }
 
     fn now_used(&self) -> String {
-        let used = match &self.used {
-            Some(adapter) => format!("using {}", adapter.name),
-            None => "using the model alone".into(),
+        let labels: Vec<_> = self.used.iter().map(Adapter::label).collect();
+        let used = match labels.is_empty() {
+            true => "using the model alone".into(),
+            false => format!("using {}", labels.join(" and ")),
         };
         match self.conversation.is_empty() {
             true => used,

@@ -1,18 +1,19 @@
-//! The adapters of a chat, of which one or none is in use.
+//! The adapters of a chat, of which some or none are in use.
 
 use std::path::{Path, PathBuf};
 
+use adapters::Weighted;
 use anyhow::Result;
 
 use crate::failure::Advised;
 
 /// An adapter that can be put on the model.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Adapter {
     /// As it was typed: a path, or a Hub id.
     pub name: String,
-    /// Where its files are.
-    pub folder: PathBuf,
+    /// Where its files are, and how much of its update is added.
+    pub weighted: Weighted,
 }
 
 /// The known adapters.
@@ -21,10 +22,10 @@ pub struct Shelf(Vec<Adapter>);
 
 impl Shelf {
     /// Adds an adapter.
-    pub fn add(&mut self, name: &str, folder: PathBuf) -> Adapter {
+    pub fn add(&mut self, name: &str, weight: f64, folder: PathBuf) -> Adapter {
         let adapter = Adapter {
             name: name.trim_end_matches('/').to_owned(),
-            folder,
+            weighted: Weighted { folder, weight },
         };
         self.0.push(adapter.clone());
         adapter
@@ -59,22 +60,37 @@ impl Shelf {
         .into())
     }
 
-    /// A line an adapter, the one in use marked.
-    pub fn list(&self, used: Option<&Adapter>) -> String {
+    /// A line an adapter, those in use marked and with the weights in use.
+    pub fn list(&self, used: &[Adapter]) -> String {
         let line = |name: &str, used: bool| match used {
             true => format!("* {name}"),
             false => format!("  {name}"),
         };
-        let adapters = self.0.iter();
-        let mut lines: Vec<String> = adapters
-            .map(|one| line(&one.name, used == Some(one)))
-            .collect();
-        lines.push(line("off (the model alone)", used.is_none()));
+        let one = |one: &Adapter| match used.iter().find(|used| used.name == one.name) {
+            Some(used) => line(&used.label(), true),
+            None => line(&one.label(), false),
+        };
+        let mut lines: Vec<String> = self.0.iter().map(one).collect();
+        lines.push(line("off (the model alone)", used.is_empty()));
         lines.join("\n")
     }
 }
 
 impl Adapter {
+    /// Its name, with the weight if it has one.
+    pub fn label(&self) -> String {
+        match self.weighted.weight {
+            1.0 => self.name.clone(),
+            weight => format!("{}={weight}", self.name),
+        }
+    }
+
+    /// The same with another weight.
+    pub fn weighing(mut self, weight: f64) -> Self {
+        self.weighted.weight = weight;
+        self
+    }
+
     /// By the end of its path, or of its run's: `runs/mine/adapter` is called `mine`, too.
     fn is_called(&self, name: &str) -> bool {
         let path = Path::new(&self.name);
@@ -96,7 +112,7 @@ mod tests {
             "runs/b/best",
             "owner/poet",
         ] {
-            shelf.add(name, name.into());
+            shelf.add(name, 1.0, name.into());
         }
         let found = |name| shelf.find(name).map(|one| one.map(|one| one.name));
         for (name, full) in [
@@ -112,13 +128,13 @@ mod tests {
         let error = found("adapter").unwrap_err().to_string();
         assert!(error.contains("runs/a/adapter, runs/b/adapter"), "{error}");
         assert_eq!(found("c").unwrap(), None);
-        let used = shelf.first();
-        let list = shelf.list(used.as_ref());
+        let used = shelf.first().unwrap().weighing(0.5);
+        let list = shelf.list(&[used]);
         assert!(
-            list.starts_with("* runs/a/adapter\n  runs/b/adapter\n"),
+            list.starts_with("* runs/a/adapter=0.5\n  runs/b/adapter\n"),
             "{list}"
         );
         assert!(list.ends_with("\n  off (the model alone)"), "{list}");
-        assert!(shelf.list(None).ends_with("\n* off (the model alone)"));
+        assert!(shelf.list(&[]).ends_with("\n* off (the model alone)"));
     }
 }

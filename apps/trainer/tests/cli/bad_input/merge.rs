@@ -18,7 +18,7 @@ fn refused(dir: &Dir, line: &str, code: i32, parts: &[&str]) {
 #[test]
 fn weights_that_are_none() {
     let dir = Dir::with_adapter();
-    for weight in ["abc", "-1", "NaN", "inf", "", "1,5", "0.5x"] {
+    for weight in ["abc", "NaN", "-inf", "inf", "", "1,5", "0.5x"] {
         let line = format!("--model model --adapter run/adapter={weight}");
         refused(&dir, &line, 2, &["is not a weight", "run/adapter=0.7"]);
     }
@@ -99,6 +99,16 @@ fn adapters_that_do_not_go_together() {
         &["one/adapter and two/adapter both replace model.norm.weight"],
     );
     refused(&dir, &format!("{line}=0.5"), 1, &["cannot be weighed"]);
+    let eval = format!("eval --data rows.jsonl {line}");
+    let parts = ["both replace model.norm.weight", "only LoRA adapters"];
+    dir.trainer(&format!("{eval} --adapter two/adapter"))
+        .fails(1, &parts);
+    dir.trainer(&format!("{eval}=x"))
+        .fails(2, &["is not a weight"]);
+    dir.trainer(&format!("{eval} --combine svd"))
+        .fails(2, &["svd", "cat, linear"]);
+    dir.trainer("eval --data rows.jsonl --model model --combine cat")
+        .fails(2, &["--adapter"]);
 }
 
 #[test]
