@@ -62,7 +62,7 @@ pub(crate) fn put<B: AdaptedBackend>(
             }
         }
     } else {
-        method.place(model, Values::new(parts, &[], device));
+        model.virtual_tokens = method.virtual_tokens(Values::new(parts, &[], device));
     }
     unfreeze(model, |module| config.saves(module))
 }

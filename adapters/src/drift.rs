@@ -6,6 +6,7 @@
 use burn::tensor::{Tensor, TensorData, backend::Backend};
 use model::checkpoint::Checkpoint;
 use model::config::LlamaConfig;
+use model::llama::Past;
 use model::load::{LinearSource, Parts};
 use model::ops::matmul;
 use model::rope::Rope;
@@ -122,7 +123,7 @@ impl<B: AdaptedBackend> Probe<'_, B> {
             if !(self.go_on)() {
                 return Err(Error::Interrupted);
             }
-            x = parts.layer(index)?.forward(x, &rope, None);
+            x = parts.layer(index)?.forward(x, &rope, Past::Nothing);
         }
         let x = parts.final_norm()?.forward(x);
         let logits = self.head(x, head)?.into_data();

@@ -6,6 +6,11 @@
 //! one that puts something in front of the tokens ([`PromptMethod`]) places it on the model.
 
 pub mod lora;
+pub mod mpt;
+pub mod prefix;
+pub mod prompt;
+pub mod ptuning;
+mod virtual_tokens;
 
 use std::collections::HashMap;
 use std::ops::Range;
@@ -14,6 +19,7 @@ use burn::module::{Module, Param, ParamId};
 use burn::optim::GradientsParams;
 use burn::tensor::{Tensor, TensorData, backend::Backend};
 use model::config::LlamaConfig;
+use model::virtual_tokens::VirtualTokens;
 use model::weight::named_param;
 use serde::de::DeserializeOwned;
 use serde::{Deserializer, Serialize};
@@ -218,15 +224,28 @@ pub trait PromptMethod: Settings {
     /// The values that a tensor starts with.
     fn fresh<B: Backend>(&self, part: &Part, model: &AdaptedLlama<B>, seed: u64) -> Vec<f32>;
 
-    /// Puts the tensors on a model.
-    fn place<B: Backend>(&self, model: &mut AdaptedLlama<B>, values: Values<'_, B>);
+    /// The module that makes of the tensors what stands in front of the rows.
+    fn virtual_tokens<B: Backend>(&self, values: Values<'_, B>) -> VirtualTokens<B>;
 
-    /// The tensors that are saved, and what an adapter of those is; of a method that [is
-    /// converted](Settings::is_converted).
-    fn convert<B: AdaptedBackend>(
-        &self,
-        _model: &AdaptedLlama<B>,
-    ) -> Option<(Self, HashMap<String, Vec<f32>>)> {
+    /// Settings in PEFT's spelling that follow from the model, and from its name.
+    fn peft_of_model(&self, model: &LlamaConfig, base: &str) -> Map<String, Value>;
+
+    /// The settings of the adapter that is saved: of what an encoder made, without it.
+    fn saved(&self) -> Self {
+        self.clone()
+    }
+
+    /// How many positions of every row virtual tokens take; those that are keys and values alone take
+    /// none.
+    fn positions(&self) -> usize;
+
+    /// How many tasks there are, if it tells them apart.
+    fn tasks(&self) -> Option<usize> {
+        None
+    }
+
+    /// A text whose tokens are to be known before fresh tensors are made, and where they belong.
+    fn text(&mut self) -> Option<(&str, &mut Vec<u32>)> {
         None
     }
 }
@@ -307,7 +326,7 @@ impl Part {
 
 /// The values of an adapter's tensors on their way into a module.
 pub struct Values<'a, B: Backend> {
-    own: HashMap<String, (Part, Vec<f32>)>,
+    own: Vec<(Part, Vec<f32>)>,
     shared: &'a [(Part, Tensor<B, 2>)],
     device: &'a B::Device,
 }
@@ -318,16 +337,14 @@ impl<'a, B: Backend> Values<'a, B> {
         shared: &'a [(Part, Tensor<B, 2>)],
         device: &'a B::Device,
     ) -> Self {
-        let own = own.into_iter();
-        let by_end = |(part, values): (Part, Vec<f32>)| (part.end().to_owned(), (part, values));
         Self {
-            own: own.map(by_end).collect(),
+            own: own.into_iter().collect(),
             shared,
             device,
         }
     }
 
-    /// Takes a trained tensor, by the end of its name.
+    /// Takes a trained tensor, by its name or, in a layer, by the end of it.
     ///
     /// # Panics
     /// If the method's parts have no such tensor of `D` dimensions.
@@ -342,7 +359,9 @@ impl<'a, B: Backend> Values<'a, B> {
     }
 
     fn take<const D: usize>(&mut self, end: &str) -> (Part, Tensor<B, D>) {
-        let (part, values) = self.own.remove(end).expect("it is one of the parts");
+        let named = |(part, _): &(Part, _)| part.name == end || part.end() == end;
+        let at = self.own.iter().position(named);
+        let (part, values) = self.own.remove(at.expect("it is one of the parts"));
         let data = TensorData::new(values, part.shape.as_slice());
         (part, Tensor::from_data(data, self.device))
     }
@@ -515,10 +534,10 @@ macro_rules! methods {
             }
 
             /// The tensors that belong to no single layer.
-            pub(crate) fn model_parts(&self, layers: &[Layer], _model: &LlamaConfig) -> Vec<Part> {
+            pub(crate) fn model_parts(&self, layers: &[Layer], model: &LlamaConfig) -> Vec<Part> {
                 match self {
                     $(Self::$Layer(settings) => settings.shared_parts(layers),)*
-                    $(Self::$Prompt(settings) => settings.parts(_model),)*
+                    $(Self::$Prompt(settings) => settings.parts(model),)*
                 }
             }
 
@@ -539,12 +558,12 @@ macro_rules! methods {
             pub(crate) fn fresh_in_model<B: Backend>(
                 &self,
                 part: &Part,
-                _model: &AdaptedLlama<B>,
+                model: &AdaptedLlama<B>,
                 seed: u64,
             ) -> Vec<f32> {
                 match self {
                     $(Self::$Layer(settings) => settings.fresh_shared(part, seed),)*
-                    $(Self::$Prompt(settings) => settings.fresh(part, _model, seed),)*
+                    $(Self::$Prompt(settings) => settings.fresh(part, model, seed),)*
                 }
             }
 
@@ -560,15 +579,59 @@ macro_rules! methods {
                 }
             }
 
-            /// Puts on a model what belongs in front of its tokens.
-            pub(crate) fn place<B: Backend>(
+            /// What belongs in front of the rows; nothing of a method that changes layers.
+            pub(crate) fn virtual_tokens<B: Backend>(
                 &self,
-                _model: &mut AdaptedLlama<B>,
-                _values: Values<'_, B>,
-            ) {
+                values: Values<'_, B>,
+            ) -> Option<VirtualTokens<B>> {
                 match self {
-                    $(Self::$Layer(_) => {})*
-                    $(Self::$Prompt(settings) => settings.place(_model, _values),)*
+                    $(Self::$Layer(_) => None,)*
+                    $(Self::$Prompt(settings) => Some(settings.virtual_tokens(values)),)*
+                }
+            }
+
+            /// See [`PromptMethod::peft_of_model`].
+            pub(crate) fn peft_of_model(
+                &self,
+                model: &LlamaConfig,
+                base: &str,
+            ) -> Map<String, Value> {
+                match self {
+                    $(Self::$Layer(_) => Map::new(),)*
+                    $(Self::$Prompt(settings) => settings.peft_of_model(model, base),)*
+                }
+            }
+
+            /// The settings of the adapter that is read from what this one saves.
+            pub fn saved(&self) -> Self {
+                match self {
+                    $(Self::$Layer(_) => self.clone(),)*
+                    $(Self::$Prompt(settings) => Self::$Prompt(settings.saved()),)*
+                }
+            }
+
+            /// How many virtual tokens stand beside the tokens of every row, in all layers.
+            pub fn positions(&self) -> usize {
+                match self {
+                    $(Self::$Layer(_) => 0,)*
+                    $(Self::$Prompt(settings) => settings.positions(),)*
+                }
+            }
+
+            /// How many tasks there are, if it tells them apart: a row says which it is of.
+            pub fn tasks(&self) -> Option<usize> {
+                match self {
+                    $(Self::$Layer(_) => None,)*
+                    $(Self::$Prompt(settings) => settings.tasks(),)*
+                }
+            }
+
+            /// A text whose tokens are to be known before fresh tensors are made, and where they
+            /// belong.
+            pub fn text(&mut self) -> Option<(&str, &mut Vec<u32>)> {
+                match self {
+                    $(Self::$Layer(_) => None,)*
+                    $(Self::$Prompt(settings) => settings.text(),)*
                 }
             }
 
@@ -607,9 +670,11 @@ macro_rules! methods {
                 match self {
                     $(Self::$Layer(settings) => settings.convert(layers, values).map(Self::$Layer),)*
                     $(Self::$Prompt(settings) => {
-                        let (settings, converted) = settings.convert(_model)?;
-                        values.extend(converted);
-                        Some(Self::$Prompt(settings))
+                        let virtual_tokens = _model.virtual_tokens.as_ref()?;
+                        let encoded = virtual_tokens.encode(&[0]).into_data().convert::<f32>();
+                        let encoded = encoded.into_vec().expect("converted to f32");
+                        values.insert(virtual_tokens::EMBEDDINGS.into(), encoded);
+                        Some(Self::$Prompt(settings.saved()))
                     })*
                 }
             }
@@ -769,5 +834,10 @@ methods! {
     layers {
         Lora: lora::LoraSettings, Lora;
     }
-    prompts {}
+    prompts {
+        Prefix: prefix::PrefixSettings;
+        Prompt: prompt::PromptSettings;
+        Mpt: mpt::MptSettings;
+        PTuning: ptuning::PTuningSettings;
+    }
 }

@@ -16,7 +16,7 @@ use serde_json::{Map, Value, json};
 
 use crate::attach::{AdaptedLlama, Start, put};
 use crate::base::{AdaptedBackend, BaseLinear, scheme};
-use crate::config::{AdapterConfig, Selection, Targets};
+use crate::config::{AdapterConfig, OneOrMany, Selection, Targets};
 use crate::error::{Error, Result};
 use crate::linear::AdaptedLinear;
 use crate::methods::{Computes, Method, Part, Role};
@@ -37,15 +37,9 @@ const BASE_QUANTIZATION: &str = "base_quantization";
 struct PeftSelection {
     target_modules: Option<Targets>,
     exclude_modules: Option<Targets>,
-    layers_to_transform: Option<OneOrMany>,
+    layers_to_transform: Option<OneOrMany<usize>>,
+    layers_pattern: Option<OneOrMany<String>>,
     modules_to_save: Option<Vec<String>>,
-}
-
-#[derive(Deserialize)]
-#[serde(untagged)]
-enum OneOrMany {
-    One(usize),
-    Many(Vec<usize>),
 }
 
 /// Reads `adapter_config.json` of a folder.
@@ -104,15 +98,13 @@ pub fn read_config(folder: &Path) -> Result<AdapterConfig> {
 
 impl PeftSelection {
     fn read(self, default_targets: fn() -> Targets) -> Selection {
-        let many = |layers| match layers {
-            OneOrMany::One(layer) => vec![layer],
-            OneOrMany::Many(layers) => layers,
-        };
-        let layers = self.layers_to_transform.map(many);
+        let layers = self.layers_to_transform.map(|all| all.all().to_vec());
+        let has_pattern = |all: &OneOrMany<String>| all.all().iter().any(|one| !one.is_empty());
         Selection {
             target_modules: self.target_modules.unwrap_or_else(default_targets),
             exclude_modules: self.exclude_modules,
             layers_to_transform: layers.filter(|all| !all.is_empty()),
+            layers_pattern: self.layers_pattern.filter(has_pattern),
             modules_to_save: self.modules_to_save.unwrap_or_default(),
         }
     }
@@ -251,7 +243,7 @@ pub fn save<B: AdaptedBackend>(
     let tensors: Vec<_> = parts.map(tensor).collect();
     let metadata = [(BASE_QUANTIZATION, quantization(model))];
     write_safetensors(&folder.join(MODEL_FILE), &tensors, &metadata)?;
-    let json = serde_json::to_string_pretty(&config_json(&config, base_model));
+    let json = serde_json::to_string_pretty(&config_json(&config, &model.config, base_model));
     let json = json.expect("a JSON value can be written");
     write_file(&folder.join(CONFIG_FILE), json.as_bytes())?;
     Ok(())
@@ -379,7 +371,7 @@ fn is_base_copy(key: &str) -> bool {
 
 /// The settings in PEFT's spelling, keys sorted. Keys that came late to PEFT and hold their
 /// default are left out: older versions refuse keys that they do not know.
-fn config_json(config: &AdapterConfig, base_model: &str) -> Value {
+fn config_json(config: &AdapterConfig, model: &LlamaConfig, base_model: &str) -> Value {
     let (base_model, revision) = match base_model.split_once('@') {
         Some((id, revision)) if !Path::new(base_model).exists() => (id, Some(revision)),
         _ => (base_model, None),
@@ -387,6 +379,7 @@ fn config_json(config: &AdapterConfig, base_model: &str) -> Value {
     let names = |targets: &Targets| json!(targets.sorted()); // sets in PEFT
     let selection = &config.selection;
     let mut all = config.method.to_peft();
+    all.extend(config.method.peft_of_model(model, base_model));
     let mut set = |key: &str, value: Value| all.insert(key.to_owned(), value);
     set("auto_mapping", Value::Null);
     set("base_model_name_or_path", json!(base_model));
@@ -400,7 +393,7 @@ fn config_json(config: &AdapterConfig, base_model: &str) -> Value {
     set("revision", json!(revision));
     set("task_type", json!("CAUSAL_LM"));
     if config.method.changes_layers() {
-        set("layers_pattern", Value::Null);
+        set("layers_pattern", json!(selection.layers_pattern));
         set("layers_to_transform", json!(selection.layers_to_transform));
         set("target_modules", names(&selection.target_modules));
         if let Some(exclude) = &selection.exclude_modules {

@@ -211,16 +211,12 @@ pub enum Error {
         found_bytes: u64,
     },
     /// A download is not what the Hub has; it has been deleted.
-    #[error("{file} of {id} came damaged: its checksum is {found}, and the Hub's is {expected}")]
+    #[error("{file} of {id} came damaged: its checksum is not the one that the Hub lists")]
     HubChecksum {
         /// The repository, with its revision.
         id: String,
         /// The file asked for.
         file: String,
-        /// What the Hub lists.
-        expected: String,
-        /// What arrived.
-        found: String,
     },
     /// What to push to is no branch of a repository.
     #[error("cannot push to {name}: {problem}")]

@@ -145,6 +145,8 @@ pub struct Generator<'a, B: ModelBackend, P> {
     /// The tokens whose keys and values are in `cache`.
     read: Vec<u32>,
     cache: KvCache<B>,
+    /// The task that the text is of.
+    task: usize,
 }
 
 impl<'a, B: ModelBackend, P: Projection<B> + Sync> Generator<'a, B, P> {
@@ -158,7 +160,13 @@ impl<'a, B: ModelBackend, P: Projection<B> + Sync> Generator<'a, B, P> {
             device,
             read: Vec::new(),
             cache: KvCache::new(model.config.num_hidden_layers),
+            task: 0,
         }
+    }
+
+    /// The same for texts of a task, where an adapter tells them apart.
+    pub fn of_task(self, task: usize) -> Self {
+        Self { task, ..self }
     }
 
     /// Continues a prompt.
@@ -224,7 +232,11 @@ impl<'a, B: ModelBackend, P: Projection<B> + Sync> Generator<'a, B, P> {
             _ => pairs.take_while(|(read, id)| read == id).count(),
         };
         self.read.truncate(kept);
-        self.cache.truncate(kept);
+        self.cache
+            .truncate(match (kept, &self.model.virtual_tokens) {
+                (1.., Some(virtual_tokens)) => virtual_tokens.count() + kept,
+                _ => kept,
+            });
         kept
     }
 
@@ -236,6 +248,7 @@ impl<'a, B: ModelBackend, P: Projection<B> + Sync> Generator<'a, B, P> {
         let (start, s) = (self.read.len(), ids.len());
         self.read.extend(ids);
         let segments = Segments::new([s]).after(start);
+        let segments = segments.of_tasks(vec![self.task]);
         let rope = Rope::new(&self.model.config, segments, self.device);
         let ids: Vec<i64> = ids.iter().map(|&id| id.into()).collect();
         let ids = Tensor::<B, 1, Int>::from_data(TensorData::new(ids, [s]), self.device);

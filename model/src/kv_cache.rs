@@ -6,6 +6,9 @@
 
 use burn::tensor::{Tensor, backend::Backend};
 
+use crate::ops::{AttentionBackend, write_positions};
+use crate::virtual_tokens::Prefix;
+
 /// One entry a layer; grows by what each forward pass adds.
 #[derive(Debug, Clone)]
 pub struct KvCache<B: Backend> {
@@ -37,6 +40,16 @@ impl<B: Backend> KvCache<B> {
     }
 }
 
+impl<B: AttentionBackend> KvCache<B> {
+    /// Puts learned keys and values in front of what `rows` rows will add.
+    pub(crate) fn begin(&mut self, prefix: &Prefix<B>, n_kv: usize, rows: usize) {
+        for (index, layer) in self.layers.iter_mut().enumerate() {
+            let (k, v) = prefix.layer(index).repeated(rows, n_kv);
+            layer.extend(k, v, rows);
+        }
+    }
+}
+
 /// Keys and values of one layer, both `[b, c, n_kv, h_d]`, of which the first `t` positions count.
 #[derive(Debug, Clone)]
 pub struct LayerCache<B: Backend> {
@@ -45,7 +58,7 @@ pub struct LayerCache<B: Backend> {
     length: usize,
 }
 
-impl<B: Backend> LayerCache<B> {
+impl<B: AttentionBackend> LayerCache<B> {
     /// Adds the keys and values `[b · s, n_kv, h_d]` of new positions of `b` rows, equally many of
     /// each, and returns all of them, `[b · t, n_kv, h_d]`.
     ///
@@ -65,9 +78,7 @@ impl<B: Backend> LayerCache<B> {
         let [old_k, old_v] = old.unwrap_or_default();
         let [k, v] = new;
         let all = [(old_k, k), (old_v, v)].map(|(old, new)| write(old, seen, new));
-        let [k, v] = all
-            .clone()
-            .map(|x| x.narrow(1, 0, self.length).flatten(0, 1));
+        let [k, v] = all.clone().map(|x| first_positions(x, self.length));
         self.seen = Some(all);
         (k, v)
     }
@@ -77,9 +88,12 @@ impl<B: Backend> LayerCache<B> {
 const ROOM: usize = 64;
 
 /// Puts `new` `[b, s, n_kv, h_d]` after the first `seen` positions of `old`.
-fn write<B: Backend>(old: Option<Tensor<B, 4>>, seen: usize, new: Tensor<B, 4>) -> Tensor<B, 4> {
+fn write<B: AttentionBackend>(
+    old: Option<Tensor<B, 4>>,
+    seen: usize,
+    new: Tensor<B, 4>,
+) -> Tensor<B, 4> {
     let [b, s, n_kv, h_d] = new.dims();
-    let at = |from: usize, to: usize| [0..b, from..to, 0..n_kv, 0..h_d];
     let room = old.as_ref().map_or(0, |old| old.dims()[1]);
     let all = match old {
         Some(old) if seen + s <= room => old,
@@ -87,12 +101,20 @@ fn write<B: Backend>(old: Option<Tensor<B, 4>>, seen: usize, new: Tensor<B, 4>) 
             let room = (seen + s).max(2 * room).next_multiple_of(ROOM);
             let all = Tensor::zeros([b, room, n_kv, h_d], &new.device());
             match old {
-                Some(old) if seen > 0 => all.slice_assign(at(0, seen), old.narrow(1, 0, seen)),
+                Some(old) if seen > 0 => write_positions(all, old.narrow(1, 0, seen), 0),
                 _ => all,
             }
         }
     };
-    all.slice_assign(at(seen, seen + s), new)
+    write_positions(all, new, seen)
+}
+
+/// The first `t` positions of each row, `[b · t, n_kv, h_d]`; of a lone row where they lie.
+fn first_positions<B: Backend>(x: Tensor<B, 4>, t: usize) -> Tensor<B, 3> {
+    match x.dims() {
+        [1, ..] => x.squeeze_dim::<3>(0).narrow(0, 0, t),
+        _ => x.narrow(1, 0, t).flatten(0, 1),
+    }
 }
 
 #[cfg(test)]
@@ -154,6 +176,9 @@ mod tests {
             let k = k.into_primitive().tensor();
             addresses.push(k.bytes().as_ptr());
         }
-        assert!(addresses.iter().all(|x| *x == addresses[0]));
+        assert!(
+            addresses.iter().all(|x| *x == addresses[0]),
+            "{addresses:?}"
+        );
     }
 }

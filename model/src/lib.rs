@@ -22,6 +22,7 @@ pub mod ops;
 pub mod rope;
 pub mod segments;
 pub mod tokenizer;
+pub mod virtual_tokens;
 pub mod weight;
 
 pub use error::{Error, Result};

@@ -9,13 +9,14 @@
 use std::marker::PhantomData;
 
 use burn::module::Module;
-use burn::tensor::{Int, Tensor, backend::Backend};
+use burn::tensor::{Int, Tensor, TensorData, backend::Backend};
 
 use crate::config::LlamaConfig;
 use crate::kv_cache::{KvCache, LayerCache};
 use crate::linear::Projection;
 use crate::ops::{self, ModelBackend};
 use crate::rope::Rope;
+use crate::virtual_tokens::{self, Place, Prefix, VirtualTokens};
 use crate::weight::BaseWeight;
 
 /// A causal language model; `P` is what its linear layers are.
@@ -29,6 +30,8 @@ pub struct Llama<B: Backend, P> {
     pub norm: RmsNorm<B>,
     /// `None` if the embeddings serve as output layer, too.
     pub lm_head: Option<P>,
+    /// What stands in front of every row, in place of words.
+    pub virtual_tokens: Option<VirtualTokens<B>>,
     /// The numbers of `config.json`.
     #[module(skip)]
     pub config: LlamaConfig,
@@ -44,25 +47,104 @@ impl<B: ModelBackend, P: Projection<B>> Llama<B, P> {
         rope: &Rope<B>,
         cache: Option<&mut KvCache<B>>,
     ) -> Tensor<B, 2> {
-        self.norm.forward(self.decode(self.embed(ids), rope, cache))
+        let input = self.input(ids, rope);
+        let tokens = input.tokens.clone();
+        self.norm.forward(only(self.decode(input, cache), tokens))
     }
 
-    /// Embeddings `[n, d]` through all decoder layers to hidden states `[n, d]`.
-    pub fn decode(
+    /// Token ids `[n]` to what the decoder layers read.
+    ///
+    /// Virtual tokens come in here, in front of the rows that begin here; `rope` does not count them.
+    pub fn input(&self, ids: Tensor<B, 1, Int>, rope: &Rope<B>) -> Input<B> {
+        let x = self.embed(ids);
+        match &self.virtual_tokens {
+            None => Input {
+                x,
+                rope: rope.clone(),
+                prefix: None,
+                tokens: None,
+            },
+            Some(virtual_tokens) => self.behind(virtual_tokens, x, rope),
+        }
+    }
+
+    /// Embeddings `[n, d]` of tokens that stand behind virtual ones.
+    fn behind(
         &self,
-        mut x: Tensor<B, 2>,
+        virtual_tokens: &VirtualTokens<B>,
+        x: Tensor<B, 2>,
         rope: &Rope<B>,
-        mut cache: Option<&mut KvCache<B>>,
-    ) -> Tensor<B, 2> {
+    ) -> Input<B> {
+        let (segments, p) = (&rope.segments, virtual_tokens.count());
+        let device = x.device();
+        let rope = |segments| Rope::new(&self.config, segments, &device);
+        let later = segments.clone().after(segments.seen() + p);
+        if segments.seen() > 0 {
+            return Input {
+                x,
+                rope: rope(later), // the cache has them
+                prefix: None,
+                tokens: None,
+            };
+        }
+        let indices = |places: Vec<i64>| {
+            let shape = [places.len()];
+            Tensor::from_data(TensorData::new(places, shape), &device)
+        };
+        let (tasks, blocks) = virtual_tokens.tasks_of(segments);
+        let places = indices(virtual_tokens::places(segments, &blocks, tasks.len(), p));
+        let encoded = virtual_tokens.encode(&tasks);
+        match virtual_tokens.place {
+            Place::Embeddings => Input {
+                x: virtual_tokens::in_front(encoded, x, places),
+                rope: rope(segments.clone().longer_by(p)),
+                prefix: None,
+                tokens: Some(indices(virtual_tokens::tokens(segments, p))),
+            },
+            Place::KeysAndValues => {
+                let [_, width] = encoded.dims();
+                let parts = 2 * self.config.num_hidden_layers;
+                let keys_and_values = encoded.reshape([p, parts, width / parts]).swap_dims(0, 1);
+                Input {
+                    x,
+                    rope: rope(later),
+                    prefix: Some(Prefix {
+                        keys_and_values,
+                        places,
+                    }),
+                    tokens: None,
+                }
+            }
+        }
+    }
+
+    /// What the layers make of their input: hidden states of all positions, `[m, d]`.
+    pub fn decode(&self, input: Input<B>, mut cache: Option<&mut KvCache<B>>) -> Tensor<B, 2> {
+        let Input {
+            mut x,
+            rope,
+            prefix,
+            ..
+        } = input;
+        if let (Some(cache), Some(prefix)) = (cache.as_deref_mut(), &prefix) {
+            cache.begin(
+                prefix,
+                self.config.num_key_value_heads,
+                rope.segments.rows(),
+            );
+        }
         for (index, layer) in self.layers.iter().enumerate() {
-            let cache = cache.as_deref_mut().map(|cache| cache.layer(index));
-            x = layer.forward(x, rope, cache);
+            let past = match cache.as_deref_mut() {
+                Some(cache) => Past::Cache(cache.layer(index)),
+                None => Past::of(&prefix, index),
+            };
+            x = layer.forward(x, &rope, past);
         }
         x
     }
 
     /// Token ids `[n]` to their embeddings `[n, d]`.
-    pub fn embed(&self, ids: Tensor<B, 1, Int>) -> Tensor<B, 2> {
+    fn embed(&self, ids: Tensor<B, 1, Int>) -> Tensor<B, 2> {
         self.embed_tokens.val().select(0, ids)
     }
 
@@ -117,6 +199,47 @@ impl<B: Backend, P> Llama<B, P> {
     }
 }
 
+/// What the decoder layers read. Shapes: `m` positions, of which `n` are tokens.
+#[derive(Debug, Clone)]
+pub struct Input<B: Backend> {
+    /// The embeddings `[m, d]`, those of virtual tokens among them.
+    pub x: Tensor<B, 2>,
+    /// Where they stand.
+    pub rope: Rope<B>,
+    /// What every row's tokens attend to before themselves: of all layers, `[2l, p, w]`.
+    pub prefix: Option<Prefix<B>>,
+    /// Which of the positions are tokens, `[n]`, if not all are.
+    pub tokens: Option<Tensor<B, 1, Int>>,
+}
+
+/// Of values `[m, ..]` those of the tokens, `[n, ..]`.
+pub fn only<B: Backend>(x: Tensor<B, 2>, tokens: Option<Tensor<B, 1, Int>>) -> Tensor<B, 2> {
+    match tokens {
+        Some(tokens) => x.select(0, tokens),
+        None => x,
+    }
+}
+
+/// What a layer's tokens attend to before themselves.
+pub enum Past<'a, B: Backend> {
+    /// Nothing.
+    Nothing,
+    /// Learned keys and values.
+    Prefix(Prefix<B>),
+    /// Those of the passes so far; it takes up what is new.
+    Cache(&'a mut LayerCache<B>),
+}
+
+impl<B: Backend> Past<'_, B> {
+    /// What a layer finds in the prefix of all of them.
+    pub fn of(prefix: &Option<Prefix<B>>, layer: usize) -> Self {
+        match prefix {
+            Some(prefix) => Self::Prefix(prefix.layer(layer)),
+            None => Self::Nothing,
+        }
+    }
+}
+
 /// One decoder layer: attention and feed-forward, each behind a norm and added to its input.
 #[derive(Module, Debug)]
 pub struct DecoderLayer<B: Backend, P> {
@@ -132,14 +255,9 @@ pub struct DecoderLayer<B: Backend, P> {
 
 impl<B: ModelBackend, P: Projection<B>> DecoderLayer<B, P> {
     /// `[n, d]` to `[n, d]`.
-    pub fn forward(
-        &self,
-        x: Tensor<B, 2>,
-        rope: &Rope<B>,
-        cache: Option<&mut LayerCache<B>>,
-    ) -> Tensor<B, 2> {
+    pub fn forward(&self, x: Tensor<B, 2>, rope: &Rope<B>, past: Past<'_, B>) -> Tensor<B, 2> {
         let normed = self.input_layernorm.forward(x.clone());
-        let x = x + self.self_attn.forward(normed, rope, cache);
+        let x = x + self.self_attn.forward(normed, rope, past);
         let normed = self.post_attention_layernorm.forward(x.clone());
         x + self.mlp.forward(normed)
     }
@@ -164,12 +282,7 @@ pub struct SelfAttention<B: Backend, P> {
 
 impl<B: ModelBackend, P: Projection<B>> SelfAttention<B, P> {
     /// `[n, d]` to `[n, d]`.
-    pub fn forward(
-        &self,
-        x: Tensor<B, 2>,
-        rope: &Rope<B>,
-        cache: Option<&mut LayerCache<B>>,
-    ) -> Tensor<B, 2> {
+    pub fn forward(&self, x: Tensor<B, 2>, rope: &Rope<B>, past: Past<'_, B>) -> Tensor<B, 2> {
         let heads = |y: Tensor<B, 2>| {
             let [n, width] = y.dims();
             y.reshape([n, width / self.head_dim, self.head_dim])
@@ -178,9 +291,10 @@ impl<B: ModelBackend, P: Projection<B>> SelfAttention<B, P> {
         let q = turned(self.q_proj.forward(x.clone())); // [n, n_h, h_d]
         let k = turned(self.k_proj.forward(x.clone())); // [n, n_kv, h_d]
         let v = heads(self.v_proj.forward(x)); // [n, n_kv, h_d]
-        let (k, v) = match cache {
-            Some(cache) => cache.extend(k, v, rope.segments.rows()), // [m, n_kv, h_d]
-            None => (k, v),
+        let (k, v) = match past {
+            Past::Nothing => (k, v),
+            Past::Prefix(prefix) => prefix.before(k, v), // [m, n_kv, h_d]
+            Past::Cache(cache) => cache.extend(k, v, rope.segments.rows()), // [m, n_kv, h_d]
         };
         let [n, n_h, h_d] = q.dims();
         let out = ops::attention(q, k, v, &rope.segments); // [n, n_h, h_d]

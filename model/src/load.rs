@@ -236,6 +236,7 @@ where
                 true => None,
                 false => Some(self.linear("lm_head", vocab, false)?),
             },
+            virtual_tokens: None,
             config: self.config.clone(),
         })
     }

@@ -12,6 +12,8 @@ pub struct Segments {
     lengths: Vec<usize>,
     /// Positions of each row that come before its tokens here, in a cache.
     seen: usize,
+    /// The task of each row; empty if all are of task 0.
+    tasks: Vec<usize>,
 }
 
 /// One row: which tokens of the run are its queries, and which are their keys.
@@ -31,12 +33,43 @@ impl Segments {
         Self {
             lengths: lengths.into_iter().filter(|length| *length > 0).collect(),
             seen: 0,
+            tasks: Vec::new(),
         }
     }
 
     /// The same tokens when `seen` others of each row came before.
     pub fn after(self, seen: usize) -> Self {
         Self { seen, ..self }
+    }
+
+    /// The same rows, each of its task, for adapters that tell tasks apart.
+    ///
+    /// # Panics
+    /// If there are not as many tasks as rows.
+    pub fn of_tasks(self, tasks: Vec<usize>) -> Self {
+        assert_eq!(tasks.len(), self.rows(), "one task a row");
+        let tasks = match tasks.iter().all(|task| *task == 0) {
+            true => Vec::new(),
+            false => tasks,
+        };
+        Self { tasks, ..self }
+    }
+
+    /// The same rows with `count` positions more at the beginning of each.
+    pub(crate) fn longer_by(self, count: usize) -> Self {
+        let lengths = self.lengths.iter().map(|length| length + count).collect();
+        Self { lengths, ..self }
+    }
+
+    /// The task of each row.
+    pub fn tasks(&self) -> impl Iterator<Item = usize> {
+        let task = |row: usize| self.tasks.get(row).copied().unwrap_or(0);
+        (0..self.rows()).map(task)
+    }
+
+    /// How many positions of each row come before its tokens here.
+    pub fn seen(&self) -> usize {
+        self.seen
     }
 
     /// How many rows there are.

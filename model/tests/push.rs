@@ -147,7 +147,10 @@ fn a_push_that_was_cut_off_goes_on_where_it_ended() {
     let expected = "cannot push to acme/mine: cannot upload model-2.safetensors: the Hub answers \
                     403: refused";
     assert_eq!(error, expected);
-    let nothing = |name| server.shelf.lock().unwrap().file("acme/mine", "main", name) == None;
+    let nothing = |name| {
+        let shelf = server.shelf.lock().unwrap();
+        shelf.file("acme/mine", "main", name).is_none()
+    };
     assert!(files.into_iter().all(nothing), "all or none");
 
     let pushed = send(&hub, &push).unwrap();
@@ -184,9 +187,10 @@ fn a_large_file_goes_in_parts_where_the_hub_asks_for_them() {
     server.change(|shelf| shelf.part_bytes = Some(400));
     let push = push(adapter(&server, 4100));
     let mut seen = 0;
-    let report = &mut |event: UploadEvent<'_>| match event {
-        UploadEvent::Advanced { bytes } => seen += bytes,
-        _ => {}
+    let report = &mut |event: UploadEvent<'_>| {
+        if let UploadEvent::Advanced { bytes } = event {
+            seen += bytes;
+        }
     };
     hub.push(&push, report).unwrap();
     assert_eq!((seen, puts(&server)), (4100, 11));

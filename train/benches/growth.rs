@@ -9,12 +9,13 @@ use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::time::Instant;
 
+use adapters::methods::lora::LoraSettings;
+use adapters::{AdapterConfig, Selection};
 use burn::backend::{Autodiff, Flex};
 use burn::train::TrainStep;
 use model::config::LlamaConfig;
 use train::batch::{MicroBatch, Window};
 use train::data::Sample;
-use train::recipe::{Recipe, parse_setting};
 use train::step::CausalLm;
 
 /// The system's allocator, with a count of the bytes that are held.
@@ -99,13 +100,17 @@ fn language_model(case: &Case, recompute: bool) -> CausalLm<Autodiff<Flex>> {
         "num_key_value_heads": 3, "rope_theta": 100000.0, "tie_word_embeddings": true,
     });
     let config = LlamaConfig::from_json(&json).expect("a good config");
-    let rank = format!("adapter.rank={}", case.rank);
-    let given = ["model.path=m", "data.train=d", &rank];
-    let given = given.map(|setting| parse_setting(setting).expect("a setting"));
-    let recipe = Recipe::read(None, &given).expect("a good recipe");
+    let lora = LoraSettings {
+        rank: case.rank,
+        ..LoraSettings::default()
+    };
+    let adapter = AdapterConfig {
+        selection: Selection::default(),
+        method: lora.into(),
+    };
     let device = Default::default();
     let mut model = adapters::init(&config, 1, &device);
-    adapters::attach(&mut model, &recipe.adapter.config(), 1, &device).expect("it fits");
+    adapters::attach(&mut model, &adapter, 1, &device).expect("it fits");
     CausalLm {
         model,
         method: None,
@@ -118,6 +123,7 @@ fn language_model(case: &Case, recompute: bool) -> CausalLm<Autodiff<Flex>> {
 fn window(case: &Case) -> Window {
     let ids = || (0..case.tokens).map(|i| i * 104_729 % case.vocabulary);
     let row = Sample {
+        task: 0,
         input_ids: ids().map(|id| id as u32).collect(),
         labels: ids().map(|id| id as i32).collect(),
     };

@@ -53,6 +53,7 @@ fn language_model() -> CausalLm<B> {
 fn window([rows, length]: [usize; 2]) -> Window {
     let ids = |row: usize| (0..length).map(move |i| (row * 7919 + i * 104_729) % 49152);
     let sample = |row| Sample {
+        task: 0,
         input_ids: ids(row).map(|id| id as u32).collect(),
         labels: ids(row).map(|id| id as i32).collect(),
     };

@@ -38,7 +38,7 @@ impl MicroBatch {
             targets: Vec::new(),
             trained: Vec::new(),
         };
-        let mut lengths = Vec::new();
+        let (mut lengths, mut tasks) = (Vec::new(), Vec::new());
         for row in rows {
             let (start, before) = (batch.input_ids.len(), batch.at.len());
             batch
@@ -52,8 +52,9 @@ impl MicroBatch {
             }
             batch.trained.push(batch.at.len() - before);
             lengths.push(row.input_ids.len());
+            tasks.extend((!row.input_ids.is_empty()).then_some(row.task as usize));
         }
-        batch.segments = Segments::new(lengths);
+        batch.segments = Segments::new(lengths).of_tasks(tasks);
         batch
     }
 
@@ -150,7 +151,20 @@ impl Windows {
     /// `max_steps` windows are all full, over as many epochs as that takes; otherwise the last
     /// window holds what is left of `epochs`.
     pub fn new(rows: Samples, data: &DataSection, train: &TrainSection, first_step: usize) -> Self {
-        let packer = Packer::new(rows.lengths(), data, train);
+        Self::behind(0, rows, data, train, first_step)
+    }
+
+    /// The same when `virtual_tokens` stand in front of every row: a sequence has room for fewer
+    /// rows then.
+    pub fn behind(
+        virtual_tokens: usize,
+        rows: Samples,
+        data: &DataSection,
+        train: &TrainSection,
+        first_step: usize,
+    ) -> Self {
+        let lengths = rows.lengths().map(|length| virtual_tokens + length);
+        let packer = Packer::new(lengths, data, train);
         let mut tokens = packer.tokens();
         let sequences_per_step = train.micro_batch_size * train.gradient_accumulation_steps;
         let by_epochs = ((tokens.len() as f64 * train.epochs).round() as usize).max(1);
@@ -188,7 +202,7 @@ impl Windows {
         self.fill_ratio
     }
 
-    /// Tokens of the largest micro batch there can be.
+    /// Tokens of the largest micro batch there can be, virtual ones among them.
     pub fn max_tokens(&self) -> usize {
         self.max_tokens
     }
@@ -366,6 +380,7 @@ mod tests {
 
     fn rows(lengths: &[usize]) -> Samples {
         let row = |(index, length): (usize, &usize)| Sample {
+            task: 0,
             input_ids: (0..*length).map(|i| (10 * index + i) as u32).collect(),
             labels: (0..*length)
                 .map(|i| if i < 2 { -100 } else { (10 * index + i) as i32 })

@@ -143,6 +143,19 @@ pub enum Error {
         /// What it is.
         found: &'static str,
     },
+    /// A row does not say which task it is of, and the adapter tells tasks apart.
+    #[error(
+        "{place}: task_id must be a whole number below adapter.num_tasks = {tasks}, found {}",
+        found.as_deref().unwrap_or("nothing")
+    )]
+    Task {
+        /// The row.
+        place: Place,
+        /// How many tasks there are.
+        tasks: usize,
+        /// What the row says instead.
+        found: Option<String>,
+    },
     /// A row lacks a column that the chosen format needs.
     #[error(
         "{place}: a row of the format {format} needs the column {column}, found {}",

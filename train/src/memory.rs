@@ -412,6 +412,8 @@ struct Kept<'a> {
     /// Numbers a token that the trained modules keep, by name; none for one that is trained as a
     /// whole.
     modules: BTreeMap<String, usize>,
+    /// Whether what is trained stands in front of the rows.
+    in_front: bool,
 }
 
 impl<'a> Kept<'a> {
@@ -427,7 +429,15 @@ impl<'a> Kept<'a> {
                 modules.insert(layer.name, each + beside.div_ceil(tokens.max(1)));
             }
         }
-        Ok(Self { config, modules })
+        let in_front = match trained {
+            Trained::Adapter(adapter) => !adapter.method.changes_layers(),
+            Trained::Full => false,
+        };
+        Ok(Self {
+            config,
+            modules,
+            in_front,
+        })
     }
 
     /// Numbers a token, for each layer from the first trained one on: those below it keep nothing.
@@ -437,7 +447,7 @@ impl<'a> Kept<'a> {
             let start = format!("model.layers.{index}.");
             self.modules.keys().any(|name| name.starts_with(&start))
         };
-        let first = match self.modules.contains_key("model.embed_tokens") {
+        let first = match self.modules.contains_key("model.embed_tokens") || self.in_front {
             true => 0,
             false => all.clone().find(trained).unwrap_or(all.end),
         };

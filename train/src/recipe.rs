@@ -443,6 +443,7 @@ mod tests {
             "adapter.target_modules=[q_proj, v_proj]",
             "adapter.exclude_modules=.*o_proj",
             "adapter.layers_to_transform=[0, 2]",
+            "adapter.layers_pattern=layers",
             "adapter.rank_pattern={q_proj = 8, 'layers.1' = 4}",
             "adapter.alpha_pattern={v_proj = 2.5}",
             "adapter.modules_to_save=[lm_head]",

@@ -4,7 +4,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use adapters::TrainBackend;
-use adapters::{AdaptedLlama, peft};
+use adapters::{AdaptedLlama, AdapterConfig, peft};
 use burn::tensor::backend::Backend;
 use model::chat::ChatTemplate;
 use model::config::LlamaConfig;
@@ -150,7 +150,7 @@ pub fn start_again<B: TrainBackend>(
 
 fn begin<B: TrainBackend>(
     recipe: Recipe,
-    trained: Trained,
+    mut trained: Trained,
     base: ModelFolder,
     rows: Rows,
     folder: impl FnOnce(&Recipe) -> Result<RunFolder>,
@@ -165,14 +165,19 @@ fn begin<B: TrainBackend>(
             model = peft::load(model, folder, &device)?.0;
             other_base = peft::other_base(&model, folder)?;
         }
-        None => trained.attach(&mut model, recipe.train.seed, &device)?,
+        None => {
+            read_text(&mut trained, &base)?;
+            trained.attach(&mut model, recipe.train.seed, &device)?;
+        }
     }
     let progress = Progress {
         rows: rows.fingerprint(),
         ..Progress::default()
     };
     let folder = folder(&recipe)?.with_events(&recipe, &progress)?;
-    let windows = Windows::new(rows.train, &recipe.data, &recipe.train, progress.step);
+    let virtual_tokens = trained.virtual_tokens();
+    let (data, train) = (&recipe.data, &recipe.train);
+    let windows = Windows::behind(virtual_tokens, rows.train, data, train, progress.step);
     let steps = windows.num_steps();
     let optimizer = trained.optimizer(&model.config, &recipe.train, steps)?;
     let run = assemble(
@@ -180,6 +185,26 @@ fn begin<B: TrainBackend>(
         load_time,
     );
     Ok(Run { other_base, ..run })
+}
+
+/// Tells a method that begins with a text which tokens that has.
+fn read_text(trained: &mut Trained, base: &ModelFolder) -> Result<()> {
+    let Trained::Adapter(AdapterConfig { method, .. }) = trained else {
+        return Ok(());
+    };
+    let Some((text, ids)) = method.text() else {
+        return Ok(());
+    };
+    let problem = |why: &str| Error::Recipe {
+        problems: vec![format!("adapter.prompt_tuning_init_text {why}")],
+    };
+    let tokenizer = base.tokenizer()?;
+    let tokenizer = tokenizer.ok_or_else(|| problem("needs the model's tokenizer.json"))?;
+    *ids = tokenizer.encode(text, true)?.ids;
+    match ids.is_empty() {
+        true => Err(problem("has no tokens")),
+        false => Ok(()),
+    }
 }
 
 /// Refuses a recipe that asks for another run than the one that wrote a checkpoint.
@@ -215,7 +240,8 @@ pub fn resume<B: TrainBackend>(
             checkpoint: checkpoint.into(),
         });
     }
-    let windows = Windows::new(rows.train.clone(), &recipe.data, &recipe.train, 0);
+    let (data, train) = (&recipe.data, &recipe.train);
+    let windows = Windows::behind(trained.virtual_tokens(), rows.train.clone(), data, train, 0);
     if windows.num_steps() < progress.step {
         let (steps, taken) = (windows.num_steps(), progress.step);
         let problem = format!(
@@ -229,7 +255,8 @@ pub fn resume<B: TrainBackend>(
     let model = load_base::<B>(&recipe, &base, &device)?;
     let load_time = start.elapsed();
     let model = trained.restore(model, checkpoint, &device)?;
-    let windows = Windows::new(rows.train, &recipe.data, &recipe.train, progress.step);
+    let virtual_tokens = trained.virtual_tokens();
+    let windows = Windows::behind(virtual_tokens, rows.train, data, train, progress.step);
     let steps = windows.num_steps();
     let optimizer = trained.optimizer(&model.config, &recipe.train, steps)?;
     let names = trained.parameters(&model.config)?; // of which ties may have come apart

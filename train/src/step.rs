@@ -9,6 +9,7 @@ use burn::module::{AutodiffModule, Module, ModuleVisitor, Param};
 use burn::optim::{GradientsAccumulator, GradientsParams};
 use burn::tensor::{Int, Tensor, backend::Backend};
 use burn::train::{InferenceStep, ItemLazy, TrainOutput, TrainStep};
+use model::llama::{Input, Past, only};
 use model::ops;
 use model::rope::Rope;
 
@@ -107,15 +108,16 @@ impl<B: TrainBackend> CausalLm<B> {
         gradients: &mut GradientsAccumulator<AdaptedLlama<B>>,
     ) -> Tensor<B::InnerBackend, 1> {
         let model = &self.model;
-        let (ids, rope) = self.inputs(batch);
+        let input = self.input(batch);
+        let tokens = input.tokens.clone();
         let (x, blocks) = match self.recompute {
-            false => (model.decode(model.embed(ids), &rope, None), None), // [n, d]
+            false => (model.decode(input, None), None), // [n, d]
             true => {
-                let (blocks, x) = Blocks::forward(model, ids, rope);
+                let (blocks, x) = Blocks::forward(model, input);
                 (x, Some(blocks))
             }
         };
-        let hidden = self.predicting(x.clone(), batch); // [m, d]
+        let hidden = self.predicting(only(x.clone(), tokens), batch); // [m, d]
         let (total, d_hidden) = self.loss(hidden.clone().inner(), batch, weight, gradients);
         let mut grads = backward(hidden, d_hidden);
         gradients.accumulate(model, GradientsParams::from_module(&mut grads, model));
@@ -152,8 +154,9 @@ impl<B: TrainBackend> CausalLm<B> {
 impl<B: AdaptedBackend> CausalLm<B> {
     /// The negative log probability of each trained token of a batch, in order.
     pub fn token_nll(&self, batch: &MicroBatch) -> Vec<f32> {
-        let (ids, rope) = self.inputs(batch);
-        let x = self.model.decode(self.model.embed(ids), &rope, None); // [n, d]
+        let input = self.input(batch);
+        let tokens = input.tokens.clone();
+        let x = only(self.model.decode(input, None), tokens); // [n, d]
         let hidden = self.predicting(x, batch); // [m, d]
         let parts = self.parts(hidden, batch);
         let nll = parts.map(|(part, targets)| self.nll(part, targets).into_data());
@@ -166,23 +169,24 @@ impl<B: AdaptedBackend> CausalLm<B> {
         let model = &self.model;
         let is_bad = |x: &Tensor<B, 2>| !x.to_data().iter::<f32>().all(f32::is_finite);
         batches.iter().find_map(|batch| {
-            let (ids, rope) = self.inputs(batch);
-            let mut x = model.embed(ids); // [n, d]
+            let input = self.input(batch);
+            let mut x = input.x; // [n, d]
             if is_bad(&x) {
                 return Some("model.embed_tokens".into());
             }
             model.layers.iter().enumerate().find_map(|(index, layer)| {
-                x = layer.forward(x.clone(), &rope, None);
+                let past = Past::of(&input.prefix, index);
+                x = layer.forward(x.clone(), &input.rope, past);
                 is_bad(&x).then(|| format!("model.layers.{index}"))
             })
         })
     }
 
-    /// Token ids `[n]` and where they stand.
-    fn inputs(&self, batch: &MicroBatch) -> (Tensor<B, 1, Int>, Rope<B>) {
+    /// What the decoder layers read of a batch.
+    fn input(&self, batch: &MicroBatch) -> Input<B> {
         let device = self.model.norm.weight.val().device();
         let rope = Rope::new(&self.model.config, batch.segments().clone(), &device);
-        (batch.input_ids(&device), rope)
+        self.model.input(batch.input_ids(&device), &rope)
     }
 
     /// Of hidden states `[n, d]`, the normed ones `[m, d]` that predict the trained tokens.

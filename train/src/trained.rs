@@ -19,6 +19,10 @@ use crate::run_folder::io;
 const EXACT_FILE: &str = "trained.safetensors";
 
 /// What is trained.
+#[allow(
+    clippy::large_enum_variant,
+    reason = "a run has one, and it is matched on everywhere"
+)]
 #[derive(Debug, Clone, PartialEq)]
 pub enum Trained {
     /// An adapter; saved in PEFT's format.
@@ -69,6 +73,19 @@ impl Trained {
         let rates = rates.filter(|(_, rate)| *rate != 1.0).collect();
         let after = adapter.method.after_step(&adapter.layers(config)?, steps);
         Ok(optimizer.with(rates, after))
+    }
+
+    /// Numbers in the file that is saved.
+    pub fn num_saved(&self, config: &LlamaConfig) -> Result<u64> {
+        match self {
+            Self::Adapter(adapter) => Ok(adapter.num_saved(config)?),
+            Self::Full => self.num_params(config),
+        }
+    }
+
+    /// How many virtual tokens stand beside the tokens of every row.
+    pub fn virtual_tokens(&self) -> usize {
+        self.method().map_or(0, Method::positions)
     }
 
     /// Number of trained weights.

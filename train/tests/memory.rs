@@ -58,6 +58,7 @@ fn config(vocabulary: usize) -> LlamaConfig {
 fn window([rows, length]: [usize; 2]) -> Window {
     let ids = |row: usize| (0..length).map(move |i| (row * 31 + i * 7) % VOCABULARY);
     let sample = |row: usize| Sample {
+        task: 0,
         input_ids: ids(row).map(|id| id as u32).collect(),
         labels: ids(row).map(|id| id as i32).collect(),
     };

@@ -229,7 +229,7 @@ impl Settings for LoraSettings {
             "needs adapter.loraplus_lr_ratio".into(),
         );
         let mut all_ranks = self.rank_pattern.0.iter().map(|(_, rank)| *rank);
-        let is_even = self.rank % 2 == 0 && all_ranks.all(|rank| rank % 2 == 0);
+        let is_even = self.rank.is_multiple_of(2) && all_ranks.all(|rank| rank.is_multiple_of(2));
         let orthogonal = self.init == LoraInit::Orthogonal;
         unless(
             !orthogonal || is_even,

@@ -311,4 +311,7 @@ pub struct SamplingArgs {
     /// Decides the random numbers of a temperature above 0: the same seed, the same text [default: 42]
     #[arg(long, allow_negative_numbers = true)]
     pub seed: Option<u64>,
+    /// The task of the text, for an adapter that tells tasks apart (mpt) [default: 0]
+    #[arg(long, allow_negative_numbers = true)]
+    pub task_id: Option<usize>,
 }

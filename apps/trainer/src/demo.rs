@@ -182,6 +182,7 @@ fn ask(
             base: ModelFolder::open(&place.base)?,
             adapter: adapter.map(Path::to_path_buf),
             scheme: place.recipe.quantization.scheme(),
+            task: None,
             output: *output,
         },
         questions,

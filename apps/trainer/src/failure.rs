@@ -236,6 +236,10 @@ fn train_advice(error: &train::Error) -> &'static str {
             "raise data.max_length, or correct these rows: every one needs a token to train on"
         }
         E::EvalFraction { .. } => "set another data.eval_fraction, or give more rows",
+        E::Task { .. } => {
+            "give every row the number of its task, from 0 on, as \"task_id\", or raise \
+             adapter.num_tasks"
+        }
         E::UnknownColumns { found, .. } | E::MissingColumn { found, .. } if matches!(&found[..], [one] if one.contains([';', '\t', '|'])) => {
             "separate the columns by commas (.csv) or by tabs (.tsv)"
         }
@@ -264,7 +268,8 @@ fn adapter_advice(error: &adapters::Error) -> &'static str {
         }
         E::Quantized { .. } => "give the original model",
         E::Merge { .. } => {
-            "merge fewer adapters at a time, leave weights of 1 out, or merge --onto original"
+            "merge fewer adapters at a time, leave weights of 1 out, merge --onto original, or give \
+             what cannot be merged to --adapter of eval, generate and chat"
         }
         E::NoOriginal { .. } => "give the original model by --model, or leave --onto original out",
         E::NotFinite { .. } => "check the weights of the adapter, and the weight it is given",

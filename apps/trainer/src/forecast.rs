@@ -89,9 +89,11 @@ impl Asked<'_> {
         let (data, train) = (&recipe.data, &recipe.train);
         let random = recipe.model.init == ModelInit::Random;
         let scheme = recipe.quantization.scheme();
-        let most = train.micro_batch_size.saturating_mul(data.max_length);
+        let virtual_tokens = self.trained.virtual_tokens();
+        let sequence = data.max_length.saturating_add(virtual_tokens);
+        let most = train.micro_batch_size.saturating_mul(sequence);
         let tokens = self.rows.map_or(most, |rows| {
-            Windows::new(rows.train.clone(), data, train, 0).max_tokens()
+            Windows::behind(virtual_tokens, rows.train.clone(), data, train, 0).max_tokens()
         });
         let longest = self.rows.and_then(|rows| rows.train.lengths().max());
         let longest = longest.unwrap_or(data.max_length);
@@ -104,7 +106,7 @@ impl Asked<'_> {
                 false => base_bytes(self.base, scheme)?.min(u64::MAX / 32),
             },
             tokens: tokens.min(most),
-            longest: longest.min(data.max_length),
+            longest: longest.min(data.max_length).saturating_add(virtual_tokens),
             accumulates: train.gradient_accumulation_steps > 1,
             recompute: false,
             place: self.place,

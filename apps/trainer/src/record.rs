@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use ::train::fit::{Outcome, Run, Stopped};
 use ::train::recipe::Recipe;
@@ -28,6 +28,8 @@ const BURN_VERSION: &str = "0.21.0";
 pub struct Known {
     /// When the program began.
     pub start: Instant,
+    /// Reading, encoding and checking the rows.
+    pub rows_time: Duration,
     /// The rows in use.
     pub rows: Rows,
     /// Training rows that were left out.

@@ -76,20 +76,16 @@ impl From<RepoInfo> for Listing {
 }
 
 impl Listing {
-    /// The listed checksum of a file and that of `path`, if they differ.
-    pub(super) fn other_checksum(
-        &self,
-        file: &str,
-        path: &Path,
-    ) -> io::Result<Option<(String, String)>> {
+    /// Whether a file has the checksum that is listed, if one is.
+    pub(super) fn is_listed(&self, file: &str, path: &Path) -> io::Result<bool> {
         let Some(listed) = self.checksums.get(file) else {
-            return Ok(None);
+            return Ok(true);
         };
         let found = match listed.len() {
             SHA256_DIGITS => sha256(&mut fs::File::open(path)?)?,
             _ => git_sha1(&fs::read(path)?),
         };
-        Ok((found != *listed).then(|| (listed.clone(), found)))
+        Ok(found == *listed)
     }
 
     pub(super) fn has(&self, file: &str) -> bool {

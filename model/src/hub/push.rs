@@ -4,24 +4,22 @@
 //!
 //! Source: the requests of `huggingface_hub`'s `create_repo`, `create_branch` and `create_commit`.
 
-use std::fs::{self, File};
-use std::io::{self, Cursor, Read, Seek, SeekFrom};
-use std::path::PathBuf;
-
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use super::digest::{git_sha1, sha256};
+use super::digest::git_sha1;
 use super::id::{HubId, is_commit, is_plain_path};
 use super::listing::RepoInfo;
 use super::{Hub, INDEX};
 use crate::error::{Error, Result};
 use client::{Answer, Client, JSON, Sent, retry};
+pub use content::{Content, PushFile};
 use lfs::Large;
 
 mod client;
+mod content;
 mod lfs;
 
 /// Bytes from which the Hub judges a file.
@@ -40,24 +38,6 @@ pub struct Push<'a> {
     pub summary: &'a str,
     /// The files.
     pub files: Vec<PushFile>,
-}
-
-/// A file of a repository.
-#[derive(Debug, Clone)]
-pub struct PushFile {
-    /// Its path there.
-    pub name: String,
-    /// What is in it.
-    pub content: Content,
-}
-
-/// Where the bytes of a file are.
-#[derive(Debug, Clone)]
-pub enum Content {
-    /// On the disk.
-    File(PathBuf),
-    /// Here.
-    Bytes(Vec<u8>),
 }
 
 /// What happens during a push.
@@ -113,55 +93,6 @@ pub struct Pushed {
     pub removed: Vec<String>,
     /// Files that the repository's `.gitignore` keeps out.
     pub ignored: Vec<String>,
-}
-
-impl Content {
-    fn size(&self) -> Result<u64> {
-        match self {
-            Content::File(path) => Ok(fs::metadata(path).map_err(|e| self.unread(e))?.len()),
-            Content::Bytes(bytes) => Ok(bytes.len() as u64),
-        }
-    }
-
-    /// The bytes from `start` on.
-    fn open(&self, start: u64) -> Result<Box<dyn Read + '_>> {
-        match self {
-            Content::File(path) => {
-                let mut file = File::open(path).map_err(|e| self.unread(e))?;
-                file.seek(SeekFrom::Start(start))
-                    .map_err(|e| self.unread(e))?;
-                Ok(Box::new(file))
-            }
-            Content::Bytes(bytes) => {
-                let mut bytes = Cursor::new(bytes.as_slice());
-                bytes.set_position(start);
-                Ok(Box::new(bytes))
-            }
-        }
-    }
-
-    fn read(&self, most: u64) -> Result<Vec<u8>> {
-        let mut bytes = Vec::new();
-        let read = self.open(0)?.take(most).read_to_end(&mut bytes);
-        read.map_err(|e| self.unread(e))?;
-        Ok(bytes)
-    }
-
-    fn sha256(&self) -> Result<String> {
-        sha256(&mut *self.open(0)?).map_err(|e| self.unread(e))
-    }
-
-    fn unread(&self, source: io::Error) -> Error {
-        let path = match self {
-            Content::File(path) => path.clone(),
-            Content::Bytes(_) => PathBuf::new(), // in memory, where reading cannot fail
-        };
-        Error::Io {
-            action: "read",
-            path,
-            source,
-        }
-    }
 }
 
 /// What the Hub thinks of a file.

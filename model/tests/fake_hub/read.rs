@@ -52,15 +52,16 @@ fn about(request: &Request, rest: &str, shelf: &Shelf) -> Answer {
         Some((what @ ("revision" | "tree"), revision)) => (what, revision),
         _ => ("revision", "main"),
     };
-    let Some(commit) = repo.commit(revision) else {
+    let Some((commit, folder)) = in_repo(repo, revision) else {
         return no_revision(revision);
     };
     let files = &repo.commits[commit];
     let json = match what {
-        "tree" => files
+        "tree" if folder.is_empty() => files
             .iter()
             .map(|(name, bytes)| entry(name, bytes))
             .collect(),
+        "tree" => return Answer::new(404).because("EntryNotFound"), // there are no folders
         _ => {
             let with_blobs = request.query.contains("blobs=true");
             let sibling = |(name, bytes): (&String, &Vec<u8>)| sibling(name, bytes, with_blobs);
@@ -72,6 +73,13 @@ fn about(request: &Request, rest: &str, shelf: &Shelf) -> Answer {
     Answer::new(200)
         .header("Content-Type", "application/json")
         .with(json.to_string())
+}
+
+/// The commit and the path of `REVISION/PATH`; the name of a branch may have slashes.
+fn in_repo<'r, 'p>(repo: &'r Repo, place: &'p str) -> Option<(&'r str, &'p str)> {
+    let ends = place.match_indices('/').map(|(at, _)| at);
+    let mut splits = ends.chain([place.len()]).map(|at| place.split_at(at));
+    splits.find_map(|(revision, path)| Some((repo.commit(revision)?, path.trim_start_matches('/'))))
 }
 
 fn sibling(name: &str, bytes: &[u8], with_blobs: bool) -> Value {
@@ -116,10 +124,10 @@ fn file(request: &Request, path: &str, shelf: &mut Shelf, url: &str) -> Answer {
     let Some(repo) = open(shelf, &name, request) else {
         return no_repository();
     };
-    let (revision, file) = rest.split_once('/').unwrap();
-    let Some(commit) = repo.commit(revision).map(str::to_string) else {
-        return no_revision(revision);
+    let Some((commit, file)) = in_repo(repo, rest) else {
+        return no_revision(rest);
     };
+    let commit = commit.to_string();
     let Some(bytes) = repo.file(&commit, file).map(<[u8]>::to_vec) else {
         return Answer::new(404).because("EntryNotFound");
     };

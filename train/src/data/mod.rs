@@ -56,6 +56,8 @@ pub struct Settings {
     pub max_length: usize,
     /// What happens to longer rows.
     pub truncate: Truncate,
+    /// How many tasks there are, if the adapter tells them apart: each row then says which it is of.
+    pub tasks: Option<usize>,
 }
 
 /// The samples of some files, and what there is to report about them.
@@ -134,8 +136,13 @@ impl Preparation<'_> {
         let (settings, encoder) = (self.settings, self.encoder);
         let encode = |row: RawRow| {
             let place = row.place.clone();
-            let content = rows::read_content(&row.parse()?, settings.format)?;
-            let encoded = fit(encoder.encode(&place, content)?, &place, settings)?;
+            let row = row.parse()?;
+            let content = rows::read_content(&row, settings.format)?;
+            let mut encoded = encoder.encode(&place, content)?;
+            if let Some(tasks) = settings.tasks {
+                encoded.sample.task = row.task(tasks)?;
+            }
+            let encoded = fit(encoded, &place, settings)?;
             Ok((place, encoded))
         };
         self.chunk_bytes = 0;

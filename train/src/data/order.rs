@@ -56,6 +56,7 @@ mod tests {
 
     fn samples(rows: u32) -> Samples {
         let sample = |id| Sample {
+            task: 0,
             input_ids: vec![id],
             labels: vec![-100],
         };

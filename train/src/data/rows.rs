@@ -161,6 +161,23 @@ pub(super) fn read_content(row: &Row, format: Format) -> Result<Content> {
 }
 
 impl Row {
+    /// The task that the row is of, one of so many; where there is but one, it need not say so.
+    pub(super) fn task(&self, tasks: usize) -> Result<u32> {
+        let task = match self.columns.get("task_id") {
+            None | Some(Value::Null) if tasks == 1 => Some(0),
+            Some(Value::Number(number)) => number.as_u64(),
+            Some(Value::String(text)) => text.trim().parse().ok(), // a cell of a table
+            _ => None,
+        };
+        let task = task.and_then(|task| u32::try_from(task).ok());
+        let task = task.filter(|task| (*task as usize) < tasks);
+        task.ok_or_else(|| Error::Task {
+            place: self.place.clone(),
+            tasks,
+            found: self.columns.get("task_id").map(Value::to_string),
+        })
+    }
+
     /// Whether the row has something in a column; a table's rows have null where there is nothing.
     fn has(&self, column: &str) -> bool {
         self.columns

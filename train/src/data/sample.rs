@@ -22,6 +22,8 @@ pub struct Sample {
     /// For each token its id where it is trained, else [`IGNORED`]. Not shifted: the loss compares
     /// the label at each place with the prediction made one place before it.
     pub labels: Vec<i32>,
+    /// The task that it is of, for adapters that tell tasks apart; else 0.
+    pub task: u32,
 }
 
 impl Sample {
@@ -166,7 +168,11 @@ impl Encoder {
         };
         let labels = labels.iter().map(label).collect::<Result<Vec<_>>>()?;
         Ok(Encoded {
-            sample: Sample { input_ids, labels },
+            sample: Sample {
+                input_ids,
+                labels,
+                task: 0,
+            },
             lacks_end_marker: false,
             is_text: false,
             is_alpaca: false,
@@ -241,7 +247,11 @@ fn ends_twice_in(ids: &[u32], eos: Option<u32>) -> bool {
 
 fn text_sample(input_ids: Vec<u32>, labels: Vec<i32>, ends_with_marker: bool) -> Encoded {
     Encoded {
-        sample: Sample { input_ids, labels },
+        sample: Sample {
+            input_ids,
+            labels,
+            task: 0,
+        },
         lacks_end_marker: !ends_with_marker,
         is_text: true,
         is_alpaca: false,

@@ -33,7 +33,7 @@ struct Entry {
     trained: u32,
     /// How many ranges of trained tokens follow the token ids, or [`EVERY_LABEL`].
     ranges: u32,
-    padding: u32,
+    task: u32,
 }
 
 /// The labels stand there one by one, because some are other tokens than the row's own.
@@ -75,7 +75,11 @@ impl Samples {
                 labels
             }
         };
-        Sample { input_ids, labels }
+        Sample {
+            input_ids,
+            labels,
+            task: entry.task,
+        }
     }
 
     /// All samples in order.
@@ -191,7 +195,7 @@ impl SamplesWriter {
             tokens: count(sample.input_ids.len()),
             trained: count(sample.trained_tokens()),
             ranges,
-            padding: 0,
+            task: sample.task,
         };
         self.hash.update(bytemuck::cast_slice(&self.buffer));
         self.words.extend(&self.buffer)?;
@@ -249,7 +253,9 @@ mod tests {
             0..5u32,
             prop_oneof![4 => Just(None), 4 => Just(Some(0)), 1 => (0..2).prop_map(Some)],
         );
-        prop::collection::vec(token, 0..20).prop_map(|tokens| Sample {
+        let tokens = prop::collection::vec(token, 0..20);
+        (tokens, 0..3u32).prop_map(|(tokens, task)| Sample {
+            task,
             input_ids: tokens.iter().map(|(id, _)| *id).collect(),
             labels: tokens
                 .iter()
@@ -271,6 +277,7 @@ mod tests {
     #[test]
     fn a_selection_has_its_own_order_and_digest() -> Result<()> {
         let one = |id| Sample {
+            task: 0,
             input_ids: vec![id, id],
             labels: vec![IGNORED, id as i32],
         };

@@ -24,6 +24,7 @@ fn settings() -> Settings {
         format: Format::Auto,
         max_length: 1024,
         truncate: Truncate::Drop,
+        tasks: None,
     }
 }
 
@@ -924,6 +925,7 @@ fn a_sample_is_shown_as_text_with_its_trained_parts() {
         .map(|range| shown.text[range.clone()].to_owned());
     assert_eq!(trained.collect::<Vec<_>>(), parts);
     let ids = Sample {
+        task: 0,
         input_ids: vec![7, 8, 90],
         labels: vec![7, IGNORED, 90],
     };

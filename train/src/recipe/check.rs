@@ -3,7 +3,7 @@
 use std::borrow::Cow;
 use std::fmt::Display;
 
-use adapters::Method;
+use adapters::{Method, Selection};
 use serde::Serialize;
 use toml::Table;
 
@@ -38,6 +38,13 @@ pub(super) fn unused(recipe: &Recipe) -> Vec<Unused> {
     if recipe.adapter.is_full() {
         let reason = "adapter.method = \"full\" trains all weights, without an adapter";
         all.extend(all_but("method", "adapter", &recipe.adapter, reason));
+    }
+    if !recipe.adapter.is_full() && !recipe.adapter.settings.changes_layers() {
+        let reason = "what this method trains stands in front of the rows, and adapts no layers";
+        let selection = adapters::methods::keys_of::<Selection>();
+        let meant = |key: &str| selection.iter().any(|known| key.ends_with(known));
+        let all_keys = all_but("method", "adapter", &recipe.adapter, reason);
+        all.extend(all_keys.filter(|unused| meant(&unused.key)));
     }
     if recipe.quantization.format == "none" {
         let reason = "quantization.format is \"none\"";

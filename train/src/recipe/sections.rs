@@ -230,7 +230,11 @@ impl<'de> Deserialize<'de> for AdapterSection {
         let known = adapters::methods::keys_of::<Selection>();
         let is_selection = |(key, _): &(String, Value)| known.contains(key);
         let (selection, settings): (Vec<_>, Vec<_>) = table.into_iter().partition(is_selection);
+        let has_targets = selection.iter().any(|(key, _)| key == "target_modules");
         section.selection = over(&section.selection, selection).map_err(within)?;
+        if !has_targets {
+            section.selection.target_modules = section.settings.default_targets();
+        }
         let settings = Value::Table(Table::from_iter(settings));
         section.settings =
             Method::deserialize(section.settings.name(), settings).map_err(within)?;
@@ -330,6 +334,7 @@ impl DataSection {
             format: self.format,
             max_length: self.max_length,
             truncate: self.truncate,
+            tasks: None,
         }
     }
 }
@@ -366,9 +371,18 @@ impl AdapterSection {
     /// The settings of the adapter.
     pub fn config(&self) -> AdapterConfig {
         AdapterConfig {
-            selection: self.selection.clone(),
+            selection: match self.settings.changes_layers() {
+                true => self.selection.clone(),
+                false => Self::of(&self.method).selection, // it has none
+            },
             method: self.settings.clone(),
         }
+    }
+
+    /// How many tasks the adapter tells apart, if it does.
+    pub fn tasks(&self) -> Option<usize> {
+        let tasks = self.settings.tasks();
+        tasks.filter(|_| !self.is_full())
     }
 
     /// Takes over the settings of an adapter that training continues from, but those that `given`

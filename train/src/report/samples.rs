@@ -32,6 +32,8 @@ pub struct Prompt {
     pub ids: Vec<u32>,
     /// The row's own continuation.
     pub expected: Vec<u32>,
+    /// The row's task.
+    pub task: usize,
 }
 
 /// A continuation.
@@ -71,6 +73,7 @@ fn prompt(row: &Sample) -> Option<Prompt> {
     fits.then(|| Prompt {
         ids: row.input_ids[..start].to_vec(),
         expected: row.input_ids[start..end].to_vec(),
+        task: row.task as usize,
     })
 }
 
@@ -98,7 +101,7 @@ fn continued<B: AdaptedBackend>(
     deadline: Instant,
 ) -> Answer {
     let mut answer = Answer::default();
-    let mut generator = Generator::new(model, device);
+    let mut generator = Generator::new(model, device).of_task(prompt.task);
     // read in parts, since a prompt may take longer than there is time
     let (mut read, mut part) = (0, FIRST_TOKENS);
     while read < prompt.ids.len() {
@@ -144,6 +147,7 @@ mod tests {
 
     fn row(labels: &[i32]) -> Sample {
         Sample {
+            task: 0,
             input_ids: (0..labels.len() as u32).collect(),
             labels: labels.to_vec(),
         }
@@ -171,6 +175,7 @@ mod tests {
     fn evaluation_rows_come_first() {
         let rows = |count: usize, first: u32| {
             let one = |_| Sample {
+                task: 0,
                 input_ids: vec![first, 1, 2, 3],
                 labels: vec![-100, -100, 2, 3],
             };

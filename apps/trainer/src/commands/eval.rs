@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use ::train::batch::{EvalBatches, MicroBatch};
-use ::train::data::prepare;
+use ::train::data::{Settings, prepare};
 use ::train::evaluate::{Evaluation, evaluate};
 use ::train::recipe::Recipe;
 use ::train::step::CausalLm;
@@ -38,7 +38,11 @@ pub fn run(args: EvalArgs, device: &str, output: &Output) -> Result<ExitCode> {
     let encoder = encoder::open(&adapted.base, &recipe.data)?;
     check_folder(args.per_token.as_deref())?;
     let paths = open_data(&args.data, output)?;
-    let rows = prepare(&paths, &recipe.data.settings(), &encoder)?;
+    let settings = Settings {
+        tasks: adapted.tasks()?,
+        ..recipe.data.settings()
+    };
+    let rows = prepare(&paths, &settings, &encoder)?;
     for problem in problems_of("these rows", &rows, &encoder) {
         output.note(format_args!("warning: {problem}"));
     }

@@ -7,7 +7,7 @@ use adapters::TrainBackend;
 use anyhow::Result;
 use model::chat::{ChatTemplate, Message};
 use model::folder::ModelFolder;
-use model::generate::{FinishReason, Generation, Sampling, generate};
+use model::generate::{FinishReason, Generation, Generator, Sampling};
 use model::tokenizer::{DecodeStream, Tokenizer};
 use serde_json::json;
 
@@ -28,6 +28,8 @@ pub fn run(args: GenerateArgs, device: &str, output: &Output) -> Result<ExitCode
         &device,
         output,
     )?;
+    adapted.task = args.sampling.task_id;
+    let task = adapted.task()?;
     if args.chat {
         adapted.choose_template(args.chat_template.as_deref())?;
     }
@@ -45,6 +47,7 @@ pub fn run(args: GenerateArgs, device: &str, output: &Output) -> Result<ExitCode
         prompt,
         max_new_tokens: args.max_new_tokens as usize,
         sampling,
+        task,
         answer: &mut answer,
     })?;
     let text = answer.finish()?;
@@ -242,6 +245,7 @@ struct GenerateJob<'a, 't> {
     prompt: Vec<u32>,
     max_new_tokens: usize,
     sampling: Sampling,
+    task: usize,
     answer: &'a mut Answer<'t>,
 }
 
@@ -252,13 +256,12 @@ impl Job for GenerateJob<'_, '_> {
         let model = self.adapted.load::<B::InnerBackend>(&device)?;
         let stop = &self.adapted.base.generation.eos_token_ids;
         let mut show = |id| self.answer.push(id);
-        let generation = generate(
-            &model,
+        let mut generator = Generator::new(&model, &device).of_task(self.task);
+        let generation = generator.generate(
             &self.prompt,
             self.max_new_tokens,
             stop,
             self.sampling,
-            &device,
             &mut show,
         )?;
         Ok(generation)

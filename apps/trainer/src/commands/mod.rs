@@ -174,6 +174,8 @@ pub struct Adapted {
     pub adapter: Option<PathBuf>,
     /// What the linear layers are quantised to.
     pub scheme: Option<Scheme>,
+    /// The task that texts are asked to be of.
+    pub task: Option<usize>,
     /// Where loading is reported.
     pub output: Output,
 }
@@ -203,6 +205,7 @@ impl Adapted {
             base,
             adapter,
             scheme,
+            task: None,
             output: *output,
         })
     }
@@ -210,6 +213,42 @@ impl Adapted {
     /// Takes the chat template that is named, else the adapter's, else the model's.
     pub fn choose_template(&mut self, named: Option<&str>) -> Result<()> {
         choose_template(&mut self.base, self.adapter.as_deref(), named)
+    }
+
+    /// How many tasks the adapter tells apart, if it does.
+    pub fn tasks(&self) -> Result<Option<usize>> {
+        let config = self.adapter.as_deref().map(peft::read_config);
+        Ok(config.transpose()?.and_then(|config| config.method.tasks()))
+    }
+
+    /// The task of a text.
+    ///
+    /// # Errors
+    /// If the adapter does not know the one that is asked for.
+    pub fn task(&self) -> Result<usize> {
+        let tasks = self.tasks()?;
+        match (tasks, self.task) {
+            (None, None) => Ok(0),
+            (Some(tasks), Some(task)) if task < tasks => Ok(task),
+            (Some(tasks), None) => {
+                if tasks > 1 {
+                    let note = format_args!("task 0 of {tasks} (--task-id names another)");
+                    self.output.note(note);
+                }
+                Ok(0)
+            }
+            (Some(tasks), Some(task)) => Err(Advised::usage(
+                format!("--task-id {task} is no task of the adapter, which has {tasks}"),
+                format!("give a number from 0 to {}", tasks - 1),
+            )
+            .into()),
+            (None, Some(_)) => Err(Advised::usage(
+                "--task-id needs an adapter that tells tasks apart",
+                "give --adapter one that was trained with adapter.method = \"mpt\", or leave \
+                 --task-id out",
+            )
+            .into()),
+        }
     }
 
     /// Loads the model and puts the adapter on it.

@@ -8,6 +8,7 @@ use ::train::memory::Memory;
 use ::train::recipe::Recipe;
 use ::train::run_folder::check_empty;
 use ::train::session;
+use ::train::trained::Trained;
 use anyhow::Result;
 use model::hub::Files;
 use serde::Serialize;
@@ -85,7 +86,7 @@ pub fn run(args: RecipeArgs, device: &str, output: &Output) -> Result<ExitCode> 
     let hopeless = check_training_memory(&recipe, &trained, &base, trainable_params, &device);
     problems.extend(hopeless.err().map(|error| format!("{error:#}")));
     problems.extend(forecast.problem);
-    let data = read.map(|read| plan_data(&recipe, read));
+    let data = read.map(|read| plan_data(&recipe, &trained, read));
     let warm_up = data
         .as_ref()
         .and_then(|data| all_warm_up(&recipe, data.steps));
@@ -98,7 +99,7 @@ pub fn run(args: RecipeArgs, device: &str, output: &Output) -> Result<ExitCode> 
         trainable_params,
         all_params,
         trainable_percent: 100.0 * trainable_params as f64 / all_params as f64,
-        adapter_bytes: size_of::<f32>() as u64 * trainable_params,
+        adapter_bytes: size_of::<f32>() as u64 * trained.num_saved(&base.config)?,
         predicted_peak_bytes: forecast.memory.total(),
         breakdown: forecast.memory,
         recompute: forecast.recompute,
@@ -109,9 +110,15 @@ pub fn run(args: RecipeArgs, device: &str, output: &Output) -> Result<ExitCode> 
     Ok(ExitCode::SUCCESS)
 }
 
-fn plan_data(recipe: &Recipe, read: ReadRows) -> DataPlan {
+fn plan_data(recipe: &Recipe, trained: &Trained, read: ReadRows) -> DataPlan {
     let rows = read.rows.train;
-    let windows = Windows::new(rows.clone(), &recipe.data, &recipe.train, 0);
+    let windows = Windows::behind(
+        trained.virtual_tokens(),
+        rows.clone(),
+        &recipe.data,
+        &recipe.train,
+        0,
+    );
     DataPlan {
         rows: rows.len(),
         dropped_rows: read.dropped_rows,

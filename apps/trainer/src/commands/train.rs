@@ -7,7 +7,7 @@ mod rows;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use ::train::fit::{Event, Outcome, fit};
 use ::train::memory::Compared;
@@ -118,7 +118,9 @@ pub fn launch(
     // what does not fit is said before anything is loaded
     let trainable = session::num_params(&recipe, &trained, &base.config)?;
     check_training_memory(&recipe, &trained, &base, trainable, &device)?;
+    let reading = Instant::now();
     let read = read_rows(&recipe, &base, output)?;
+    let rows_time = reading.elapsed();
     read.show_examples(output);
     let forecast = forecast(&recipe, &trained, &base, Some(&read.rows), &device)?;
     forecast.tell(output);
@@ -126,6 +128,7 @@ pub fn launch(
     let job = TrainJob {
         known: Known {
             start,
+            rows_time,
             rows: read.rows.clone(),
             dropped_rows: read.dropped_rows,
             warnings: read
@@ -261,10 +264,18 @@ impl Job for TrainJob {
             run: self.folder.clone(),
             source,
         };
+        let (start, rows_time) = (known.start, known.rows_time);
+        let (asking, load_time) = (Instant::now(), run.load_time);
         let record = Record::begin(&mut run, known).map_err(|error| match error.downcast() {
             Ok(source) => unfinished(source).into(),
             Err(error) => error,
         })?;
+        output.note(ready(
+            start.elapsed(),
+            rows_time,
+            load_time,
+            asking.elapsed(),
+        ));
         let (so_far, left, told) = (record.so_far(), self.folder.clone(), output);
         signals::at_once(move || {
             Left::find(&left).tell(&told);
@@ -284,6 +295,15 @@ impl Job for TrainJob {
             Err(source) => Err(unfinished(source).into()),
         }
     }
+}
+
+/// How long it took from the start of the program to the first step, and what most of that was.
+fn ready(all: Duration, rows: Duration, weights: Duration, answers: Duration) -> String {
+    let [all, rows, weights, answers] = [all, rows, weights, answers].map(|x| x.as_secs_f64());
+    format!(
+        "ready for the first step after {all:.1} s: rows {rows:.1} s, weights {weights:.1} s, \
+         answers for the report {answers:.1} s"
+    )
 }
 
 /// Weights of the base model and of what is added to it, as PEFT's `print_trainable_parameters`.

@@ -42,6 +42,8 @@ pub fn run(args: ChatArgs, device: &str, output: &Output) -> Result<ExitCode> {
     }
     let used = shelf.first();
     adapted.adapter = used.as_ref().map(|adapter| adapter.folder.clone());
+    adapted.task = args.sampling.task_id;
+    adapted.task()?;
     adapted.choose_template(args.chat_template.as_deref())?;
     let max_new_tokens = args.max_new_tokens as usize;
     let conversation = Conversation::new(&adapted.base, args.system.as_deref(), max_new_tokens)?;
@@ -113,7 +115,7 @@ impl ChatJob {
         device: &B::Device,
         lines: &mut Lines,
     ) -> Result<Next> {
-        let mut generator = Generator::new(model, device);
+        let mut generator = Generator::new(model, device).of_task(self.adapted.task()?);
         loop {
             let line = match lines.next()? {
                 Line::Text(line) => line,
@@ -250,7 +252,8 @@ impl ChatJob {
         self.adapted.adapter = adapter.as_ref().map(|adapter| adapter.folder.clone());
         let changed = self
             .adapted
-            .choose_template(self.chat_template.as_deref())
+            .task()
+            .and_then(|_| self.adapted.choose_template(self.chat_template.as_deref()))
             .and_then(|()| self.adapted.adapt(base.clone(), device))
             .and_then(|model| Ok((model, self.conversation.set_template(&self.adapted.base)?)));
         match changed {

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use anyhow::Result;
 use model::folder::ModelFolder;
 use train::data::check::Spread;
-use train::data::{Encoder, Prepared, Samples, prepare, split};
+use train::data::{Encoder, Prepared, Samples, Settings, prepare, split};
 use train::recipe::Recipe;
 use train::session::Rows;
 
@@ -46,10 +46,14 @@ impl ReadRows {
 pub fn read_rows(recipe: &Recipe, base: &ModelFolder, output: &Output) -> Result<ReadRows> {
     let data = &recipe.data;
     let encoder = encoder::open(base, data)?;
+    let settings = Settings {
+        tasks: recipe.adapter.tasks(),
+        ..data.settings()
+    };
     let mut problems = Vec::new();
     let mut read = |what: &str, paths: &[PathBuf]| -> Result<Prepared> {
         let paths = open_data(paths, output)?;
-        let prepared = prepare(&paths, &data.settings(), &encoder)?;
+        let prepared = prepare(&paths, &settings, &encoder)?;
         output.note(counts(what, &prepared));
         problems.extend(labels::warnings(what, &prepared, &encoder, base)?);
         Ok(prepared)
