@@ -15,7 +15,7 @@ use hf_hub::api::sync::{Api, ApiBuilder, ApiError};
 use hf_hub::{Cache, CacheRepo};
 
 use crate::error::{Error, Result};
-pub use dataset::DATASETS;
+pub use dataset::{DATASETS, describes_data, held_out, to_train_on};
 use id::{HubId, is_commit};
 use listing::{Listing, RepoInfo, shards};
 pub use push::{Content, Push, PushFile, Pushed, UploadEvent};

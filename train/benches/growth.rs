@@ -9,13 +9,12 @@ use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::time::Instant;
 
-use adapters::methods::lora::LoraSettings;
-use adapters::{AdapterConfig, Selection};
 use burn::backend::{Autodiff, Flex};
 use burn::train::TrainStep;
 use model::config::LlamaConfig;
 use train::batch::{MicroBatch, Window};
 use train::data::Sample;
+use train::recipe::{Recipe, parse_setting};
 use train::step::CausalLm;
 
 /// The system's allocator, with a count of the bytes that are held.
@@ -100,17 +99,13 @@ fn language_model(case: &Case, recompute: bool) -> CausalLm<Autodiff<Flex>> {
         "num_key_value_heads": 3, "rope_theta": 100000.0, "tie_word_embeddings": true,
     });
     let config = LlamaConfig::from_json(&json).expect("a good config");
-    let lora = LoraSettings {
-        rank: case.rank,
-        ..LoraSettings::default()
-    };
-    let adapter = AdapterConfig {
-        selection: Selection::default(),
-        method: lora.into(),
-    };
+    let rank = format!("adapter.rank={}", case.rank);
+    let given = ["model.path=m", "data.train=d", &rank];
+    let given = given.map(|setting| parse_setting(setting).expect("a setting"));
+    let recipe = Recipe::read(None, &given).expect("a good recipe");
     let device = Default::default();
     let mut model = adapters::init(&config, 1, &device);
-    adapters::attach(&mut model, &adapter, 1, &device).expect("it fits");
+    adapters::attach(&mut model, &recipe.adapter.config(), 1, &device).expect("it fits");
     CausalLm {
         model,
         method: None,

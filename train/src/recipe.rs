@@ -280,8 +280,8 @@ mod tests {
                 "train.recompute: unknown variant `layer`, expected one of `auto`, `none`, `block`",
             ),
             (
-                "adapter.method=ia3",
-                "adapter.method = \"ia3\" is not supported: expected \"lora\" or \"full\"",
+                "adapter.method=oft",
+                "adapter.method = \"oft\" is not supported: expected \"lora\", ",
             ),
             (
                 "adapter.init=eva",

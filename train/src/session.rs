@@ -241,7 +241,8 @@ pub fn resume<B: TrainBackend>(
         });
     }
     let (data, train) = (&recipe.data, &recipe.train);
-    let windows = Windows::behind(trained.virtual_tokens(), rows.train.clone(), data, train, 0);
+    let virtual_tokens = trained.virtual_tokens();
+    let windows = Windows::behind(virtual_tokens, rows.train, data, train, progress.step);
     if windows.num_steps() < progress.step {
         let (steps, taken) = (windows.num_steps(), progress.step);
         let problem = format!(
@@ -255,8 +256,6 @@ pub fn resume<B: TrainBackend>(
     let model = load_base::<B>(&recipe, &base, &device)?;
     let load_time = start.elapsed();
     let model = trained.restore(model, checkpoint, &device)?;
-    let virtual_tokens = trained.virtual_tokens();
-    let windows = Windows::behind(virtual_tokens, rows.train, data, train, progress.step);
     let steps = windows.num_steps();
     let optimizer = trained.optimizer(&model.config, &recipe.train, steps)?;
     let names = trained.parameters(&model.config)?; // of which ties may have come apart

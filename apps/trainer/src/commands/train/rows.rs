@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use anyhow::Result;
 use model::folder::ModelFolder;
 use train::data::check::Spread;
-use train::data::{Encoder, Prepared, Samples, Settings, prepare, split};
+use train::data::{Encoder, Prepared, Samples, Settings, Split, prepare, split};
 use train::recipe::Recipe;
 use train::session::Rows;
 
@@ -46,25 +46,26 @@ impl ReadRows {
 pub fn read_rows(recipe: &Recipe, base: &ModelFolder, output: &Output) -> Result<ReadRows> {
     let data = &recipe.data;
     let encoder = encoder::open(base, data)?;
-    let settings = Settings {
-        tasks: recipe.adapter.tasks(),
-        ..data.settings()
-    };
     let mut problems = Vec::new();
-    let mut read = |what: &str, paths: &[PathBuf]| -> Result<Prepared> {
-        let paths = open_data(paths, output)?;
+    let mut read = |what: &str, paths: &[PathBuf], part: Split| -> Result<Prepared> {
+        let paths = open_data(paths, part, output)?;
+        let settings = Settings {
+            skip_untrained: part == Split::HeldOut, // as `trainer eval`
+            tasks: recipe.adapter.tasks(),
+            ..data.settings()
+        };
         let prepared = prepare(&paths, &settings, &encoder)?;
         output.note(counts(what, &prepared));
         problems.extend(labels::warnings(what, &prepared, &encoder, base)?);
         Ok(prepared)
     };
-    let prepared = read("training data", &data.train.list())?;
+    let prepared = read("training data", &data.train.list(), Split::Train)?;
     let spread = prepared.labels.spread();
     let examples = labels::examples(&prepared, &encoder)?;
     let (dropped_rows, train_labels) = (prepared.dropped_rows, prepared.labels);
     let (train, eval, eval_labels) = match (data.eval.is_empty(), data.eval_fraction) {
         (false, _) => {
-            let eval = read("evaluation data", &data.eval.list())?;
+            let eval = read("evaluation data", &data.eval.list(), Split::HeldOut)?;
             (prepared.samples, eval.samples, Some(eval.labels))
         }
         (true, fraction) if fraction > 0.0 => {
@@ -107,6 +108,13 @@ pub fn problems_of(what: &str, prepared: &Prepared, encoder: &Encoder) -> Vec<St
         problems.push(format!(
             "{what}: {dropped} of {rows} rows are longer than data.max_length ({})",
             prepared.labels.dropped
+        ));
+    }
+    let untrained = &prepared.labels.untrained;
+    if untrained.count > 0 {
+        let (count, rows) = (untrained.count, prepared.rows);
+        problems.push(format!(
+            "{what}: {count} of {rows} rows have no trained token and are left out ({untrained})"
         ));
     }
     if prepared.rows_without_end_marker > 0 {

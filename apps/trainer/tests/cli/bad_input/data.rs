@@ -90,7 +90,9 @@ fn rows_without_a_trained_token() {
         r#"{"input_ids": [5]}"#,
         r#"{"input_ids": []}"#,
     ] {
-        refused_row(&dir, row, &["no trained token"]);
+        dir.write("rows.jsonl", token_rows(3) + row + "\n");
+        let run = dir.trainer("train --model model --data rows.jsonl --output run");
+        run.fails(1, &["1 of the rows have no trained token", "rows.jsonl:4"]);
     }
 }
 
