@@ -174,7 +174,8 @@ fn open_on(folder: &Path, model: &LlamaConfig) -> Result<Opened> {
         },
         other => other,
     };
-    let parts = config.parts(model).map_err(in_config)?;
+    let mut parts = config.parts(model).map_err(in_config)?;
+    parts.retain(|part| part.role != Role::Derived);
     let file = Checkpoint::open_file(&folder.join(MODEL_FILE))?;
     let wanted = |part: &Part| (part.key.clone(), part.shape.clone());
     let wanted: Vec<_> = parts.iter().map(wanted).collect();
@@ -248,7 +249,8 @@ pub fn save<B: AdaptedBackend>(
         shape: part.shape,
     };
     let parts = config.parts(&model.config)?.into_iter();
-    let tensors: Vec<_> = parts.map(tensor).collect();
+    let saved = parts.filter(|part| part.role != Role::Derived);
+    let tensors: Vec<_> = saved.map(tensor).collect();
     let metadata = [(BASE_QUANTIZATION, quantization(model))];
     write_safetensors(&folder.join(MODEL_FILE), &tensors, &metadata)?;
     let json = serde_json::to_string_pretty(&config_json(&config, &model.config, base_model));
@@ -265,6 +267,7 @@ fn saved<B: AdaptedBackend>(
     let mut by_id = read_parameters(model);
     let value = |part: Part| {
         let values = match part.role {
+            _ if part.shape.contains(&0) => Some(Vec::new()),
             Role::Frozen => frozen(model, &part),
             _ => by_id.remove(&param_id(&part.name)),
         };
@@ -276,6 +279,7 @@ fn saved<B: AdaptedBackend>(
     let mut values = config
         .parts(&model.config)?
         .into_iter()
+        .filter(|part| part.role != Role::Derived)
         .map(value)
         .collect();
     let mut config = config.clone();
@@ -337,7 +341,7 @@ fn config_json(config: &AdapterConfig, model: &LlamaConfig, base_model: &str) ->
     let names = |targets: &Targets| json!(targets.sorted()); // sets in PEFT
     let selection = &config.selection;
     let mut all = config.method.to_peft();
-    all.extend(config.method.peft_of_model(model, base_model));
+    all.extend(config.method.peft_of_model(model, selection, base_model));
     let mut set = |key: &str, value: Value| all.insert(key.to_owned(), value);
     set("auto_mapping", Value::Null);
     set("base_model_name_or_path", json!(base_model));
@@ -351,8 +355,12 @@ fn config_json(config: &AdapterConfig, model: &LlamaConfig, base_model: &str) ->
     set("revision", json!(revision));
     set("task_type", json!("CAUSAL_LM"));
     if config.method.changes_layers() {
-        set("layers_pattern", Value::Null);
-        set("layers_to_transform", json!(selection.layers_to_transform));
+        let layers = ("layers_to_transform", json!(selection.layers_to_transform));
+        for (key, value) in [("layers_pattern", Value::Null), layers] {
+            if !config.method.not_in_peft().contains(&key) {
+                set(key, value);
+            }
+        }
         set("target_modules", names(&selection.target_modules));
         if let Some(exclude) = &selection.exclude_modules {
             set("exclude_modules", names(exclude)); // came with PEFT 0.14

@@ -166,9 +166,15 @@ impl Work<'_> {
     fn updated(&self) -> Result<Updated> {
         let sizes = self.trained.parameters(self.config)?;
         let sizes = sizes.iter().map(|(_, shape)| product(shape));
+        let method = self.trained.method();
         Ok(Updated {
             all: bytes(sizes.clone().sum()),
             largest: bytes(sizes.max().unwrap_or(0)),
+            frozen: match self.trained {
+                Trained::Full => 0,
+                Trained::Adapter(adapter) => bytes(adapter.num_frozen(self.config)?.into()),
+            },
+            remembered: method.map_or(0, |method| method.remembers() as u64),
         })
     }
 
@@ -222,9 +228,9 @@ impl Work<'_> {
             weights: self.weights,
             adapter: match self.trained {
                 Trained::Full => 0, // they are the weights
-                Trained::Adapter(_) => trained.all,
+                Trained::Adapter(_) => trained.all + trained.frozen,
             },
-            optimizer: 2 * trained.all,
+            optimizer: (2 + trained.remembered) * trained.all,
             gradients: match self.accumulates {
                 true => trained.all, // of the micro batches before
                 false => 0,
@@ -356,6 +362,10 @@ impl Work<'_> {
 struct Updated {
     all: u64,
     largest: u64,
+    /// Of what belongs to the adapter and is not trained.
+    frozen: u64,
+    /// Numbers that the method remembers from step to step for each that is trained.
+    remembered: u64,
 }
 
 fn most<const N: usize>(moments: [Memory; N]) -> Memory {

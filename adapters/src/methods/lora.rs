@@ -7,7 +7,7 @@ mod linear;
 
 use std::ops::Range;
 
-use burn::module::{Module, Param};
+use burn::module::{Module, Param, ParamId};
 use burn::tensor::{Tensor, backend::Backend};
 use model::load::normal;
 use model::ops::{MatmulBackend, matmul};
@@ -400,6 +400,20 @@ impl<B: AdaptedBackend> Computes<B> for Lora<B> {
 }
 
 impl<B: Backend> Lora<B> {
+    /// An update whose factors `[r, in]` and `[out, r]` follow from other tensors, which have the
+    /// gradients.
+    pub(super) fn of(a: Tensor<B, 2>, b: Tensor<B, 2>, scaling: f64) -> Self {
+        Self {
+            lora_a: Param::initialized(ParamId::new(), a),
+            lora_b: Param::initialized(ParamId::new(), b),
+            magnitude: None,
+            base_squares: None,
+            scaling,
+            dropout: 0.0,
+            seed: None,
+        }
+    }
+
     /// What is dropped, if anything is.
     fn drops(&self) -> Option<Dropout> {
         let probability = Some(self.dropout).filter(|share| *share > 0.0)?;
