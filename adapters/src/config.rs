@@ -37,6 +37,10 @@ pub struct Selection {
     /// Adapt only these decoder layers.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub layers_to_transform: Option<Vec<usize>>,
+    /// What the list of layers is called that `layers_to_transform` counts in: expressions, of which
+    /// one is to match; any list if not given.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub layers_pattern: Option<OneOrMany<String>>,
     /// Modules that are trained and saved as a whole.
     pub modules_to_save: Vec<String>,
 }
@@ -47,7 +51,28 @@ impl Default for Selection {
             target_modules: Targets::AllLinear,
             exclude_modules: None,
             layers_to_transform: None,
+            layers_pattern: None,
             modules_to_save: Vec::new(),
+        }
+    }
+}
+
+/// A value alone, or a list.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(untagged, expecting = "expected a value or a list of them")]
+pub enum OneOrMany<T> {
+    /// Alone.
+    One(T),
+    /// A list.
+    Many(Vec<T>),
+}
+
+impl<T> OneOrMany<T> {
+    /// All of them.
+    pub fn all(&self) -> &[T] {
+        match self {
+            Self::One(one) => std::slice::from_ref(one),
+            Self::Many(all) => all,
         }
     }
 }
@@ -271,6 +296,9 @@ impl Selection {
         if self.layers_to_transform.is_some() && matches!(self.target_modules, Targets::Regex(_)) {
             problems.push("layers_to_transform does not go with a regular expression".into());
         }
+        if self.layers_pattern.is_some() && self.layers_to_transform.is_none() {
+            problems.push("layers_pattern needs layers_to_transform".into());
+        }
         let last = model.num_hidden_layers;
         let layers = self.layers_to_transform.iter().flatten();
         for index in layers.filter(|index| **index >= last) {
@@ -321,7 +349,11 @@ impl Selection {
         if matches!(&self.target_modules, Targets::Names(all) if all.iter().any(|n| n == name)) {
             return Ok(true);
         }
-        let here = layer_index(name).is_some_and(|index| wanted.contains(&index));
+        let index = match &self.layers_pattern {
+            None => layer_index(name),
+            Some(patterns) => index_in(name, patterns.all())?,
+        };
+        let here = index.is_some_and(|index| wanted.contains(&index));
         Ok(here && self.target_modules.matches(name)?)
     }
 
@@ -390,6 +422,16 @@ impl<T: Copy> Pattern<T> {
 }
 
 impl<T> Pattern<T> {
+    /// The same expressions with other values.
+    pub fn map(&self, other: impl Fn(&T) -> T) -> Self {
+        let entries = self.0.iter();
+        Self(
+            entries
+                .map(|(key, value)| (key.clone(), other(value)))
+                .collect(),
+        )
+    }
+
     /// The expressions.
     pub fn keys(&self) -> impl Iterator<Item = &str> {
         self.0.iter().map(|(key, _)| key.as_str())
@@ -423,6 +465,19 @@ fn layer_index(name: &str) -> Option<usize> {
         .next()?
         .parse()
         .ok()
+}
+
+/// The place of a layer in the first list whose name one of the expressions matches.
+fn index_in(name: &str, patterns: &[String]) -> std::result::Result<Option<usize>, String> {
+    for pattern in patterns {
+        let bad = |e| format!("layers_pattern {pattern:?} is not a regular expression: {e}");
+        let regex = Regex::new(&format!(r"^(?:|.*?\.)(?:{pattern})\.(\d+)\.")).map_err(bad)?;
+        let found = regex.captures(name).map_err(bad)?;
+        if let Some(index) = found.and_then(|found| found.iter().last().flatten()) {
+            return Ok(index.as_str().parse().ok());
+        }
+    }
+    Ok(None)
 }
 
 /// Every linear layer, `lm_head` last.
@@ -608,6 +663,24 @@ mod tests {
         config.selection.layers_to_transform = Some(vec![1]);
         config.selection.modules_to_save = vec!["down_proj".into()];
         assert_eq!(names(&config).len(), 5);
+    }
+
+    #[test]
+    fn layers_are_counted_in_the_list_of_the_pattern() {
+        let mut config = lora(Targets::AllLinear);
+        config.selection.layers_pattern = Some(OneOrMany::One("layers".into()));
+        let refusal = config.layers(&tiny(false)).unwrap_err().to_string();
+        assert!(refusal.contains("needs layers_to_transform"), "{refusal}");
+        config.selection.layers_to_transform = Some(vec![0, 2]);
+        assert_eq!(names(&config).len(), 14);
+        let many = ["blocks".to_owned(), "l.*s".to_owned()];
+        config.selection.layers_pattern = Some(OneOrMany::Many(many.into()));
+        assert_eq!(names(&config).len(), 14);
+        config.selection.layers_pattern = Some(OneOrMany::One("blocks".into()));
+        assert!(config.layers(&tiny(false)).is_err());
+        config.selection.layers_pattern = Some(OneOrMany::One("(".into()));
+        let refusal = config.layers(&tiny(false)).unwrap_err().to_string();
+        assert!(refusal.contains("not a regular expression"), "{refusal}");
     }
 
     #[test]

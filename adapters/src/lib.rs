@@ -20,7 +20,7 @@ mod quantize;
 
 pub use attach::{AdaptedLlama, attach, draw, train_all};
 pub use base::{AdaptedBackend, BaseLinear, TrainBackend, base_bytes, check, init, load, scheme};
-pub use config::{AdapterConfig, Layer, MAX_RANK, Pattern, Selection, Targets};
+pub use config::{AdapterConfig, Layer, MAX_RANK, OneOrMany, Pattern, Selection, Targets};
 pub use drift::{Drift, drift};
 pub use error::{Error, Result};
 pub use linear::{AdaptedLinear, Dropout};

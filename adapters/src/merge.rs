@@ -383,6 +383,7 @@ fn sum_of_loras<B: Backend>(
         lora_b: named_param(&names[1], tensor(b, [out, rank])),
         magnitude: None,
         base_squares: None,
+        start: None,
         scaling: 1.0,
         dropout: 0.0,
         seed: None,

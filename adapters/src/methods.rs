@@ -90,6 +90,12 @@ pub trait Settings: Clone + PartialEq + Default + Serialize + DeserializeOwned {
         false
     }
 
+    /// The key that says how the tensors start, if that is not as usual: an adapter that is there
+    /// already has no start.
+    fn start(&self) -> Option<&'static str> {
+        None
+    }
+
     /// The factor on the learning rate of a tensor, of which `learning_rate` is the peak.
     fn rate(&self, _part: &Part, _learning_rate: f64) -> f64 {
         1.0
@@ -317,6 +323,14 @@ impl Part {
         }
     }
 
+    /// The same, not trained.
+    pub fn frozen(self) -> Self {
+        Self {
+            role: Role::Frozen,
+            ..self
+        }
+    }
+
     /// A weight of the model that is trained as a whole.
     pub(crate) fn whole(name: String, shape: Vec<usize>) -> Self {
         Self {
@@ -363,11 +377,21 @@ impl<'a, B: Backend> Values<'a, B> {
     /// # Panics
     /// If the method's parts have no such tensor of `D` dimensions.
     pub fn param<const D: usize>(&mut self, end: &str) -> Param<Tensor<B, D>> {
+        let (part, tensor) = self.take(end);
+        named_param(&part.name, tensor)
+    }
+
+    /// Takes a tensor that is not trained, likewise.
+    pub fn frozen<const D: usize>(&mut self, end: &str) -> Tensor<B, D> {
+        self.take(end).1
+    }
+
+    fn take<const D: usize>(&mut self, end: &str) -> (Part, Tensor<B, D>) {
         let named = |(part, _): &(Part, _)| part.name == end || part.end() == end;
         let at = self.own.iter().position(named);
         let (part, values) = self.own.remove(at.expect("it is one of the parts"));
         let data = TensorData::new(values, part.shape.as_slice());
-        named_param(&part.name, Tensor::from_data(data, self.device))
+        (part, Tensor::from_data(data, self.device))
     }
 
     /// A tensor that all layers share, by its name.
@@ -699,6 +723,14 @@ macro_rules! methods {
                 match self {
                     $(Self::$Layer(_) => None,)*
                     $(Self::$Prompt(settings) => settings.text(),)*
+                }
+            }
+
+            /// See [`Settings::start`].
+            pub fn start(&self) -> Option<&'static str> {
+                match self {
+                    $(Self::$Layer(settings) => settings.start(),)*
+                    $(Self::$Prompt(settings) => settings.start(),)*
                 }
             }
 

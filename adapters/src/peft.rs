@@ -16,7 +16,7 @@ use serde_json::{Map, Value, json};
 
 use crate::attach::{AdaptedLlama, Start, put};
 use crate::base::{AdaptedBackend, BaseLinear, scheme};
-use crate::config::{AdapterConfig, Selection, Targets};
+use crate::config::{AdapterConfig, OneOrMany, Selection, Targets};
 use crate::error::{Error, Result};
 use crate::linear::AdaptedLinear;
 use crate::methods::{Computes, Method, Part, Role};
@@ -37,15 +37,9 @@ const BASE_QUANTIZATION: &str = "base_quantization";
 struct PeftSelection {
     target_modules: Option<Targets>,
     exclude_modules: Option<Targets>,
-    layers_to_transform: Option<OneOrMany>,
+    layers_to_transform: Option<OneOrMany<usize>>,
+    layers_pattern: Option<OneOrMany<String>>,
     modules_to_save: Option<Vec<String>>,
-}
-
-#[derive(Deserialize)]
-#[serde(untagged)]
-enum OneOrMany {
-    One(usize),
-    Many(Vec<usize>),
 }
 
 /// Reads `adapter_config.json` of a folder.
@@ -104,15 +98,13 @@ pub fn read_config(folder: &Path) -> Result<AdapterConfig> {
 
 impl PeftSelection {
     fn read(self, default_targets: fn() -> Targets) -> Selection {
-        let many = |layers| match layers {
-            OneOrMany::One(layer) => vec![layer],
-            OneOrMany::Many(layers) => layers,
-        };
-        let layers = self.layers_to_transform.map(many);
+        let layers = self.layers_to_transform.map(|all| all.all().to_vec());
+        let has_pattern = |all: &OneOrMany<String>| all.all().iter().any(|one| !one.is_empty());
         Selection {
             target_modules: self.target_modules.unwrap_or_else(default_targets),
             exclude_modules: self.exclude_modules,
             layers_to_transform: layers.filter(|all| !all.is_empty()),
+            layers_pattern: self.layers_pattern.filter(has_pattern),
             modules_to_save: self.modules_to_save.unwrap_or_default(),
         }
     }
@@ -259,11 +251,56 @@ pub fn save<B: AdaptedBackend>(
     Ok(())
 }
 
-/// What is saved of a model: the settings, and the values of all tensors by name.
-fn saved<B: AdaptedBackend>(
+/// Writes all tensors of an adapter as they are on the model, by our names: where [`save`] converts
+/// them, this is what training goes on with.
+///
+/// # Errors
+/// A file that cannot be written; it is complete or absent.
+pub fn save_exactly<B: AdaptedBackend>(
     model: &AdaptedLlama<B>,
     config: &AdapterConfig,
-) -> Result<(AdapterConfig, HashMap<String, Vec<f32>>)> {
+    file: &Path,
+) -> Result<()> {
+    let mut values = values(model, config)?;
+    let tensor = |part: Part| NamedTensor {
+        values: values.remove(&part.name).expect("it is one of the parts"),
+        name: part.name,
+        shape: part.shape,
+    };
+    let tensors: Vec<_> = config
+        .parts(&model.config)?
+        .into_iter()
+        .map(tensor)
+        .collect();
+    Ok(write_safetensors(file, &tensors, &[])?)
+}
+
+/// Puts an adapter on a model that [`save_exactly`] wrote.
+///
+/// # Errors
+/// Those of [`load`].
+pub fn load_exactly<B: AdaptedBackend>(
+    mut model: AdaptedLlama<B>,
+    config: &AdapterConfig,
+    file: &Path,
+    device: &B::Device,
+) -> Result<AdaptedLlama<B>> {
+    let file = Checkpoint::open_file(file)?;
+    let parts = config.parts(&model.config)?;
+    let wanted = |part: &Part| (part.name.clone(), part.shape.clone());
+    file.check(&parts.iter().map(wanted).collect::<Vec<_>>(), |_| false)?;
+    let read = |part: &Part| Ok(file.read(&part.name)?);
+    put(&mut model, config, &Start::Read(&read), device)?;
+    let whole = parts.iter().filter(|part| part.role == Role::Whole);
+    let whole = whole.map(|part| Ok((param_id(&part.name), read(part)?)));
+    Ok(write_parameters(model, whole.collect::<Result<_>>()?))
+}
+
+/// The values of all tensors of an adapter, by name.
+fn values<B: AdaptedBackend>(
+    model: &AdaptedLlama<B>,
+    config: &AdapterConfig,
+) -> Result<HashMap<String, Vec<f32>>> {
     let mut by_id = read_parameters(model);
     let value = |part: Part| {
         let values = match part.role {
@@ -276,12 +313,17 @@ fn saved<B: AdaptedBackend>(
             values.expect("every tensor of the adapter is on the model"),
         )
     };
-    let mut values = config
-        .parts(&model.config)?
-        .into_iter()
-        .filter(|part| part.role != Role::Derived)
-        .map(value)
-        .collect();
+    let parts = config.parts(&model.config)?.into_iter();
+    let held = parts.filter(|part| part.role != Role::Derived);
+    Ok(held.map(value).collect())
+}
+
+/// What is saved of a model: the settings, and the values of all tensors by name.
+fn saved<B: AdaptedBackend>(
+    model: &AdaptedLlama<B>,
+    config: &AdapterConfig,
+) -> Result<(AdapterConfig, HashMap<String, Vec<f32>>)> {
+    let mut values = values(model, config)?;
     let mut config = config.clone();
     if config.method.is_converted() {
         let layers = config.layers(&model.config)?;
@@ -356,7 +398,7 @@ fn config_json(config: &AdapterConfig, model: &LlamaConfig, base_model: &str) ->
     set("task_type", json!("CAUSAL_LM"));
     if config.method.changes_layers() {
         let layers = ("layers_to_transform", json!(selection.layers_to_transform));
-        for (key, value) in [("layers_pattern", Value::Null), layers] {
+        for (key, value) in [("layers_pattern", json!(selection.layers_pattern)), layers] {
             if !config.method.not_in_peft().contains(&key) {
                 set(key, value);
             }

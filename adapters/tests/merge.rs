@@ -202,8 +202,8 @@ fn trained_on(adapter: &Path, words: &str) -> TempDir {
 }
 
 /// Settings that give layers different ranks and factors.
-fn mixed_lora(target_modules: Targets) -> AdapterConfig {
-    let settings = LoraSettings {
+fn mixed() -> LoraSettings {
+    LoraSettings {
         rank: 3,
         alpha: 5.0,
         dropout: 0.1,
@@ -211,9 +211,12 @@ fn mixed_lora(target_modules: Targets) -> AdapterConfig {
         alpha_pattern: Pattern(vec![("0.self_attn.q_proj".into(), 11.0)]),
         use_rslora: true,
         ..rank_4()
-    };
+    }
+}
+
+fn mixed_lora(target_modules: Targets) -> AdapterConfig {
     AdapterConfig {
-        method: settings.into(),
+        method: mixed().into(),
         ..lora(target_modules)
     }
 }
@@ -362,6 +365,12 @@ fn merged_is_unmerged_for_any_numbers() {
             config.selection.modules_to_save =
                 vec!["lm_head".into(), "norm".into(), "o_proj".into()];
         }
+        let use_dora = seed >= 2;
+        config.method = LoraSettings {
+            use_dora,
+            ..mixed()
+        }
+        .into();
         let name = ["gqa", "mha_bias_linear"][seed as usize % 2];
         let (model, folder) = adapted(&base(name), &config, seed);
         let merged = merge(&base(name), &[whole(folder.path())], None).unwrap();
@@ -370,6 +379,18 @@ fn merged_is_unmerged_for_any_numbers() {
             &logits(&merged.load(), &ids, shape),
         );
         assert!(off < 5e-5, "{seed}: off by {off}");
+    }
+}
+
+#[test]
+fn dora_is_merged_alone_and_as_a_whole() {
+    let (dora, lora) = (fixture("dora"), fixture("qv"));
+    for adapters in [
+        vec![whole(&dora), whole(&lora)],
+        vec![weighted(dora.clone(), 0.5)],
+    ] {
+        let refusal = merge(&base("gqa"), &adapters, None).err().unwrap();
+        assert!(refusal.to_string().contains("one at a time"), "{refusal}");
     }
 }
 

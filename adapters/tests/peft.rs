@@ -4,13 +4,16 @@ mod harness;
 
 use std::path::{Path, PathBuf};
 
-use adapters::{AdaptedLlama, Targets, peft};
+use adapters::methods::lora::{LoraInit, LoraSettings};
+use adapters::{AdaptedLlama, AdapterConfig, Pattern, Targets, peft};
 use burn::tensor::{Tensor, TensorData};
-use harness::{B, lora, root};
+use harness::{B, lora, rank_4, root};
 use model::checkpoint::Checkpoint;
 use model::config::LlamaConfig;
+use model::load::normal;
 use model::rope::Rope;
 use model::segments::Segments;
+use quant::{Format, Scheme};
 use safetensors::SafeTensors;
 use serde_json::Value;
 
@@ -173,6 +176,77 @@ fn fresh_adapters_leave_the_logits_unchanged() {
             largest <= bound && largest > 0.8 * bound,
             "{name}: {largest} of {bound}"
         );
+    }
+}
+
+/// The logits of a model for a few tokens, one after the other.
+fn some_logits(model: &AdaptedLlama<B>) -> Vec<f32> {
+    let device = Default::default();
+    let ids: Vec<i64> = (3..40).collect();
+    let rope = Rope::new(&model.config, Segments::new([ids.len()]), &device);
+    let ids = Tensor::from_data(TensorData::new(ids, [37]), &device);
+    let logits = model.logits(model.forward(ids, &rope, None));
+    logits.into_data().to_vec().unwrap()
+}
+
+fn largest_difference(a: &[f32], b: &[f32]) -> f32 {
+    let differences = a.iter().zip(b).map(|(a, b)| (a - b).abs());
+    differences.fold(0.0, f32::max)
+}
+
+/// Whatever LoRA starts with, the model is the base model at first, and what is saved fits that.
+#[test]
+fn every_start_is_no_change_and_is_saved_for_the_base_as_it_is() {
+    let device = Default::default();
+    let folder = root("../model/tests/fixtures/models/by_64");
+    let config = LlamaConfig::from_file(&folder.join("config.json")).unwrap();
+    let checkpoint = Checkpoint::open_folder(&folder).unwrap();
+    let nf4 = Scheme::new(Format::Nf4, 64, false);
+    let inits = [
+        LoraInit::Default,
+        LoraInit::Gaussian,
+        LoraInit::Orthogonal,
+        LoraInit::Olora,
+        LoraInit::Pissa(None),
+        LoraInit::Pissa(Some(2)),
+    ];
+    for (scheme, init) in [None, Some(nf4)]
+        .into_iter()
+        .flat_map(|s| inits.map(|i| (s, i)))
+    {
+        let load = || adapters::load(&config, &checkpoint, scheme, &device).unwrap();
+        let settings = LoraSettings {
+            init,
+            use_rslora: init == LoraInit::Olora,
+            rank_pattern: Pattern(vec![("up_proj".into(), 6)]),
+            alpha_pattern: Pattern(vec![("v_proj".into(), 3.0)]),
+            ..rank_4()
+        };
+        let adapter = AdapterConfig {
+            method: settings.into(),
+            ..lora(Targets::AllLinear)
+        };
+        let mut model = load();
+        adapters::attach(&mut model, &adapter, 1, &device).unwrap();
+        let base = some_logits(&load());
+        let off = largest_difference(&some_logits(&model), &base);
+        assert!(off < 1e-4, "{scheme:?} {init:?}: {off}");
+        let moved = |(id, values): (_, Vec<f32>)| {
+            let noise = normal(2, "noise", values.len(), 0.1);
+            let moved = values.iter().zip(noise).map(|(x, y)| x + y);
+            (id, moved.collect())
+        };
+        let values = adapters::read_parameters(&model).into_iter().map(moved);
+        let model = adapters::write_parameters(model, values.collect());
+        let trained = some_logits(&model);
+        assert!(largest_difference(&trained, &base) > 0.05);
+        let out = tempfile::tempdir().unwrap();
+        peft::save(&model, &adapter, "base", out.path()).unwrap();
+        let (loaded, read) = peft::load(load(), out.path(), &device).unwrap();
+        let off = largest_difference(&some_logits(&loaded), &trained);
+        assert!(off < 1e-4, "{scheme:?} {init:?}: {off}");
+        let shape = |config: &AdapterConfig| config.parts(&model.config).unwrap()[0].shape.clone();
+        assert_eq!(shape(&read)[0], if init.is_taken_out() { 8 } else { 4 });
     }
 }
 

@@ -9,8 +9,8 @@ use burn::backend::flex::FlexTensor;
 use burn::tensor::{Distribution, Int, Tensor};
 use divan::Bencher;
 use model::ops::{
-    AttentionBackend, AttentionState, CrossEntropyBackend, MatmulBackend, RmsNormBackend,
-    RotaryBackend, SwigluBackend, reference,
+    AdamwStep, AttentionBackend, AttentionState, CrossEntropyBackend, MatmulBackend,
+    RmsNormBackend, RotaryBackend, SwigluBackend, UpdateBackend, reference,
 };
 use model::segments::Segments;
 
@@ -282,5 +282,91 @@ mod matmul {
         bencher
             .counter(divan::counter::ItemsCount::new(2 * TOKENS * r#in * out))
             .bench(|| model::ops::matmul(x.clone(), weight.clone().transpose()));
+    }
+
+    /// The same by Burn's own product, which copies its output.
+    #[divan::bench(args = [[HIDDEN, HIDDEN], [HIDDEN, INTERMEDIATE], [INTERMEDIATE, HIDDEN]])]
+    fn layer_by_burn(bencher: Bencher, [r#in, out]: [usize; 2]) {
+        let random = |shape: [usize; 2]| {
+            Tensor::<Flex, 2>::random(shape, Distribution::Default, &Default::default())
+        };
+        let (x, weight) = (random([TOKENS, r#in]), random([out, r#in]));
+        bencher
+            .counter(divan::counter::ItemsCount::new(2 * TOKENS * r#in * out))
+            .bench(|| x.clone().matmul(weight.clone().transpose()));
+    }
+}
+
+/// A tensor as large as all adapters of rank 16 together.
+mod update {
+    use super::*;
+
+    const NUMBERS: usize = 4_884_480;
+    const STEP: AdamwStep = AdamwStep {
+        betas: [0.9, 0.999],
+        eps: 1e-8,
+        decay: 1.0,
+        step_size: 1e-3,
+        root: 0.1,
+    };
+
+    /// The weight, which others hold, too, its moments and its gradient.
+    fn inputs() -> ([FlexTensor; 3], FlexTensor) {
+        let [first, gradient] = [(); 2].map(|()| random([NUMBERS]));
+        let second = Flex::scale(first.clone(), 0.0);
+        ([random([NUMBERS]), first, second], gradient)
+    }
+
+    type Adamw = fn([FlexTensor; 3], FlexTensor, &AdamwStep) -> [FlexTensor; 3];
+
+    fn adamw(bencher: Bencher, step: Adamw) {
+        let ([weight, first, second], gradient) = inputs();
+        let own = || {
+            let moments = [&first, &second].map(copy);
+            (moments, copy(&gradient))
+        };
+        bencher
+            .with_inputs(own)
+            .bench_values(|([first, second], gradient)| {
+                step([weight.clone(), first, second], gradient, &STEP)
+            });
+    }
+
+    #[divan::bench(sample_count = 10, sample_size = 1)]
+    fn adamw_fused(bencher: Bencher) {
+        adamw(bencher, Flex::adamw);
+    }
+
+    #[divan::bench(sample_count = 10, sample_size = 1)]
+    fn adamw_plain(bencher: Bencher) {
+        adamw(bencher, reference::adamw::<Flex>);
+    }
+
+    #[divan::bench]
+    fn norm_fused(bencher: Bencher) {
+        let (_, gradient) = inputs();
+        bencher.bench(|| Flex::sum_of_squares(gradient.clone()));
+    }
+
+    #[divan::bench]
+    fn norm_plain(bencher: Bencher) {
+        let (_, gradient) = inputs();
+        bencher.bench(|| reference::sum_of_squares::<Flex>(gradient.clone()));
+    }
+
+    #[divan::bench(sample_count = 10, sample_size = 1)]
+    fn clip_fused(bencher: Bencher) {
+        let (_, gradient) = inputs();
+        bencher
+            .with_inputs(|| copy(&gradient))
+            .bench_values(|gradient| Flex::scale(gradient, 0.5));
+    }
+
+    #[divan::bench(sample_count = 10, sample_size = 1)]
+    fn clip_plain(bencher: Bencher) {
+        let (_, gradient) = inputs();
+        bencher
+            .with_inputs(|| copy(&gradient))
+            .bench_values(|gradient| reference::scale::<Flex>(gradient, 0.5));
     }
 }

@@ -210,6 +210,50 @@ pub enum Error {
         /// What arrived.
         found_bytes: u64,
     },
+    /// A download is not what the Hub has; it has been deleted.
+    #[error("{file} of {id} came damaged: its checksum is not the one that the Hub lists")]
+    HubChecksum {
+        /// The repository, with its revision.
+        id: String,
+        /// The file asked for.
+        file: String,
+    },
+    /// What to push to is no branch of a repository.
+    #[error("cannot push to {name}: {problem}")]
+    HubNotARepository {
+        /// As given.
+        name: String,
+        /// What is wrong with it.
+        problem: &'static str,
+    },
+    /// Nothing can be pushed because `HF_HUB_OFFLINE` is set.
+    #[error("cannot push to {id}: HF_HUB_OFFLINE is set")]
+    HubPushOffline {
+        /// The repository.
+        id: String,
+    },
+    /// Nothing can be pushed without a token.
+    #[error("cannot push to {id}: there is no token for the Hub")]
+    HubNoToken {
+        /// The repository.
+        id: String,
+    },
+    /// A push was to be private, and the repository is there and is not.
+    #[error("the repository {id} is public")]
+    HubPublic {
+        /// The repository.
+        id: String,
+    },
+    /// A push failed.
+    #[error("cannot push to {id}: cannot {action}")]
+    HubPush {
+        /// The repository.
+        id: String,
+        /// What was tried: "create the repository", "upload model.safetensors", …
+        action: String,
+        /// Why it failed.
+        source: PushFailure,
+    },
     /// Any other failure of a download.
     #[error("cannot download {file} of {id}")]
     Hub {
@@ -220,6 +264,33 @@ pub enum Error {
         /// Why.
         source: hf_hub::api::sync::ApiError,
     },
+}
+
+/// Why a request of a push failed.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum PushFailure {
+    /// There is no answer.
+    #[error(transparent)]
+    Network(Box<ureq::Error>),
+    /// The answer is no.
+    #[error("the Hub answers {status}{}", reason(said))]
+    Refused {
+        /// The HTTP status.
+        status: u16,
+        /// The Hub's reason, if it gives one.
+        said: String,
+    },
+    /// The answer makes no sense.
+    #[error("the Hub's answer is not understood: {0}")]
+    Answer(String),
+}
+
+fn reason(said: &str) -> String {
+    match said {
+        "" => String::new(),
+        said => format!(": {said}"),
+    }
 }
 
 fn in_place(path: &str) -> String {

@@ -125,7 +125,7 @@ impl Generation {
 ///
 /// # Errors
 /// As there.
-pub fn generate<B: ModelBackend, P: Projection<B>>(
+pub fn generate<B: ModelBackend, P: Projection<B> + Sync>(
     model: &Llama<B, P>,
     prompt_ids: &[u32],
     max_new_tokens: usize,
@@ -149,7 +149,7 @@ pub struct Generator<'a, B: ModelBackend, P> {
     task: usize,
 }
 
-impl<'a, B: ModelBackend, P: Projection<B>> Generator<'a, B, P> {
+impl<'a, B: ModelBackend, P: Projection<B> + Sync> Generator<'a, B, P> {
     /// A model that has read nothing yet.
     ///
     /// Of a model that is being trained, pass the valid one, or every step is kept for a backward
@@ -198,7 +198,7 @@ impl<'a, B: ModelBackend, P: Projection<B>> Generator<'a, B, P> {
         let mut ends_in_stop_token = false;
         let mut finish_reason = FinishReason::Length;
         while token_ids.len() < max_new_tokens {
-            let logits = self.next_logits(&unread);
+            let logits = B::together(|| self.next_logits(&unread));
             let position = self.read.len();
             let id = sampler.choose(logits);
             let id = id.ok_or(Error::LogitsNotFinite { position })?;

@@ -15,20 +15,26 @@ use hf_hub::api::sync::{Api, ApiBuilder, ApiError};
 use hf_hub::{Cache, CacheRepo};
 
 use crate::error::{Error, Result};
-pub use dataset::DATASETS;
+pub use dataset::{DATASETS, describes_data, held_out, to_train_on};
 use id::{HubId, is_commit};
 use listing::{Listing, RepoInfo, shards};
+pub use push::{Content, Push, PushFile, Pushed, UploadEvent};
 use snapshot::Snapshot;
 
 mod dataset;
+mod digest;
 mod id;
 mod listing;
+mod push;
 mod snapshot;
 
 const DEFAULT_ENDPOINT: &str = "https://huggingface.co";
 const INDEX: &str = "model.safetensors.index.json";
 /// How long the Hub may take to list a repository before the cache is used instead.
 const LIST_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// The pauses between tries that bring no byte forward.
+const RETRY_PAUSES_MS: [u64; 3] = [250, 1000, 3000];
 
 /// Which files of a repository are wanted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -116,6 +122,11 @@ pub enum DownloadEvent<'a> {
         /// Why the Hub could not be asked.
         reason: &'a Error,
     },
+}
+
+/// Whether a text is the id of a Hub repository, `owner/name[@revision]`, and not that of a folder here.
+pub fn is_id(text: &str) -> bool {
+    HubId::parse(text).is_ok() && !Path::new(text).exists()
 }
 
 /// Where models come from, and where they are kept.
@@ -237,6 +248,35 @@ impl Hub {
         let folder = Snapshot::new(self, *api, &repo, &listing, report).complete(files, weights)?;
         self.publish(&repo, &listing.commit)?;
         Ok(folder)
+    }
+
+    /// What the Hub repository `owner/name[@revision]` holds, and where: an adapter or a model, all of
+    /// it but weights in other formats, downloaded as far as it is not there yet.
+    ///
+    /// # Errors
+    /// As [`Hub::resolve`].
+    pub fn pull(
+        &self,
+        name: &str,
+        report: &mut dyn FnMut(DownloadEvent<'_>),
+    ) -> Result<(Files, PathBuf)> {
+        let repo = HubId::parse(name)?;
+        let cached = |files| Ok((files, self.cached(&repo, files)?));
+        let cached = || cached(Files::Adapter).or_else(|_| cached(Files::Model));
+        let (api, listing) = match self.source(&repo, report, cached)? {
+            Source::Hub(api, listing) => (api, listing),
+            Source::Cache(found) => return Ok(found),
+        };
+        let files = match listing.has(Files::Adapter.required()) {
+            true => Files::Adapter,
+            false => Files::Model,
+        };
+        let weights = listing.weights(&repo, files)?;
+        let mut snapshot = Snapshot::new(self, *api, &repo, &listing, report);
+        snapshot.fetch_all(&listing.others())?;
+        let folder = snapshot.complete(files, weights)?;
+        self.publish(&repo, &listing.commit)?;
+        Ok((files, folder))
     }
 
     /// Asks the Hub for the files of a repository; if it may not or cannot be asked, what `cached`
@@ -379,15 +419,7 @@ impl Hub {
         if !is_commit(&info.sha) {
             return Err(failed(invalid_data("the answer names no commit")));
         }
-        let sizes = info
-            .siblings
-            .into_iter()
-            .map(|sibling| (sibling.rfilename, sibling.size))
-            .collect();
-        Ok(Listing {
-            commit: info.sha,
-            sizes,
-        })
+        Ok(info.into())
     }
 
     /// Makes the revision's name stand for the commit, now that its snapshot is complete.

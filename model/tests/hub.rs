@@ -1,12 +1,13 @@
 //! Names to folders, against a small Hub on this machine.
 
+#[allow(dead_code, reason = "other tests use the rest")]
 mod fake_hub;
 
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use fake_hub::{FakeHub, Fault, MAIN};
+use fake_hub::{FakeHub, Fault, MAIN, checksum};
 use model::error::Error;
 use model::hub::{DownloadEvent, Files, Hub};
 use serde_json::json;
@@ -154,8 +155,8 @@ fn progress_adds_up_to_the_file_sizes_even_when_the_connection_breaks() {
     let server = sharded();
     server.change(|shelf| {
         shelf.faults = vec![
-            ("model-1.safetensors", Fault::Cut),
-            ("tokenizer.json", Fault::Short),
+            ("model-1.safetensors".into(), Fault::Cut),
+            ("tokenizer.json".into(), Fault::Short),
         ]
     });
     let mut seen: Vec<(String, u64, u64)> = Vec::new();
@@ -197,7 +198,7 @@ fn progress_adds_up_to_the_file_sizes_even_when_the_connection_breaks() {
         bytes(40_000)
     );
     assert_eq!(fs::read(folder.join("tokenizer.json")).unwrap(), bytes(300));
-    let resumed = format!("/cdn/{MAIN}/model-1.safetensors bytes=20000-");
+    let resumed = format!("/cdn/acme/tiny/resolve/{MAIN}/model-1.safetensors bytes=20000-");
     assert!(
         server.downloads().contains(&resumed),
         "the second try goes on where the first ended"
@@ -207,7 +208,7 @@ fn progress_adds_up_to_the_file_sizes_even_when_the_connection_breaks() {
 #[test]
 fn a_file_that_stays_too_short_is_an_error_and_not_kept() {
     let server = sharded();
-    server.change(|shelf| shelf.faults = vec![("config.json", Fault::Short); 9]);
+    server.change(|shelf| shelf.faults = vec![("config.json".into(), Fault::Short); 9]);
     let error = resolve(&server.hub(), Files::Config).unwrap_err();
     assert_eq!(
         error.to_string(),
@@ -234,13 +235,12 @@ fn partial_files_from_before_are_resumed_completed_or_dropped() {
     let server = sharded();
     let blobs = server.repo_folder().join("blobs");
     fs::create_dir_all(&blobs).unwrap();
-    fs::write(
-        blobs.join("9c40model-1safetensors.part"),
-        &bytes(40_000)[..100],
-    )
-    .unwrap();
-    fs::write(blobs.join("11171model-2safetensors.part"), bytes(70_001)).unwrap();
-    fs::write(blobs.join("12ctokenizerjson.part"), bytes(301)).unwrap();
+    let part = |name: &str, bytes: &[u8]| blobs.join(checksum(name, bytes) + ".part");
+    let shard = bytes(40_000);
+    fs::write(part("model-1.safetensors", &shard), &shard[..100]).unwrap();
+    let shard = bytes(70_001);
+    fs::write(part("model-2.safetensors", &shard), &shard).unwrap();
+    fs::write(part("tokenizer.json", &bytes(300)), bytes(301)).unwrap();
     let folder = resolve(&server.hub(), Files::Model).unwrap();
     assert_eq!(
         fs::read(folder.join("model-1.safetensors")).unwrap(),
@@ -252,12 +252,40 @@ fn partial_files_from_before_are_resumed_completed_or_dropped() {
     );
     assert_eq!(fs::read(folder.join("tokenizer.json")).unwrap(), bytes(300));
     let downloads = server.downloads();
-    assert!(downloads.contains(&format!("/cdn/{MAIN}/model-1.safetensors bytes=100-")));
+    assert!(downloads.contains(&format!(
+        "/cdn/acme/tiny/resolve/{MAIN}/model-1.safetensors bytes=100-"
+    )));
     assert!(
         !downloads
             .iter()
             .any(|request| request.contains("model-2.safetensors"))
     );
+}
+
+#[test]
+fn a_file_with_another_checksum_is_an_error_and_not_kept() {
+    let server = sharded();
+    for (file, asked) in [
+        ("tokenizer.json", Files::Config),
+        ("model-2.safetensors", Files::Model),
+    ] {
+        server.change(|shelf| shelf.faults = vec![(file.into(), Fault::Damage)]);
+        let error = resolve(&server.hub(), asked).unwrap_err();
+        assert!(
+            matches!(&error, Error::HubChecksum { file: named, .. } if named == file),
+            "{error}"
+        );
+        let snapshot = server.repo_folder().join("snapshots").join(MAIN);
+        assert!(!snapshot.join(file).exists());
+        assert!(!server.repo_folder().join("refs/main").exists());
+    }
+    // as a crash can leave it
+    let (shard, blobs) = (bytes(70_001), server.repo_folder().join("blobs"));
+    let part = blobs.join(checksum("model-2.safetensors", &shard) + ".part");
+    fs::write(part, bytes(70_000).repeat(2).split_at(70_001).0).unwrap();
+    let error = resolve(&server.hub(), Files::Model).unwrap_err();
+    assert!(matches!(error, Error::HubChecksum { .. }), "{error}");
+    resolve(&server.hub(), Files::Model).unwrap();
 }
 
 #[test]
@@ -303,7 +331,7 @@ fn an_adapter_needs_its_two_files() {
         names(&folder),
         ["adapter_config.json", "adapter_model.safetensors"]
     );
-    server.change(|shelf| drop(shelf.files.remove(&(MAIN, "adapter_model.safetensors"))));
+    server.change(|shelf| shelf.remove("adapter_model.safetensors"));
     let error = resolve(&server.hub(), Files::Adapter).unwrap_err();
     let expected = "acme/tiny has no safetensors weights (adapter_model.safetensors); \
                     it has adapter_model.bin";
@@ -314,12 +342,10 @@ fn an_adapter_needs_its_two_files() {
 fn a_revision_has_its_own_snapshot_and_shares_what_did_not_change() {
     let server = sharded();
     server.change(|shelf| {
-        shelf.revisions.insert("v1", OLD);
-        shelf
-            .files
-            .insert((OLD, "config.json"), b"{\"old\": 1}".to_vec());
-        shelf.files.insert((OLD, "model.safetensors"), bytes(123));
-        shelf.files.insert((OLD, "tokenizer.json"), bytes(300));
+        shelf.name("v1", OLD);
+        shelf.put(OLD, "config.json", b"{\"old\": 1}".to_vec());
+        shelf.put(OLD, "model.safetensors", bytes(123));
+        shelf.put(OLD, "tokenizer.json", bytes(300));
     });
     resolve(&server.hub(), Files::Model).unwrap();
     server.downloads();
@@ -429,13 +455,13 @@ fn missing_models_and_files_are_named() {
         error.to_string(),
         "the Hub has no adapter_config.json in acme/tiny"
     );
-    server.change(|shelf| drop(shelf.files.remove(&(MAIN, "model-2.safetensors"))));
+    server.change(|shelf| shelf.remove("model-2.safetensors"));
     let error = resolve(&server.hub(), Files::Model).unwrap_err();
     assert_eq!(
         error.to_string(),
         "the Hub has no model-2.safetensors in acme/tiny"
     );
-    server.change(|shelf| drop(shelf.files.remove(&(MAIN, INDEX))));
+    server.change(|shelf| shelf.remove(INDEX));
     let error = resolve(&server.hub(), Files::Model).unwrap_err();
     assert_eq!(
         error.to_string(),

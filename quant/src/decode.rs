@@ -68,6 +68,40 @@ macro_rules! kernels {
     };
 }
 
+/// Defines `dot_blocks` of a module from `Book::choose`, `Sum` and `bytes_to_lanes`: the even and
+/// the odd codes of bytes are looked up apart, so that no code has to move to another lane.
+#[cfg(target_arch = "x86_64")]
+macro_rules! block_kernels {
+    ($features:literal) => {
+        /// The scalar product of whole blocks from `block` on and `x`, see [`Operand`].
+        #[target_feature(enable = $features)]
+        pub(super) fn dot_blocks(view: &View, block: usize, x: &[f32]) -> f32 {
+            let code_book = Book::load(view.code_book);
+            let mut sums = [Sum::zero(); 4]; // their latencies hide each other
+            let size = view.block_size;
+            let codes = &view.codes[block * size / 2..][..x.len() / 2];
+            let blocks = x.chunks_exact(size).zip(codes.chunks_exact(size / 2));
+            for (i, (x, codes)) in blocks.enumerate() {
+                let absmax = view.absmax.get(block + i);
+                let book = match view.precision {
+                    Precision::F32 => code_book.scaled(absmax),
+                    precision => Book::load(&view.code_book.map(|x| precision.round(x * absmax))),
+                };
+                let (x, _) = x.as_chunks::<CODES>();
+                let (codes, _) = codes.as_chunks::<CODES>();
+                for (i, (x, codes)) in x.chunks_exact(2).zip(codes).enumerate() {
+                    let [high, low] = bytes_to_lanes(codes);
+                    let at = 2 * (i % 2);
+                    sums[at] = sums[at].add_values(book.choose(high), &x[0]);
+                    sums[at + 1] = sums[at + 1].add_values(book.choose(low), &x[1]);
+                }
+            }
+            let [a, b, c, d] = sums;
+            a.plus(b).plus(c.plus(d)).lanes()
+        }
+    };
+}
+
 #[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]
@@ -123,6 +157,15 @@ impl AbsmaxView<'_> {
     }
 }
 
+/// One row to be multiplied with many of a weight.
+#[derive(Debug)]
+pub(crate) struct Operand<'a> {
+    x: &'a [f32],
+    /// For vectors of `n` lanes, of each `2 n` elements first the even ones, which high nibbles
+    /// meet, then the odd ones; empty where there are no such kernels, or rows end within a block.
+    parted: Vec<f32>,
+}
+
 /// Values in one block, from the flat index `start` on.
 struct Run<'a> {
     codes: &'a [u8],
@@ -147,6 +190,49 @@ impl View<'_> {
             return unsafe { neon::decode(self, start, out) };
         }
         self.decode_portably(start, out);
+    }
+
+    /// A row for [`View::dot_row`].
+    pub fn operand<'a>(&self, x: &'a [f32]) -> Operand<'a> {
+        #[cfg(target_arch = "x86_64")]
+        let lanes = match vectors() {
+            Vectors::Avx512 => 16,
+            Vectors::Avx2 => 8,
+            Vectors::None => 0,
+        };
+        #[cfg(not(target_arch = "x86_64"))]
+        let lanes = 0;
+        self.operand_for(lanes, x)
+    }
+
+    fn operand_for<'a>(&self, lanes: usize, x: &'a [f32]) -> Operand<'a> {
+        let whole = x.len().is_multiple_of(self.block_size);
+        let group = match whole && self.block_size.is_multiple_of(2 * lanes.max(1)) {
+            true => 2 * lanes,
+            false => 0,
+        };
+        let parts = x.chunks_exact(group.max(1)).filter(|_| group > 0);
+        let parted = parts.flat_map(|x| [0, 1].map(|i| x[i..].iter().step_by(2)));
+        Operand {
+            x,
+            parted: parted.flatten().copied().collect(),
+        }
+    }
+
+    /// The scalar product of `x` and a row of the weight.
+    pub fn dot_row(&self, row: usize, x: &Operand) -> f32 {
+        let start = row * x.x.len();
+        #[cfg(target_arch = "x86_64")]
+        if !x.parted.is_empty() {
+            let block = start / self.block_size;
+            // SAFETY, of each call: the processor has the features.
+            match vectors() {
+                Vectors::Avx512 => return unsafe { avx512::dot_blocks(self, block, &x.parted) },
+                Vectors::Avx2 => return unsafe { avx2::dot_blocks(self, block, &x.parted) },
+                Vectors::None => {}
+            }
+        }
+        self.dot(start, x.x)
     }
 
     /// The scalar product of `x` and the values from the flat index `start` on.
@@ -332,6 +418,38 @@ mod tests {
                 Vectors::None => view.dot_portably(start, x),
             },
         ]
+    }
+
+    #[test]
+    fn rows_of_whole_blocks_give_the_products_of_any_part() {
+        let noise = |i: u32| (i.wrapping_mul(2_654_435_761) >> 8) as f32 / 8e6 - 1.0;
+        for (block_size, columns) in [(32, 96), (64, 64), (64, 576), (256, 1024), (64, 100)] {
+            let weight: Vec<f32> = (0..3 * columns as u32).map(noise).collect();
+            for precision in [Precision::F32, Precision::Bf16] {
+                for double_quant in [false, true] {
+                    let scheme = Scheme::new(Format::Nf4, block_size, double_quant);
+                    let quantized = quantize(&weight, [3, columns], scheme).unwrap();
+                    let quantized = quantized.with_precision(precision);
+                    let view = quantized.view();
+                    let x: Vec<f32> = (7000..7000 + columns as u32).map(noise).collect();
+                    for row in 0..3 {
+                        let expected = view.dot_portably(row * columns, &x);
+                        let mut all = vec![view.dot_row(row, &view.operand(&x))];
+                        #[cfg(target_arch = "x86_64")]
+                        if !matches!(vectors(), Vectors::None) && columns % block_size == 0 {
+                            let x = view.operand_for(8, &x);
+                            let block = row * columns / block_size;
+                            // SAFETY: the processor has the features.
+                            all.push(unsafe { avx2::dot_blocks(&view, block, &x.parted) });
+                        }
+                        for found in all {
+                            let off = (found - expected).abs() / columns as f32;
+                            assert!(off < 1e-6, "{columns}: {found} for {expected}");
+                        }
+                    }
+                }
+            }
+        }
     }
 
     proptest! {

@@ -7,10 +7,12 @@ use adapters::attach;
 use burn::backend::{Autodiff, Flex};
 use burn::module::AutodiffModule;
 use burn::optim::Optimizer;
+use burn::tensor::{Distribution, Tensor};
 use burn::train::TrainStep;
 use divan::Bencher;
 use model::config::LlamaConfig;
 use model::generate::{Sampling, generate};
+use model::linear::Projection;
 use train::batch::{MicroBatch, Window};
 use train::data::Sample;
 use train::optimizer::AdamW;
@@ -83,6 +85,23 @@ fn gradients_by_block(bencher: Bencher<'_, '_>, shape: [usize; 2]) {
 fn evaluation(bencher: Bencher<'_, '_>, shape: [usize; 2]) {
     let (lm, window) = (language_model().valid(), window(shape));
     bencher.bench_local(|| lm.token_nll(&window.micro_batches[0]));
+}
+
+/// Forward and backward of the widest layer at 1,024 tokens, adapted or without its update.
+#[divan::bench(args = [true, false], sample_count = 20)]
+fn layer(bencher: Bencher<'_, '_>, adapted: bool) {
+    let lm = language_model();
+    let layer = &lm.model.layers[0].mlp.gate_proj;
+    let shape = [1024, config().hidden_size];
+    let x = Tensor::<B, 2>::random(shape, Distribution::Default, &Default::default());
+    let x = x.require_grad();
+    bencher.bench_local(|| {
+        let y = match adapted {
+            true => layer.forward(x.clone()),
+            false => layer.base.forward(x.clone()),
+        };
+        y.sum().backward()
+    });
 }
 
 /// Clipping and AdamW over all adapters.

@@ -140,7 +140,6 @@ pub struct Windows {
     micro_batch_size: usize,
     sequences_per_step: usize,
     total_sequences: usize,
-    max_tokens: usize,
     fill_ratio: Option<f64>,
     first_step: usize,
 }
@@ -165,13 +164,12 @@ impl Windows {
     ) -> Self {
         let lengths = rows.lengths().map(|length| virtual_tokens + length);
         let packer = Packer::new(lengths, data, train);
-        let mut tokens = packer.tokens();
+        let tokens = packer.tokens();
         let sequences_per_step = train.micro_batch_size * train.gradient_accumulation_steps;
         let by_epochs = ((tokens.len() as f64 * train.epochs).round() as usize).max(1);
         let total_sequences = train
             .max_steps
             .map_or(by_epochs, |steps| steps * sequences_per_step);
-        tokens.sort_unstable_by_key(|tokens| Reverse(*tokens));
         let capacity = tokens.len() as f64 * data.max_length as f64; // which may be any number
         let fill_ratio = tokens.iter().sum::<usize>() as f64 / capacity;
         Self {
@@ -181,7 +179,6 @@ impl Windows {
             micro_batch_size: train.micro_batch_size,
             sequences_per_step,
             total_sequences,
-            max_tokens: max_tokens(&tokens, train.micro_batch_size, total_sequences),
             fill_ratio: data.packing.then_some(fill_ratio),
             first_step,
         }
@@ -202,9 +199,33 @@ impl Windows {
         self.fill_ratio
     }
 
-    /// Tokens of the largest micro batch there can be, virtual ones among them.
+    /// Tokens of the sequences of an epoch, virtual ones among them, the most first.
+    pub fn sequence_tokens(&self) -> Vec<usize> {
+        let mut tokens = self.packer.tokens();
+        tokens.sort_unstable_by_key(|tokens| Reverse(*tokens));
+        tokens
+    }
+
+    /// Tokens of the largest micro batch, virtual ones among them; of the largest that there can be, where all of them are
+    /// too many to look at.
     pub fn max_tokens(&self) -> usize {
-        self.max_tokens
+        let (epoch, size) = (self.epoch_sequences, self.micro_batch_size);
+        let total = self.total_sequences;
+        if self.packer.is_shuffled() && (self.packer.packs() || total > SEQUENCES_LOOKED_AT) {
+            // sequences that are packed are all about as long
+            return max_tokens(&self.sequence_tokens(), size, total);
+        }
+        let mut order = Order::default();
+        let mut tokens = |first: usize| -> usize {
+            let all = first..total.min(first + size);
+            all.map(|at| self.packer.tokens_of(order.rows(self, at)))
+                .sum()
+        };
+        // in file order all comes again once a micro batch begins with the first sequence
+        let again =
+            |first: &usize| !self.packer.is_shuffled() && *first > 0 && first.is_multiple_of(epoch);
+        let firsts = (0..total).step_by(size).take_while(|first| !again(first));
+        firsts.map(&mut tokens).max().unwrap_or(0)
     }
 
     /// Whether step `step` (counted from 0) ends an epoch, or the run.
@@ -231,6 +252,9 @@ impl Windows {
         }
     }
 }
+
+/// Sequences of a run whose order is made to find its largest micro batch.
+const SEQUENCES_LOOKED_AT: usize = 1 << 20;
 
 /// The tokens of the largest micro batch there can be, of sequences of these `tokens`, the most
 /// first.
@@ -505,6 +529,28 @@ mod tests {
             let resumed = Windows::new(rows, &data, &train, 3);
             assert_eq!(all(&resumed), whole[3..]);
             assert_ne!(whole[0], whole[3]);
+        }
+    }
+
+    #[test]
+    fn the_largest_micro_batch_is_the_one_there_is() {
+        for (lengths, shuffle, epochs) in [
+            (&[9, 1, 9, 1, 8, 8, 2][..], false, 1.0), // 9 and 9 never meet
+            (&[9, 1, 9, 1, 8, 8, 2], false, 3.0),
+            (&[9, 1, 1, 9], false, 2.0),
+            (&[9, 1, 9, 1, 8, 8, 2], true, 5.0),
+        ] {
+            let train = TrainSection {
+                micro_batch_size: 2,
+                epochs,
+                ..TrainSection::default()
+            };
+            let windows = Windows::new(rows(lengths), &data(false, shuffle), &train, 0);
+            let batches = all(&windows)
+                .into_iter()
+                .flat_map(|window| window.micro_batches);
+            let most = batches.map(|batch| batch.num_tokens()).max();
+            assert_eq!(Some(windows.max_tokens()), most, "{lengths:?} {epochs}");
         }
     }
 

@@ -13,6 +13,8 @@ use crate::recipe::{Paths, Recipe};
 use crate::report::{Entry, RunRecord};
 use crate::trained::Trained;
 
+pub mod hub;
+
 /// File name of the card.
 pub const CARD_FILE: &str = "README.md";
 /// Most steps whose losses are told.
@@ -46,7 +48,7 @@ fn card(run: &RunRecord, recipe: &Recipe, trained: &Trained) -> String {
     let _ = write!(
         text,
         "\n# {}\n\n{article} {what} `{base}`, trained with `trainer`.\n",
-        short_name(base)
+        title(recipe)
     );
     usage(&mut text, base, trained);
     training(&mut text, run, recipe);
@@ -90,10 +92,28 @@ fn front_matter(base: &str, trained: &Trained) -> String {
     )
 }
 
-/// The last part of a Hub id or a path.
+/// The model, and what it was trained on.
+fn title(recipe: &Recipe) -> String {
+    let model = short_name(&recipe.model.path);
+    let files = recipe.data.train.list();
+    match &files[..] {
+        [] => format!("{model}, fine-tuned"),
+        [file] => format!("{model}, fine-tuned on {}", file_name(file)),
+        [file, more @ ..] => {
+            let (file, more) = (file_name(file), more.len());
+            format!("{model}, fine-tuned on {file} and {more} more")
+        }
+    }
+}
+
+/// The name in a Hub id or a path, also of a folder in the Hub's cache
+/// (`models--OWNER--NAME/snapshots/COMMIT`).
 fn short_name(base: &str) -> &str {
-    let name = base.trim_end_matches(['/', '\\']);
-    name.rsplit(['/', '\\']).next().unwrap_or(name)
+    let (base, _) = base.split_once('@').unwrap_or((base, ""));
+    let mut parts = base.rsplit(['/', '\\']).filter(|part| !part.is_empty());
+    let last = parts.next().unwrap_or(base);
+    let cached = parts.find_map(|part| part.strip_prefix("models--"));
+    cached.and_then(|id| id.rsplit("--").next()).unwrap_or(last)
 }
 
 fn usage(text: &mut String, base: &str, trained: &Trained) {
@@ -255,6 +275,28 @@ mod tests {
         recipe.adapter.method = "full".into();
         let text = card(&RunRecord::default(), &recipe, &Trained::Full);
         assert!(text.contains("library_name: transformers\n") && !text.contains("PEFT"));
+    }
+
+    #[test]
+    fn a_title_says_what_was_trained_on_what() {
+        let mut recipe = Recipe::default();
+        for (base, data, expected) in [
+            (
+                "owner/base@main",
+                Paths::One("a/rows.jsonl".into()),
+                "base, fine-tuned on rows.jsonl",
+            ),
+            ("/home/me/base/", Paths::None, "base, fine-tuned"),
+            (
+                "/hub/models--owner--poet-1b/snapshots/0123abcd",
+                Paths::Many(vec!["a.csv".into(), "b.csv".into()]),
+                "poet-1b, fine-tuned on a.csv and 1 more",
+            ),
+        ] {
+            recipe.model.path = base.into();
+            recipe.data.train = data;
+            assert_eq!(title(&recipe), expected);
+        }
     }
 
     #[test]

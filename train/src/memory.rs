@@ -164,12 +164,24 @@ impl Work<'_> {
     }
 
     fn updated(&self) -> Result<Updated> {
-        let sizes = self.trained.parameters(self.config)?;
-        let sizes = sizes.iter().map(|(_, shape)| product(shape));
+        let parameters = self.trained.parameters(self.config)?;
+        let sizes = parameters.iter().map(|(_, shape)| product(shape));
+        let whole = |module: &str| {
+            let found = parameters
+                .iter()
+                .find(|(name, _)| name.strip_suffix(".weight") == Some(module));
+            bytes(found.map_or(0, |(_, shape)| product(shape)))
+        };
         let method = self.trained.method();
+        let embeddings = whole("model.embed_tokens");
         Ok(Updated {
             all: bytes(sizes.clone().sum()),
             largest: bytes(sizes.max().unwrap_or(0)),
+            embeddings,
+            head: match self.config.tie_word_embeddings {
+                true => embeddings,
+                false => whole("lm_head"),
+            },
             frozen: match self.trained {
                 Trained::Full => 0,
                 Trained::Adapter(adapter) => bytes(adapter.num_frozen(self.config)?.into()),
@@ -268,32 +280,46 @@ impl Work<'_> {
         }
     }
 
-    /// Everything is kept, and logits exist for a part of the tokens: twice, since their gradient
-    /// is made beside them.
+    /// Everything is kept, and logits exist for a part of the tokens; their gradient takes their
+    /// place. An output layer that is trained has its gradient of that part beside that of those
+    /// before.
     fn loss(&self, layers: &[u64], trained: Updated) -> Memory {
         let (n, d) = (self.tokens as u128, self.config.hidden_size as u128);
-        let logits = (n * self.config.vocab_size as u128).min(LOGITS_AT_A_TIME as u128);
+        let logits = n * self.config.vocab_size as u128;
+        let held = self.held_in_a_step(trained);
+        let before = match logits > LOGITS_AT_A_TIME as u128 {
+            true => held.gradients.max(trained.head),
+            false => held.gradients,
+        };
         Memory {
-            logits: bytes(2 * logits),
+            logits: bytes(logits.min(LOGITS_AT_A_TIME as u128)),
             workspace: bytes(n * d), // their gradients so far
-            ..self.kept(layers, self.held_in_a_step(trained))
+            gradients: before + trained.head,
+            ..self.kept(layers, held)
         }
     }
 
     /// The last layer is differentiated, and the others wait.
     fn backward(&self, layers: &[u64], trained: Updated) -> Memory {
+        let held = self.held_in_a_step(trained);
         Memory {
             workspace: self.inside_of_a_layer(layers),
-            ..self.kept(layers, self.held_in_a_step(trained))
+            gradients: held.gradients.max(trained.head),
+            ..self.kept(layers, held)
         }
     }
 
-    /// The first layer is differentiated, and all gradients are there.
+    /// The first layer is differentiated, or the embeddings are, and all gradients are there; those
+    /// of embeddings once more if they are the output layer, too.
     fn end_of_backward(&self, layers: &[u64], trained: Updated) -> Memory {
         let held = self.held_in_a_step(trained);
+        let again = match self.config.tie_word_embeddings {
+            true => trained.embeddings,
+            false => 0,
+        };
         Memory {
-            gradients: held.gradients + trained.all,
-            workspace: self.inside_of_a_layer(layers),
+            gradients: held.gradients + trained.all + again,
+            workspace: self.inside_of_a_layer(layers).max(trained.embeddings),
             ..held
         }
     }
@@ -347,11 +373,14 @@ impl Work<'_> {
     }
 
     /// AdamW makes the new weights while the learner still holds the old ones; each new one takes
-    /// the place of its gradient, and there are three temporaries of the tensor at hand.
+    /// the place of its gradient. On a graphics card there are three temporaries of the tensor at hand.
     fn update(&self, trained: Updated) -> Memory {
         Memory {
             gradients: trained.all,
-            workspace: 3 * trained.largest,
+            workspace: match self.place {
+                Place::Host { .. } => 0,
+                Place::Device => 3 * trained.largest,
+            },
             ..self.held(trained)
         }
     }
@@ -362,6 +391,10 @@ impl Work<'_> {
 struct Updated {
     all: u64,
     largest: u64,
+    /// The embeddings and the output layer, if they are trained as a whole; both are the same if
+    /// they are tied.
+    embeddings: u64,
+    head: u64,
     /// Of what belongs to the adapter and is not trained.
     frozen: u64,
     /// Numbers that the method remembers from step to step for each that is trained.

@@ -13,6 +13,7 @@ use burn::tensor::{
     Tensor,
     backend::{AutodiffBackend, Backend},
 };
+use model::ops::{AdamwStep, UpdateBackend, Updated, adamw};
 
 use crate::recipe::TrainSection;
 
@@ -83,7 +84,11 @@ impl<B: Backend> AdamW<B> {
     }
 }
 
-impl<A: AutodiffBackend, M: AutodiffModule<A>> Optimizer<M, A> for AdamW<A::InnerBackend> {
+impl<A, M> Optimizer<M, A> for AdamW<A::InnerBackend>
+where
+    A: AutodiffBackend<InnerBackend: UpdateBackend>,
+    M: AutodiffModule<A>,
+{
     /// The state is saved by name, see `checkpoint`.
     type Record = ();
 
@@ -182,7 +187,10 @@ impl<A: AutodiffBackend> ModuleMapper<A> for Overwrite<A::InnerBackend> {
     }
 }
 
-impl<A: AutodiffBackend> ModuleMapper<A> for Update<'_, A::InnerBackend> {
+impl<A> ModuleMapper<A> for Update<'_, A::InnerBackend>
+where
+    A: AutodiffBackend<InnerBackend: UpdateBackend>,
+{
     fn map_float<const D: usize>(&mut self, param: Param<Tensor<A, D>>) -> Param<Tensor<A, D>> {
         let Some(grad) = self.grads.remove::<A::InnerBackend, D>(param.id) else {
             return param;
@@ -204,23 +212,31 @@ impl<A: AutodiffBackend> ModuleMapper<A> for Update<'_, A::InnerBackend> {
     }
 }
 
-impl<B: Backend> Update<'_, B> {
-    fn update(&mut self, id: ParamId, param: Tensor<B, 1>, grad: Tensor<B, 1>) -> Tensor<B, 1> {
-        let (beta1, beta2) = (self.beta1, self.beta2);
+impl<B: UpdateBackend> Update<'_, B> {
+    fn update(&mut self, id: ParamId, weight: Tensor<B, 1>, grad: Tensor<B, 1>) -> Tensor<B, 1> {
         let lr = self.lr * self.rates.get(&id).copied().unwrap_or(1.0);
+        let step = AdamwStep {
+            betas: [self.beta1, self.beta2],
+            eps: self.eps,
+            decay: 1.0 - lr * self.weight_decay,
+            step_size: lr / self.correction,
+            root: self.root,
+        };
         let Moments { first, second } = self.moments.remove(&id).unwrap_or_else(|| Moments {
             first: grad.zeros_like(),
             second: grad.zeros_like(),
         });
-        let first = first.mul_scalar(beta1) + grad.clone().mul_scalar(1.0 - beta1);
-        let second = second.mul_scalar(beta2) + (grad.clone() * grad).mul_scalar(1.0 - beta2);
-        let denominator = second
-            .clone()
-            .sqrt()
-            .div_scalar(self.root)
-            .add_scalar(self.eps);
-        let change = (first.clone() / denominator).mul_scalar(lr / self.correction);
-        self.moments.insert(id, Moments { first, second });
-        param.mul_scalar(1.0 - lr * self.weight_decay) - change
+        let old = Updated {
+            weight,
+            first,
+            second,
+        };
+        let new = adamw(old, grad, &step);
+        let moments = Moments {
+            first: new.first,
+            second: new.second,
+        };
+        self.moments.insert(id, moments);
+        new.weight
     }
 }

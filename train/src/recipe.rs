@@ -280,12 +280,12 @@ mod tests {
                 "train.recompute: unknown variant `layer`, expected one of `auto`, `none`, `block`",
             ),
             (
-                "adapter.method=ia3",
-                "adapter.method = \"ia3\" is not supported: expected \"lora\" or \"full\"",
+                "adapter.method=oft",
+                "adapter.method = \"oft\" is not supported: expected \"lora\", ",
             ),
             (
-                "adapter.init=pissa",
-                "adapter.init: unknown variant `pissa`, expected `default` or `gaussian`",
+                "adapter.init=eva",
+                "adapter.init: unknown variant `eva`, expected `default`, `gaussian`",
             ),
             (
                 "train.optimizer=lion",
@@ -443,6 +443,7 @@ mod tests {
             "adapter.target_modules=[q_proj, v_proj]",
             "adapter.exclude_modules=.*o_proj",
             "adapter.layers_to_transform=[0, 2]",
+            "adapter.layers_pattern=layers",
             "adapter.rank_pattern={q_proj = 8, 'layers.1' = 4}",
             "adapter.alpha_pattern={v_proj = 2.5}",
             "adapter.modules_to_save=[lm_head]",

@@ -21,7 +21,10 @@ use model::virtual_tokens::Prefix;
 /// Shapes: `m` positions, `d` hidden, `l` layers, `p` virtual tokens, `w` width of keys.
 pub(crate) struct Blocks<'a, B: TrainBackend> {
     model: &'a AdaptedLlama<B>,
-    input: Input<B>,
+    /// What the first layer read, if anything is trained that led to it, `[m, d]`.
+    x: Option<Tensor<B, 2>>,
+    rope: Rope<B>,
+    prefix: Option<Prefix<B>>,
     /// What went into the layers from the first trained one on, `[m, d]` each.
     inputs: Vec<Tensor<B::InnerBackend, 2>>,
 }
@@ -30,7 +33,8 @@ impl<'a, B: TrainBackend> Blocks<'a, B> {
     /// What the layers read to hidden states `[m, d]`, which are tracked if anything that led to
     /// them is trained.
     pub fn forward(model: &'a AdaptedLlama<B>, input: Input<B>) -> (Self, Tensor<B, 2>) {
-        let begins = reads(model, &input) || input.prefix.is_some();
+        let reads = trains(&model.embed_tokens) || input.tokens.is_some();
+        let begins = reads || input.prefix.is_some();
         let trained = |layer| begins || trains(layer);
         let first = model.layers.iter().position(trained);
         let inner = model.valid(); // shares the weights
@@ -44,7 +48,8 @@ impl<'a, B: TrainBackend> Blocks<'a, B> {
             places: prefix.places.clone().inner(),
         });
         let mut inputs = Vec::new();
-        let mut x = input.x.clone().inner();
+        let first_input = reads.then(|| input.x.clone());
+        let mut x = input.x.inner();
         for (index, layer) in inner.layers.iter().enumerate() {
             if first.is_some_and(|first| index >= first) {
                 inputs.push(x.clone());
@@ -53,7 +58,9 @@ impl<'a, B: TrainBackend> Blocks<'a, B> {
         }
         let blocks = Self {
             model,
-            input,
+            x: first_input,
+            rope: input.rope,
+            prefix: input.prefix,
             inputs,
         };
         (blocks, tracked_if(first.is_some(), x))
@@ -66,16 +73,15 @@ impl<'a, B: TrainBackend> Blocks<'a, B> {
         d_x: Tensor<B::InnerBackend, 2>,
         gradients: &mut GradientsAccumulator<AdaptedLlama<B>>,
     ) {
-        let (model, input) = (self.model, self.input);
+        let model = self.model;
         let first = model.layers.len() - self.inputs.len();
-        let reads = reads(model, &input);
         let mut d_x = Some(d_x);
         let mut d_prefix = Vec::new(); // of the layers, the last one first
         while let Some(x) = self.inputs.pop() {
             let Some(d_y) = d_x.take() else { break }; // nothing below is trained
             let index = first + self.inputs.len();
-            let x = tracked_if(reads || index > first, x);
-            let prefix = input.prefix.as_ref().map(|all| {
+            let x = tracked_if(self.x.is_some() || index > first, x);
+            let prefix = self.prefix.as_ref().map(|all| {
                 let prefix = all.layer(index);
                 let leaf = tracked_if(true, prefix.keys_and_values.inner());
                 Prefix {
@@ -85,7 +91,7 @@ impl<'a, B: TrainBackend> Blocks<'a, B> {
             });
             let layer = &model.layers[index];
             let past = prefix.clone().map_or(Past::Nothing, Past::Prefix);
-            let mut grads = backward(layer.forward(x.clone(), &input.rope, past), d_y);
+            let mut grads = backward(layer.forward(x.clone(), &self.rope, past), d_y);
             gradients.accumulate(model, GradientsParams::from_module(&mut grads, layer));
             d_prefix
                 .extend(prefix.and_then(|prefix| prefix.keys_and_values.grad_remove(&mut grads)));
@@ -93,19 +99,14 @@ impl<'a, B: TrainBackend> Blocks<'a, B> {
         }
         let mut add =
             |grads| gradients.accumulate(model, GradientsParams::from_grads(grads, model));
-        if let Some(d_x) = d_x.filter(|_| reads) {
-            add(backward(input.x, d_x));
+        if let (Some(x), Some(d_x)) = (self.x, d_x) {
+            add(backward(x, d_x));
         }
-        if let Some(prefix) = input.prefix {
+        if let Some(prefix) = self.prefix {
             d_prefix.reverse();
             add(backward(prefix.keys_and_values, Tensor::cat(d_prefix, 0)));
         }
     }
-}
-
-/// Whether anything is trained that comes before the first layer's input.
-fn reads<B: TrainBackend>(model: &AdaptedLlama<B>, input: &Input<B>) -> bool {
-    trains(&model.embed_tokens) || input.tokens.is_some()
 }
 
 /// The gradients of what led to `y`, from that of `y`; none if nothing of it is tracked.

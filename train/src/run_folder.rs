@@ -76,6 +76,17 @@ pub enum Line {
     },
 }
 
+impl Line {
+    /// The step that it is about.
+    pub fn step(&self) -> usize {
+        match self {
+            Self::Train { step, .. } | Self::Skipped { step, .. } | Self::Eval { step, .. } => {
+                *step
+            }
+        }
+    }
+}
+
 /// What decides whether a line of metrics stays, of any kind.
 #[derive(Deserialize)]
 struct Stamp {
@@ -168,7 +179,7 @@ impl RunFolder {
 
     /// Whether anything was saved here that a run from the beginning would overwrite.
     pub fn has_results(&self) -> bool {
-        RESULTS.iter().any(|name| self.path.join(name).exists())
+        !results(&self.path).is_empty()
     }
 
     /// The metrics so far.
@@ -184,10 +195,17 @@ impl RunFolder {
         text.lines().map(line).collect()
     }
 
-    /// Writes TensorBoard's events, too, if the recipe asks for it; `first_step` is to be taken next.
-    pub fn with_events(mut self, recipe: &Recipe, first_step: usize) -> Result<Self> {
+    /// Writes TensorBoard's events, too, if the recipe asks for it, from after `progress` on.
+    pub fn with_events(mut self, recipe: &Recipe, progress: &Progress) -> Result<Self> {
         if recipe.output.tensorboard {
-            self.events = Some(EventFile::create(&self.path, first_step)?);
+            // An evaluation that is still due may have been told before. Only whole steps can be
+            // forgotten, so that the one before it is told again.
+            let first = progress.step + usize::from(!progress.evaluation_due);
+            let mut events = EventFile::create(&self.path, first)?;
+            for line in self.lines()?.iter().filter(|line| line.step() >= first) {
+                events.write(line)?;
+            }
+            self.events = Some(events);
         }
         Ok(self)
     }
@@ -237,6 +255,12 @@ fn lock(run: &Path) -> Result<File> {
         Err(TryLockError::Error(e)) if e.kind() == ErrorKind::Unsupported => Ok(file),
         Err(TryLockError::Error(e)) => Err(io("lock", &path)(e)),
     }
+}
+
+/// The folders of what was trained that are there.
+pub fn results(run: &Path) -> Vec<PathBuf> {
+    let all = RESULTS.iter().map(|name| run.join(name));
+    all.filter(|folder| folder.exists()).collect()
 }
 
 /// An existing folder with something in it is not overwritten.

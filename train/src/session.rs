@@ -181,11 +181,11 @@ fn begin<B: TrainBackend>(
             trained.attach(&mut model, recipe.train.seed, &device)?;
         }
     }
-    let folder = folder(&recipe)?.with_events(&recipe, 1)?;
     let progress = Progress {
         rows: rows.fingerprint(),
         ..Progress::default()
     };
+    let folder = folder(&recipe)?.with_events(&recipe, &progress)?;
     let virtual_tokens = trained.virtual_tokens();
     let (data, train) = (&recipe.data, &recipe.train);
     let windows = Windows::behind(virtual_tokens, rows.train, data, train, progress.step);
@@ -253,7 +253,8 @@ pub fn resume<B: TrainBackend>(
         });
     }
     let (data, train) = (&recipe.data, &recipe.train);
-    let windows = Windows::behind(trained.virtual_tokens(), rows.train.clone(), data, train, 0);
+    let virtual_tokens = trained.virtual_tokens();
+    let windows = Windows::behind(virtual_tokens, rows.train, data, train, progress.step);
     if windows.num_steps() < progress.step {
         let (steps, taken) = (windows.num_steps(), progress.step);
         let problem = format!(
@@ -266,9 +267,7 @@ pub fn resume<B: TrainBackend>(
     let start = Instant::now();
     let model = load_base::<B>(&recipe, &base, &device)?;
     let load_time = start.elapsed();
-    let model = trained.restore(model, checkpoint, recipe.train.seed, &device)?;
-    let virtual_tokens = trained.virtual_tokens();
-    let windows = Windows::behind(virtual_tokens, rows.train, data, train, progress.step);
+    let model = trained.restore(model, checkpoint, &device)?;
     let steps = windows.num_steps();
     trained.of_run(steps)?;
     let optimizer = trained.optimizer(&model.config, &recipe.train, steps)?;
@@ -276,7 +275,7 @@ pub fn resume<B: TrainBackend>(
     restore_optimizer(&optimizer, &names, checkpoint, &device)?;
     folder.write_recipe(&recipe)?;
     folder.go_back(&progress)?;
-    let folder = folder.with_events(&recipe, progress.step + 1)?;
+    let folder = folder.with_events(&recipe, &progress)?;
     Ok(assemble(
         recipe, trained, base, windows, rows.eval, device, model, optimizer, folder, progress,
         load_time,

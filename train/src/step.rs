@@ -287,7 +287,8 @@ struct Squares<'a, B: TrainBackend> {
 impl<B: TrainBackend> ModuleVisitor<B> for Squares<'_, B> {
     fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<B, D>>) {
         if let Some(gradient) = self.gradients.get::<B::InnerBackend, D>(param.id) {
-            let sum = (gradient.clone() * gradient).sum();
+            let count = gradient.shape().num_elements();
+            let sum = ops::sum_of_squares(gradient.reshape([count]));
             self.sum = Some(match self.sum.take() {
                 Some(total) => total + sum,
                 None => sum,
@@ -304,7 +305,9 @@ struct Scale<'a> {
 impl<B: TrainBackend> ModuleVisitor<B> for Scale<'_> {
     fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<B, D>>) {
         if let Some(gradient) = self.gradients.remove::<B::InnerBackend, D>(param.id) {
-            let scaled = gradient.mul_scalar(self.factor);
+            let shape = gradient.shape();
+            let flat = gradient.reshape([shape.num_elements()]);
+            let scaled = ops::scale(flat, self.factor).reshape(shape);
             self.gradients
                 .register::<B::InnerBackend, D>(param.id, scaled);
         }

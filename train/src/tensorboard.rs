@@ -258,6 +258,9 @@ fn crc32c(bytes: &[u8]) -> u32 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::checkpoint::Progress;
+    use crate::recipe::Recipe;
+    use crate::run_folder::RunFolder;
 
     #[test]
     fn checksums_are_those_of_rfc_3720() {
@@ -308,5 +311,49 @@ mod tests {
         let all: Vec<_> = files.iter().map(steps).collect();
         // the version of the file, the start of the session, the evaluations
         assert_eq!(all, [vec![0, 1, 127], vec![0, 128, 128], vec![0, 129]]);
+    }
+
+    /// A checkpoint of a cut-short evaluation was gone on from, and the run killed after it.
+    #[test]
+    fn an_evaluation_that_is_made_again_is_told_once() {
+        let run = tempfile::tempdir().unwrap();
+        let mut recipe = Recipe::default();
+        recipe.output.tensorboard = true;
+        let train = |step| Line::Skipped {
+            step,
+            epoch: 0.5,
+            reason: "the loss".into(),
+            skipped: step,
+            seconds: 0.1,
+        };
+        let eval = Line::Eval {
+            step: 2,
+            loss: 0.5,
+            perplexity: 1.6,
+            tokens: 9,
+        };
+        let due = Progress {
+            step: 2,
+            evaluation_due: true,
+            ..Progress::default()
+        };
+        let folder = RunFolder::create(&run.path().join("run"), &recipe).unwrap();
+        let mut folder = folder.with_events(&recipe, &Progress::default()).unwrap();
+        let path = folder.path().to_path_buf();
+        for line in [&train(1), &train(2), &eval] {
+            folder.write(line).unwrap();
+        }
+        drop(folder);
+        let mut folder = RunFolder::open(&path).unwrap();
+        folder.go_back(&due).unwrap();
+        let mut folder = folder.with_events(&recipe, &due).unwrap();
+        folder.write(&eval).unwrap();
+        let files = event_files(&path.join(EVENTS_FOLDER)).unwrap();
+        let all: Vec<u8> = files
+            .iter()
+            .flat_map(|file| std::fs::read(file).unwrap())
+            .collect();
+        let count = |tag: &[u8]| all.windows(tag.len()).filter(|part| *part == tag).count();
+        assert_eq!((count(b"loss/eval"), count(b"skipped")), (1, 2));
     }
 }

@@ -19,6 +19,10 @@ use crate::run_folder::io;
 const EXACT_FILE: &str = "trained.safetensors";
 
 /// What is trained.
+#[allow(
+    clippy::large_enum_variant,
+    reason = "a run has one, and it is matched on everywhere"
+)]
 #[derive(Debug, Clone, PartialEq)]
 pub enum Trained {
     /// An adapter; saved in PEFT's format.
@@ -168,40 +172,33 @@ impl Trained {
 
     /// Writes what is trained so that a run can go on with it, where [`Trained::save`] writes
     /// something else.
-    pub fn save_exactly<B: Backend>(&self, model: &AdaptedLlama<B>, into: &Path) -> Result<()> {
-        if !self.is_converted() {
-            return Ok(());
+    pub fn save_exactly<B: AdaptedBackend>(
+        &self,
+        model: &AdaptedLlama<B>,
+        into: &Path,
+    ) -> Result<()> {
+        if let Self::Adapter(adapter) = self
+            && adapter.method.is_converted()
+        {
+            peft::save_exactly(model, adapter, &into.join(EXACT_FILE))?;
         }
-        let mut values = adapters::read_parameters(model);
-        let tensor = |(name, shape): (String, Vec<usize>)| NamedTensor {
-            values: values.remove(&param_id(&name)).expect("it is trained"),
-            name,
-            shape,
-        };
-        let all = self.parameters(&model.config)?.into_iter();
-        let tensors: Vec<_> = all.map(tensor).collect();
-        Ok(write_safetensors(&into.join(EXACT_FILE), &tensors, &[])?)
-    }
-
-    fn is_converted(&self) -> bool {
-        self.method().is_some_and(Method::is_converted)
+        Ok(())
     }
 
     /// Puts what is trained on a base model, with the weights that [`Trained::save`] and
-    /// [`Trained::save_exactly`] wrote; `seed` is that of the run.
+    /// [`Trained::save_exactly`] wrote.
     pub fn restore<B: AdaptedBackend>(
         &self,
         mut model: AdaptedLlama<B>,
         from: &Path,
-        seed: u64,
         device: &B::Device,
     ) -> Result<AdaptedLlama<B>> {
         let folder = from.join(self.folder_name());
-        if self.is_converted() {
-            self.attach(&mut model, seed, device)?;
-            let file = Checkpoint::open_file(&from.join(EXACT_FILE))?;
-            let names = self.parameters(&model.config)?;
-            return overwrite(model, &file, &names);
+        if let Self::Adapter(adapter) = self
+            && adapter.method.is_converted()
+        {
+            let file = from.join(EXACT_FILE);
+            return Ok(peft::load_exactly(model, adapter, &file, device)?);
         }
         match self {
             Self::Adapter(ours) => {
@@ -220,23 +217,14 @@ impl Trained {
                 }
             }
             Self::Full => {
-                self.attach(&mut model, seed, device)?;
+                adapters::train_all(&mut model)?;
                 let file = Checkpoint::open_file(&folder.join(MODEL_FILE))?;
                 let tensors = model.config.tensors();
-                overwrite(model, &file, &tensors)
+                file.check(&tensors, |_| false)?;
+                let read = |(name, _): &(String, _)| Ok((param_id(name), file.read(name)?));
+                let values = tensors.iter().map(read).collect::<Result<_>>()?;
+                Ok(adapters::write_parameters(model, values))
             }
         }
     }
-}
-
-/// Reads trained tensors from a file that has no others.
-fn overwrite<B: Backend>(
-    model: AdaptedLlama<B>,
-    file: &Checkpoint,
-    tensors: &[(String, Vec<usize>)],
-) -> Result<AdaptedLlama<B>> {
-    file.check(tensors, |_| false)?;
-    let read = |(name, _): &(String, _)| Ok((param_id(name), file.read(name)?));
-    let values = tensors.iter().map(read).collect::<Result<_>>()?;
-    Ok(adapters::write_parameters(model, values))
 }

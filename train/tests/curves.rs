@@ -82,10 +82,11 @@ fn follow(name: &str) {
     let plan = json(&folder.join("recipe.json"));
     let base = tiny_model(plan["base"].as_str().unwrap());
     let rows = read_rows(folder.join("data.jsonl"), &base);
-    let mut settings = vec![
-        "data.shuffle=false".to_owned(),
-        format!("adapter.init_from={}", folder.join("init").display()),
-    ];
+    let mut settings = vec!["data.shuffle=false".to_owned()];
+    let init = folder.join("init");
+    if init.exists() {
+        settings.push(format!("adapter.init_from={}", init.display()));
+    }
     let given = plan["settings"].as_object().unwrap();
     settings.extend(given.iter().map(|(key, value)| format!("{key}={value}")));
     let out = tempfile::tempdir().unwrap();
@@ -105,11 +106,14 @@ fn follow(name: &str) {
         let off = max_off(&ours, theirs, key);
         assert!(off < 1e-5, "{name}: {key} differs by {off}");
     }
+    if !init.exists() {
+        return; // decompositions of the weights may differ in signs
+    }
     // 2.8e-7 was seen. Ten steps of at most the learning rate; AdamW divides a gradient by its own
     // size, so that the small ones, with the larger rounding, move a weight as far as the others.
     let off = max_adapter_off(&out.path().join("adapter"), &folder.join("final"));
     assert!(off < 5e-6, "{name}: the adapter differs by {off}");
-    let moved = max_adapter_off(&folder.join("init"), &folder.join("final"));
+    let moved = max_adapter_off(&init, &folder.join("final"));
     assert!(moved > 1e-2, "{name}: the adapter has moved");
 }
 
@@ -186,4 +190,10 @@ fn vera_follows_peft() {
 #[test]
 fn vera_over_nf4_follows_peft_and_bitsandbytes() {
     follow("vera_nf4");
+}
+
+#[test]
+fn pissa_and_olora_follow_peft() {
+    follow("pissa");
+    follow("olora");
 }

@@ -43,7 +43,7 @@ fn row(start: u32, length: usize, prompt: usize) -> Sample {
         .collect();
     let label = |(index, id): (usize, &u32)| if index < prompt { IGNORED } else { *id as i32 };
     Sample {
-        task: 0,
+        task: start % 3,
         labels: input_ids.iter().enumerate().map(label).collect(),
         input_ids,
     }
@@ -306,8 +306,8 @@ const EVENTFUL: &str = "train.epochs=2.6 train.micro_batch_size=2 train.gradient
 const ADALORA: &str = "adapter.method=adalora adapter.init_r=4 adapter.target_r=2 adapter.tfinal=2 \
     adapter.deltaT=2 adapter.dropout=0.2";
 
-/// [`EVENTFUL`] with a method, `lora`, `full` or `packed`, which is LoRA with packing: 6 sequences
-/// an epoch, where there are 11 rows.
+/// [`EVENTFUL`] with a method, `full` or LoRA in one of its forms; `packed` is LoRA with packing: 6
+/// sequences an epoch, where there are 11 rows.
 fn eventful(method: &str) -> String {
     match method {
         "packed" => {
@@ -320,7 +320,31 @@ fn eventful(method: &str) -> String {
             "{EVENTFUL} adapter.method={method} adapter.rank=2 adapter.rank_dropout=0.3 adapter.module_dropout=0.5"
         ),
         "vera" => format!("{EVENTFUL} adapter.method=vera adapter.rank=7 adapter.dropout=0.2"),
+        "prompt" | "prefix" | "projected" | "mpt" | "ptuning" | "lstm" => {
+            format!("{EVENTFUL} {}", in_front(method))
+        }
+        "dora" => format!("{} adapter.use_dora=true", eventful("lora")),
+        "pissa" => format!("{} adapter.init=pissa_niter_2", eventful("lora")),
+        "olora" => format!("{EVENTFUL} adapter.init=olora adapter.use_rslora=true"),
         method => format!("{EVENTFUL} adapter.method={method}"),
+    }
+}
+
+/// The settings of a method that puts virtual tokens in front of rows, of every kind.
+fn in_front(method: &str) -> &'static str {
+    match method {
+        "prompt" => "adapter.method=prompt adapter.num_virtual_tokens=4",
+        "prefix" => "adapter.method=prefix adapter.num_virtual_tokens=5",
+        "projected" => {
+            "adapter.method=prefix adapter.prefix_projection=true adapter.num_virtual_tokens=3 \
+             adapter.encoder_hidden_size=7"
+        }
+        "mpt" => "adapter.method=mpt adapter.num_tasks=3 adapter.num_ranks=2",
+        "ptuning" => "adapter.method=ptuning adapter.num_virtual_tokens=2",
+        _ => {
+            "adapter.method=ptuning adapter.encoder_reparameterization_type=LSTM \
+             adapter.num_virtual_tokens=6 adapter.encoder_hidden_size=5"
+        }
     }
 }
 
@@ -329,12 +353,18 @@ fn a_resumed_run_is_the_uninterrupted_one() {
     for (method, result) in [
         ("lora", "adapter"),
         ("packed", "adapter"),
+        ("dora", "adapter"),
+        ("pissa", "adapter"),
         ("full", "model"),
         ("adalora", "adapter"),
         ("loha", "adapter"),
         ("lokr", "adapter"),
         ("ia3", "adapter"),
         ("vera", "adapter"),
+        ("prompt", "adapter"),
+        ("projected", "adapter"),
+        ("mpt", "adapter"),
+        ("lstm", "adapter"),
     ] {
         let text = eventful(method);
         let (whole, outcome) = run_gqa(&text);
@@ -363,7 +393,7 @@ fn a_resumed_run_is_the_uninterrupted_one() {
         assert_eq!(checkpoints(out.path()).last().unwrap(), "step-000005");
         let rest = finish(resume(out.path(), &rows()), |_, _| {}).unwrap();
 
-        assert_eq!(rest, outcome);
+        assert_eq!(rest, outcome, "{method}");
         assert_eq!(steady_metrics(out.path()), steady_metrics(whole.path()));
         for folder in [result, "best", "checkpoints/step-000008"] {
             let bytes = |run: &TempDir| files(&run.path().join(folder));
@@ -487,6 +517,9 @@ fn layers_that_are_computed_again_change_nothing() {
     let cases = [
         ("gqa", "lora", ""),
         ("gqa", "lora", "quantization.format=nf4"),
+        ("gqa", "dora", "quantization.format=nf4"),
+        ("gqa", "pissa", "quantization.format=nf4"),
+        ("gqa", "olora", ""),
         ("gqa", "lora", "adapter.layers_to_transform=[1]"),
         ("gqa", "lora", "adapter.layers_to_transform=[0]"),
         (
@@ -512,6 +545,11 @@ fn layers_that_are_computed_again_change_nothing() {
         ("gqa", "full", ""),
         ("tied_llama3", "full", ""),
         ("mha_bias_linear", "full", ""),
+        ("gqa", "prompt", "quantization.format=nf4"),
+        ("gqa", "prefix", "quantization.format=nf4"),
+        ("tied_llama3", "projected", ""),
+        ("gqa", "mpt", ""),
+        ("mha_bias_linear", "lstm", ""),
     ];
     for (model, method, text) in cases {
         let run = |recompute: &str| {
@@ -756,6 +794,9 @@ fn packing_changes_neither_loss_nor_gradients() {
         ("gqa", "train.recompute=block"),
         ("gqa", "adapter.method=full"),
         ("tied_llama3", ""),
+        ("gqa", in_front("prompt")),
+        ("gqa", in_front("prefix")),
+        ("tied_llama3", in_front("mpt")),
     ] {
         let text = format!("data.packing=true data.max_length=31 {settings_}");
         let out = tempdir().unwrap();
@@ -794,6 +835,74 @@ fn packing_changes_neither_loss_nor_gradients() {
                 }
             }
         }
+    }
+}
+
+/// Every method that stands in front of rows learns, over a dense base and over one in 4 bits, and
+/// what it saves has the loss that it had.
+#[test]
+fn virtual_tokens_learn_and_are_saved_as_they_are() {
+    for (method, format) in [
+        ("prompt", "none"),
+        ("prefix", "nf4"),
+        ("projected", "none"),
+        ("mpt", "nf4"),
+        ("ptuning", "none"),
+        ("lstm", "none"),
+    ] {
+        let text = format!(
+            "{} train.max_steps=60 train.learning_rate=0.02 train.micro_batch_size=11 \
+             data.packing=true data.shuffle=false quantization.format={format}",
+            in_front(method)
+        );
+        let (out, _) = run_gqa(&text);
+        let losses = numbers(&metrics(out.path(), "train"), "loss");
+        let (first, last) = (losses[0], losses[59]);
+        assert!(last < 0.95 * first, "{method}: {first} to {last}");
+
+        let folder = ModelFolder::open(&tiny_model("gqa")).unwrap();
+        let checkpoint = folder.checkpoint().unwrap();
+        let scheme = Recipe::read(Some(&out.path().join(RECIPE_FILE)), &[]).unwrap();
+        let scheme = scheme.quantization.scheme();
+        let device = Default::default();
+        let model = adapters::load(&folder.config, &checkpoint, scheme, &device).unwrap();
+        let (model, _) = peft::load(model, &out.path().join("adapter"), &device).unwrap();
+        let loss = evaluation(model, &rows().eval, 5).loss;
+        let told = *numbers(&metrics(out.path(), "eval"), "loss")
+            .last()
+            .unwrap();
+        assert!(
+            (loss - told).abs() < 1e-6 * told,
+            "{method}: {loss} for {told}"
+        );
+    }
+}
+
+/// Training goes on from embeddings that an encoder made, without it.
+#[test]
+fn what_an_encoder_made_is_trained_on_without_it() {
+    for method in ["projected", "lstm"] {
+        let (first, _) = run_gqa(&eventful(method));
+        let adapter = first.path().join("adapter");
+        let method = if method == "lstm" {
+            "ptuning"
+        } else {
+            "prefix"
+        };
+        let from = format!(
+            "adapter.method={method} adapter.init_from={}",
+            adapter.display()
+        );
+        let (second, _) = run_gqa(&format!("{EVENTFUL} {from}"));
+        let begun = numbers(&metrics(second.path(), "train"), "loss")[0];
+        let fresh = numbers(&metrics(first.path(), "train"), "loss")[0];
+        assert!(begun < fresh, "{method}: {begun} {fresh}");
+        let text = std::fs::read_to_string(second.path().join(RECIPE_FILE)).unwrap();
+        let off = [
+            "prefix_projection = false",
+            "encoder_reparameterization_type = \"NONE\"",
+        ];
+        assert!(off.iter().any(|line| text.contains(line)), "{text}");
     }
 }
 

@@ -39,6 +39,8 @@ unsafe impl GlobalAlloc for Counting {
 #[global_allocator]
 static ALLOCATOR: Counting = Counting;
 
+/// As many logits may exist at a time.
+const LOGITS: usize = 1 << 23;
 /// Rows, and tokens of each.
 const SHAPE: [usize; 2] = [4, 128];
 /// The tokens are from a vocabulary of this size.
@@ -133,6 +135,8 @@ fn memory_of_a_step() {
     the_estimate_is_near_and_recompute_saves_memory();
     it_grows_with_the_tokens_and_no_faster();
     it_does_not_grow_with_a_large_vocabulary();
+    the_estimate_knows_the_gradients_of_a_trained_output_layer();
+    logits_exist_once();
     dropout_keeps_nothing();
 }
 
@@ -184,6 +188,24 @@ fn it_does_not_grow_with_a_large_vocabulary() {
         [32_000, 128_000].map(|vocabulary| most("adapter.dropout=0", true, vocabulary, SHAPE));
     let growth = large / small;
     assert!((0.98..1.02).contains(&growth), "{growth}");
+}
+
+/// Its gradient by some of the tokens is there beside that by the tokens before.
+fn the_estimate_knows_the_gradients_of_a_trained_output_layer() {
+    for recompute in [false, true] {
+        let (measured, estimate) =
+            measure(&["adapter.method=full"], recompute, &config(32_000), SHAPE);
+        let off = estimate as f64 / measured as f64;
+        assert!((0.9..1.1).contains(&off), "{recompute}: {off}");
+    }
+}
+
+/// Of the logits of a part of the tokens there is one copy, which becomes their gradient.
+fn logits_exist_once() {
+    let held = |vocabulary| most("adapter.dropout=0", true, vocabulary, SHAPE);
+    let (few, many) = (held(300), held(128_000));
+    let logits = many - few;
+    assert!(logits < 1.01 * (LOGITS << 2) as f64, "{logits}");
 }
 
 fn dropout_keeps_nothing() {

@@ -2,18 +2,18 @@
 //!
 //! Source: <https://arxiv.org/abs/2106.09685>, `peft/tuners/lora/{config,layer}.py`.
 
+mod decompose;
 mod dora;
+mod init;
 mod linear;
 
+use std::collections::HashMap;
 use std::ops::Range;
 
 use burn::module::{Module, Param, ParamId};
 use burn::tensor::{Tensor, backend::Backend};
-use model::load::normal;
 use model::ops::{MatmulBackend, matmul};
-use model::weight::{BaseWeight, param_id};
-use rand::{RngExt, SeedableRng};
-use rand_chacha::ChaCha8Rng;
+use model::weight::BaseWeight;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
@@ -21,12 +21,17 @@ use super::{Computes, LayerMethod, Part, Role, Settings, Values};
 use crate::base::{AdaptedBackend, BaseLinear};
 use crate::config::{Layer, MAX_RANK, Pattern, number};
 use crate::linear::{Dropout, dropped};
+pub use init::LoraInit;
 pub use linear::{LoraBackend, lora_linear, reference};
 
 /// The module of the embeddings.
 const EMBEDDINGS: &str = "model.embed_tokens";
 /// The tensor of DoRA's lengths.
 const MAGNITUDE: &str = "lora_magnitude_vector";
+
+/// The tensors that an update starts with and that are taken out of the base layer.
+const START_A: &str = "lora_a_start";
+const START_B: &str = "lora_b_start";
 
 /// The settings of LoRA.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -42,7 +47,7 @@ pub struct LoraSettings {
     pub use_rslora: bool,
     /// Weight-decomposed LoRA: the lengths of the weight's rows are trained, too.
     pub use_dora: bool,
-    /// How `lora_a` starts; `lora_b` starts as zeros.
+    /// How `lora_a` and `lora_b` start.
     pub init: LoraInit,
     /// LoRA+: how many times the learning rate of `lora_a` that of `lora_b` and of vectors is
     /// (<https://arxiv.org/abs/2402.12354>).
@@ -55,16 +60,6 @@ pub struct LoraSettings {
     pub rank_pattern: Pattern<usize>,
     /// Alphas of single layers: the first key that matches decides.
     pub alpha_pattern: Pattern<f64>,
-}
-
-/// How `lora_a` is initialised.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum LoraInit {
-    /// Uniform within `±1/√in` (PyTorch's `kaiming_uniform_(a=√5)`).
-    Default,
-    /// Normal with deviation `1/rank`.
-    Gaussian,
 }
 
 impl Default for LoraSettings {
@@ -162,15 +157,11 @@ impl Settings for LoraSettings {
         let alphas: Map<_, _> = alphas
             .map(|(name, alpha)| (name.clone(), number(*alpha)))
             .collect();
-        let init = match self.init {
-            LoraInit::Default => json!(true),
-            LoraInit::Gaussian => json!("gaussian"),
-        };
         let settings = json!({
             "alpha_pattern": alphas,
             "bias": "none",
             "fan_in_fan_out": false,
-            "init_lora_weights": init,
+            "init_lora_weights": self.init.to_peft(),
             "lora_alpha": number(self.alpha),
             "lora_dropout": self.dropout,
             "r": self.rank,
@@ -237,6 +228,24 @@ impl Settings for LoraSettings {
             "loraplus_lr_embedding",
             "needs adapter.loraplus_lr_ratio".into(),
         );
+        let mut all_ranks = self.rank_pattern.0.iter().map(|(_, rank)| *rank);
+        let is_even = self.rank.is_multiple_of(2) && all_ranks.all(|rank| rank.is_multiple_of(2));
+        let orthogonal = self.init == LoraInit::Orthogonal;
+        unless(
+            !orthogonal || is_even,
+            "init",
+            "= \"orthogonal\" needs even ranks".into(),
+        );
+        let mut all_alphas = self.alpha_pattern.0.iter().map(|(_, alpha)| *alpha);
+        let is_positive = self.alpha > 0.0 && all_alphas.all(|alpha| alpha > 0.0);
+        unless(
+            !self.takes_out() || (is_positive && !self.use_dora),
+            "init",
+            format!(
+                "= {:?} needs alphas above 0 and does not go with use_dora",
+                String::from(self.init)
+            ),
+        );
         let share = (0.0..1.0).contains(&self.dropout);
         unless(share, "dropout", "must be from 0 to below 1".into());
         problems
@@ -249,6 +258,14 @@ impl Settings for LoraSettings {
 
     fn is_random(&self) -> bool {
         self.dropout > 0.0
+    }
+
+    fn start(&self) -> Option<&'static str> {
+        (self.init != LoraInit::Default).then_some("init")
+    }
+
+    fn is_converted(&self) -> bool {
+        self.takes_out()
     }
 
     /// The groups of `create_loraplus_optimizer` in `peft/optimizers/loraplus.py`.
@@ -276,17 +293,8 @@ impl LoraSettings {
         (rank, alpha / divisor)
     }
 
-    fn fresh_a(&self, name: &str, rank: usize, r#in: usize, seed: u64) -> Vec<f32> {
-        let count = rank * r#in;
-        match self.init {
-            LoraInit::Gaussian => normal(seed, name, count, 1.0 / rank as f64),
-            LoraInit::Default => {
-                let mut rng = ChaCha8Rng::seed_from_u64(seed ^ param_id(name).val());
-                let bound = 1.0 / (r#in as f32).sqrt();
-                let values = (0..count).map(|_| rng.random_range(-bound..bound));
-                values.collect()
-            }
-        }
+    fn takes_out(&self) -> bool {
+        self.init.is_taken_out()
     }
 }
 
@@ -309,22 +317,32 @@ impl LayerMethod for LoraSettings {
         if self.use_dora {
             parts.push(Part::of_layer(layer, MAGNITUDE, MAGNITUDE, &[out]));
         }
+        if self.takes_out() {
+            let [start_a, start_b] = [(START_A, [rank, r#in]), (START_B, [out, rank])]
+                .map(|(end, shape)| Part::of_layer(layer, end, end, &shape).frozen());
+            parts.extend([start_a, start_b]);
+        }
         parts
     }
 
-    /// `lora_a` random, `lora_b` zero: the adapted layer starts as the base layer.
+    /// The adapted layer starts as the base layer.
     fn fresh<B: Backend>(
         &self,
         layer: &Layer,
         base: &mut BaseLinear<B>,
         seed: u64,
     ) -> Vec<Vec<f32>> {
-        let [out, r#in] = layer.shape;
-        let (rank, _) = self.rank_and_scaling(&layer.name);
-        let name = format!("{}.lora_a", layer.name);
-        let mut values = vec![self.fresh_a(&name, rank, r#in, seed), vec![0.0; out * rank]];
+        let sizes = self.rank_and_scaling(&layer.name);
+        let weight = || base.weight();
+        let [a, b] = self
+            .init
+            .factors(&layer.name, weight, layer.shape, sizes, seed);
+        let mut values = vec![a.clone(), b.clone()];
         if self.use_dora {
             values.push(numbers(base.row_squares().sqrt()));
+        }
+        if self.takes_out() {
+            values.extend([a, b]);
         }
         values
     }
@@ -336,6 +354,10 @@ impl LayerMethod for LoraSettings {
             lora_b: values.param("lora_b"),
             magnitude: self.use_dora.then(|| values.param(MAGNITUDE)),
             base_squares: None,
+            start: self.takes_out().then(|| Factors {
+                a: BaseWeight::Frozen(values.frozen(START_A)),
+                b: BaseWeight::Frozen(values.frozen(START_B)),
+            }),
             scaling,
             dropout: self.dropout,
             seed: None,
@@ -345,8 +367,46 @@ impl LayerMethod for LoraSettings {
     fn kept(&self, layer: &Layer) -> [usize; 2] {
         let (rank, _) = self.rank_and_scaling(&layer.name);
         let scaled = if self.use_dora { layer.shape[0] } else { 0 };
-        [rank + scaled, 0] // between `lora_a` and `lora_b`, and before the rows are scaled
+        let taken_out = if self.takes_out() { rank } else { 0 };
+        [rank + taken_out + scaled, 0] // between `lora_a` and `lora_b`, and before the rows are scaled
     }
+
+    /// See [`init`].
+    fn convert(&self, layers: &[Layer], values: &mut HashMap<String, Vec<f32>>) -> Option<Self> {
+        for layer in layers {
+            let (rank, _) = self.rank_and_scaling(&layer.name);
+            let mut take = |end: &str| values.remove(&format!("{}.{end}", layer.name));
+            let mut a = take("lora_a")?;
+            a.extend(take(START_A)?); // [2r, in]
+            let (own, start) = (take("lora_b")?, take(START_B)?);
+            let rows = own.chunks(rank).zip(start.chunks(rank));
+            let both = rows.flat_map(|(own, start)| {
+                let start = start.iter().map(|x| -x);
+                own.iter().copied().chain(start).collect::<Vec<_>>()
+            });
+            let b = both.collect(); // [out, 2r]
+            values.insert(format!("{}.lora_a", layer.name), a);
+            values.insert(format!("{}.lora_b", layer.name), b);
+        }
+        let factor = if self.use_rslora { 2f64.sqrt() } else { 2.0 }; // the scaling stays
+        Some(Self {
+            rank: 2 * self.rank,
+            alpha: factor * self.alpha,
+            rank_pattern: self.rank_pattern.map(|rank| 2 * rank),
+            alpha_pattern: self.alpha_pattern.map(|alpha| factor * alpha),
+            init: LoraInit::Default,
+            ..self.clone()
+        })
+    }
+}
+
+/// What an update starts with and is taken out of the base layer.
+#[derive(Module, Debug)]
+pub struct Factors<B: Backend> {
+    /// `[r, in]`.
+    pub a: BaseWeight<B, 2>,
+    /// `[out, r]`.
+    pub b: BaseWeight<B, 2>,
 }
 
 /// The low-rank update of one layer.
@@ -360,6 +420,8 @@ pub struct Lora<B: Backend> {
     pub magnitude: Option<Param<Tensor<B, 1>>>,
     /// Of DoRA, the sums of the squares of the base weight's rows, `[out]`, once they are known.
     pub base_squares: Option<BaseWeight<B, 1>>,
+    /// What it starts with, if that is taken out of the base layer.
+    pub start: Option<Factors<B>>,
     /// The factor on the update.
     pub scaling: f64,
     /// Share of the input elements that are dropped while training.
@@ -372,14 +434,18 @@ pub struct Lora<B: Backend> {
 impl<B: AdaptedBackend> Computes<B> for Lora<B> {
     fn forward(&self, x: Tensor<B, 2>, base: &BaseLinear<B>) -> Tensor<B, 2> {
         match &self.magnitude {
-            None => lora_linear(x, base, self),
+            None => self.low_rank(x, base),
             Some(magnitude) => dora::forward(self, magnitude.val(), x, base),
         }
     }
 
     fn merge(&self, rows: Range<usize>, weight: Tensor<B, 2>) -> Tensor<B, 2> {
-        let b = self.lora_b.val().narrow(0, rows.start, rows.len()); // [rows, r]
-        let sum = weight + matmul(b, self.lora_a.val()).mul_scalar(self.scaling);
+        let (a, b) = match &self.start {
+            Some(start) => self.both(start),
+            None => (self.lora_a.val(), self.lora_b.val()),
+        };
+        let b = b.narrow(0, rows.start, rows.len()); // [rows, r]
+        let sum = weight + matmul(b, a).mul_scalar(self.scaling);
         match &self.magnitude {
             None => sum,
             Some(lengths) => {
@@ -397,6 +463,44 @@ impl<B: AdaptedBackend> Computes<B> for Lora<B> {
     fn draw(&mut self, seed: u64) {
         self.seed = Some(seed);
     }
+
+    fn frozen(&self, part: &str) -> Option<Tensor<B, 2>> {
+        let start = self.start.as_ref()?;
+        match part {
+            START_A => Some(start.a.val()),
+            START_B => Some(start.b.val()),
+            _ => None,
+        }
+    }
+}
+
+impl<B: AdaptedBackend> Lora<B> {
+    /// `x` `[n, in]` through the base layer and the update beside it, without DoRA.
+    fn low_rank(&self, x: Tensor<B, 2>, base: &BaseLinear<B>) -> Tensor<B, 2> {
+        let Some(start) = &self.start else {
+            return lora_linear(x, base, self);
+        };
+        if self.drops().is_some() {
+            let taken = matmul(x.clone(), start.a.val().transpose()).mul_scalar(self.scaling);
+            let taken = matmul(taken, start.b.val().transpose()); // nothing of it is dropped
+            return lora_linear(x, base, self) - taken;
+        }
+        let (a, b) = self.both(start);
+        let both = Self {
+            lora_a: Param::initialized(self.lora_a.id, a),
+            lora_b: Param::initialized(self.lora_b.id, b),
+            start: None,
+            ..self.clone()
+        };
+        lora_linear(x, base, &both)
+    }
+
+    /// The update and what is taken out as one: `[2r, in]` and `[out, 2r]`.
+    fn both(&self, start: &Factors<B>) -> (Tensor<B, 2>, Tensor<B, 2>) {
+        let a = Tensor::cat(vec![self.lora_a.val(), start.a.val()], 0);
+        let b = Tensor::cat(vec![self.lora_b.val(), start.b.val().neg()], 1);
+        (a, b)
+    }
 }
 
 impl<B: Backend> Lora<B> {
@@ -408,6 +512,7 @@ impl<B: Backend> Lora<B> {
             lora_b: Param::initialized(ParamId::new(), b),
             magnitude: None,
             base_squares: None,
+            start: None,
             scaling,
             dropout: 0.0,
             seed: None,

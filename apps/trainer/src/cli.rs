@@ -48,6 +48,10 @@ pub enum Command {
     Plan(RecipeArgs),
     /// Draw the curves and facts of runs: report.html
     Report(ReportArgs),
+    /// Put an adapter or a model on the Hub
+    Push(PushArgs),
+    /// Get an adapter, a model or a data set from the Hub, and say where it lies
+    Pull(PullArgs),
     /// List the devices that this build can use
     Devices,
 }
@@ -98,9 +102,9 @@ pub struct TrainArgs {
     #[command(flatten)]
     pub recipe: RecipeArgs,
     /// Go on with the run in this folder, from its newest checkpoint; --max-steps, --epochs and --set
-    /// may change how long it is and what is kept of it
+    /// may change how long it is and what is kept of it, --data and --eval-data where its rows lie
     #[arg(long, value_name = "RUN", conflicts_with_all = [
-        "recipe", "model", "data", "eval_data", "output", "quant", "method", "rank", "print_recipe",
+        "recipe", "model", "output", "quant", "method", "rank", "print_recipe",
     ])]
     pub resume: Option<PathBuf>,
     /// Print the resolved recipe and stop
@@ -251,12 +255,42 @@ pub struct ChatArgs {
 
 #[derive(Debug, Args)]
 pub struct ReportArgs {
-    /// Run folders; several are drawn together
+    /// Run folders; several are drawn together on a page of their own
     #[arg(required = true, value_name = "RUN")]
     pub runs: Vec<PathBuf>,
-    /// The page, in place of report.html in the first run folder
+    /// The page [default: report.html in the run folder; of several runs, beside the first one's folder,
+    /// as runs/report.html of runs/one and runs/two]
     #[arg(long, value_name = "FILE")]
     pub out: Option<PathBuf>,
+}
+
+#[derive(Debug, Args)]
+pub struct PushArgs {
+    /// An adapter folder, a model folder, or the folder of a run
+    #[arg(value_name = "DIR")]
+    pub folder: PathBuf,
+    /// Where to: owner/name; the repository is made if it does not exist
+    #[arg(long, value_name = "OWNER/NAME")]
+    pub repo: String,
+    /// Make a private repository, or refuse one that is public
+    #[arg(long)]
+    pub private: bool,
+    /// A branch, made if it does not exist [default: main]
+    #[arg(long, value_name = "BRANCH")]
+    pub revision: Option<String>,
+    /// The base model's id on the Hub, for an adapter whose base was a folder here
+    #[arg(long, value_name = "OWNER/NAME")]
+    pub base_model: Option<String>,
+}
+
+#[derive(Debug, Args)]
+pub struct PullArgs {
+    /// owner/name[@revision], or hf://datasets/owner/name[/file]
+    #[arg(value_name = "ID")]
+    pub id: String,
+    /// A branch, a tag or a commit, in place of @revision
+    #[arg(long)]
+    pub revision: Option<String>,
 }
 
 /// How the next token is chosen.

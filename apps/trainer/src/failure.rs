@@ -3,9 +3,10 @@
 use std::process::ExitCode;
 
 use clap::error::{ContextKind, ContextValue, ErrorKind};
+use model::error::PushFailure;
 use serde_json::json;
 
-use crate::commands::train::Unfinished;
+use crate::commands::train::{Left, Unfinished};
 use crate::output::{self, Output};
 
 /// A failure, in words.
@@ -57,7 +58,11 @@ impl Failure {
             .lines()
             .find_map(|line| line.trim().strip_prefix("tip: "));
         let tip = tip.filter(|tip| !tip.starts_with("to pass")); // no value begins with dashes
-        let help = recipe_key(error, rest).or(tip.map(str::to_owned));
+        let resumes = error.kind() == ErrorKind::ArgumentConflict && message.contains("--resume");
+        let resumes = resumes.then(|| RESUMED.to_owned());
+        let help = recipe_key(error, rest)
+            .or(resumes)
+            .or(tip.map(str::to_owned));
         Self {
             message,
             causes: Vec::new(),
@@ -102,6 +107,10 @@ impl From<anyhow::Error> for Failure {
     }
 }
 
+/// What to do about a flag that a run that goes on does not take.
+const RESUMED: &str = "leave it out: a run goes on by its own recipe, of which --max-steps, --epochs, --data, \
+     --eval-data and --set change what may change";
+
 /// What to write for a flag that is none, if a recipe has a key of its name; `usage` shows the
 /// command.
 fn recipe_key(error: &clap::Error, usage: &str) -> Option<String> {
@@ -128,9 +137,21 @@ fn advice(error: &anyhow::Error) -> (String, u8) {
             return (advised.help.clone(), advised.code);
         }
         if let Some(Unfinished { run, source }) = cause.downcast_ref::<Unfinished>() {
-            let (advice, run) = (train_advice(source), run.display());
-            let help = format!("{advice}; then go on with: trainer train --resume {run}");
+            let left = Left::find(run);
+            let help = match source {
+                train::Error::NotFinite {
+                    saved, checkpoint, ..
+                } => left.after_bad_numbers(saved.as_deref(), checkpoint.as_deref()),
+                source => format!("{}; {}", train_advice(source), left.how_to_go_on()),
+            };
             return (help, train_code(source));
+        }
+        if let Some(train::Error::NoCheckpoint { path }) = cause.downcast_ref() {
+            let help = format!(
+                "start a new run with its recipe: {}",
+                Left::find(path).anew()
+            );
+            return (help, 1);
         }
         if let Some(error) = cause.downcast_ref::<train::Error>() {
             return (train_advice(error).into(), train_code(error));
@@ -167,7 +188,6 @@ fn train_advice(error: &train::Error) -> &'static str {
         E::Toml { .. } => "correct the recipe; it is a TOML file",
         E::Io { .. } => "check the path, its permissions and the free space on its disk",
         E::OutputNotEmpty { .. } => "choose another --output, or go on with that run by --resume",
-        E::NoCheckpoint { .. } => "start a new run with its recipe.toml and another --output",
         E::InUse { .. } => "wait until it has ended, or stop it; or choose another --output",
         E::NotARun { .. } => {
             "give the folder that `trainer train` wrote: it has recipe.toml and metrics.jsonl"
@@ -199,7 +219,11 @@ fn train_advice(error: &train::Error) -> &'static str {
         E::Temporary { .. } => {
             "free space there, or set TMPDIR to a folder on a disk with more of it"
         }
-        E::EmptyData { .. } => "put rows into the file: one JSON object a line",
+        E::EmptyData { path } => match path.extension().and_then(|end| end.to_str()) {
+            Some("csv" | "tsv") => "put rows under its header, or leave the file out",
+            Some("parquet") => "get the file again, or leave it out",
+            _ => "put rows into the file: one JSON object a line",
+        },
         E::NotUtf8 { .. } => "save the file as UTF-8",
         E::BadJson { .. } => "correct the line: it must be one JSON object",
         E::NoTokenizer { .. } => "add the model's tokenizer.json, or give rows of input_ids",
@@ -215,7 +239,9 @@ fn train_advice(error: &train::Error) -> &'static str {
         E::Task { .. } => {
             "give every row the number of its task, from 0 on, as \"task_id\", or raise \
              adapter.num_tasks"
-                .into()
+        }
+        E::UnknownColumns { found, .. } | E::MissingColumn { found, .. } if matches!(&found[..], [one] if one.contains([';', '\t', '|'])) => {
+            "separate the columns by commas (.csv) or by tabs (.tsv)"
         }
         E::UnknownColumns { .. } | E::MissingColumn { .. } => {
             "rename the columns, or set data.format"
@@ -242,12 +268,28 @@ fn adapter_advice(error: &adapters::Error) -> &'static str {
         }
         E::Quantized { .. } => "give the original model",
         E::Merge { .. } => {
-            "merge fewer adapters at a time, leave weights of 1 out, or merge --onto original"
+            "merge fewer adapters at a time, leave weights of 1 out, merge --onto original, or give \
+             what cannot be merged to --adapter of eval, generate and chat"
         }
         E::NoOriginal { .. } => "give the original model by --model, or leave --onto original out",
         E::NotFinite { .. } => "check the weights of the adapter, and the weight it is given",
         E::Weight { .. } => "use the model without quantization, or get its files again",
         _ => "check the adapter folder that is named above",
+    }
+}
+
+fn push_advice(failure: &PushFailure) -> &'static str {
+    match failure {
+        PushFailure::Refused { status: 401, .. } => {
+            "set HF_TOKEN to a token that is valid (huggingface.co/settings/tokens)"
+        }
+        PushFailure::Refused { status: 403, .. } => {
+            "set HF_TOKEN to a token that may write to this owner's repositories"
+        }
+        PushFailure::Refused {
+            status: 400..500, ..
+        } => "do what the Hub says, and push again",
+        _ => "check the network (or HF_ENDPOINT) and push again: what has arrived is kept",
     }
 }
 
@@ -278,8 +320,20 @@ fn model_advice(error: &model::Error) -> &'static str {
         E::LogitsNotFinite { .. } => "check the weights of the model and of the adapter",
         E::NotAModel { .. } => "give an existing folder, or a Hub id such as owner/name",
         E::HubOffline { .. } => "unset HF_HUB_OFFLINE, or download the model first",
+        E::HubPushOffline { .. } => "unset HF_HUB_OFFLINE",
+        E::HubNotARepository { .. } => "write --repo owner/name, and perhaps --revision branch",
+        E::HubNoToken { .. } => {
+            "set HF_TOKEN to a token that may write (huggingface.co/settings/tokens)"
+        }
+        E::HubPublic { .. } => {
+            "leave --private out, choose another --repo, or make it private in its settings"
+        }
+        E::HubPush { source, .. } => push_advice(source),
+        E::HubChecksum { .. } => {
+            "try again: it has been removed; if that does not help, the copy on the Hub is damaged"
+        }
         E::HubDenied { .. } => {
-            "set HF_TOKEN to a token that has access, and accept the model's licence on its page"
+            "set HF_TOKEN to a token that has access, and accept the licence on its page"
         }
         E::HubNotFound { .. }
         | E::HubNoRepository { .. }

@@ -54,9 +54,47 @@ struct Asked<'a> {
     trained: &'a Trained,
     base: &'a ModelFolder,
     /// The rows that have been read; without them micro batches are full.
-    rows: Option<&'a Rows>,
+    rows: Option<Lengths>,
     place: Place,
     available: Option<u64>,
+}
+
+/// How long the rows of a run are.
+struct Lengths {
+    /// `train.micro_batch_size` and `data.max_length` of the run.
+    of: (usize, usize),
+    /// Tokens of its largest micro batch.
+    largest: usize,
+    /// Tokens of its sequences, the most first.
+    sequences: Vec<usize>,
+    /// Tokens of its longest row, without the virtual ones before it.
+    longest: usize,
+    /// In front of every row.
+    virtual_tokens: usize,
+}
+
+impl Lengths {
+    fn new(rows: &Rows, recipe: &Recipe, virtual_tokens: usize) -> Self {
+        let (data, train) = (&recipe.data, &recipe.train);
+        let windows = Windows::behind(virtual_tokens, rows.train.clone(), data, train, 0);
+        Self {
+            virtual_tokens,
+            of: (recipe.train.micro_batch_size, recipe.data.max_length),
+            largest: windows.max_tokens(),
+            sequences: windows.sequence_tokens(),
+            longest: rows.train.lengths().max().unwrap_or(0),
+        }
+    }
+
+    /// The most tokens that a micro batch of so many sequences of this length can have.
+    fn most(&self, micro_batch_size: usize, max_length: usize) -> usize {
+        if self.of == (micro_batch_size, max_length) {
+            return self.largest;
+        }
+        let sequences = self.sequences.iter().take(micro_batch_size);
+        let room = max_length.saturating_add(self.virtual_tokens);
+        sequences.map(|tokens| *tokens.min(&room)).sum()
+    }
 }
 
 /// Predicts what the run of a recipe will hold on a device.
@@ -70,7 +108,7 @@ pub fn forecast(
     let asked = Asked {
         trained,
         base,
-        rows,
+        rows: rows.map(|rows| Lengths::new(rows, recipe, trained.virtual_tokens())),
         place: device.place(),
         available: device.available_bytes(),
     };
@@ -89,14 +127,15 @@ impl Asked<'_> {
         let (data, train) = (&recipe.data, &recipe.train);
         let random = recipe.model.init == ModelInit::Random;
         let scheme = recipe.quantization.scheme();
-        let virtual_tokens = self.trained.virtual_tokens();
-        let sequence = data.max_length.saturating_add(virtual_tokens);
+        let sequence = data
+            .max_length
+            .saturating_add(self.trained.virtual_tokens());
         let most = train.micro_batch_size.saturating_mul(sequence);
-        let tokens = self.rows.map_or(most, |rows| {
-            Windows::behind(virtual_tokens, rows.train.clone(), data, train, 0).max_tokens()
+        let rows = self.rows.as_ref();
+        let tokens = rows.map_or(most, |rows| {
+            rows.most(train.micro_batch_size, data.max_length)
         });
-        let longest = self.rows.and_then(|rows| rows.train.lengths().max());
-        let longest = longest.unwrap_or(data.max_length);
+        let longest = rows.map_or(data.max_length, |rows| rows.longest);
         let mut work = Work {
             trained: self.trained,
             config: &self.base.config,
@@ -106,7 +145,9 @@ impl Asked<'_> {
                 false => base_bytes(self.base, scheme)?.min(u64::MAX / 32),
             },
             tokens: tokens.min(most),
-            longest: longest.min(data.max_length).saturating_add(virtual_tokens),
+            longest: longest
+                .min(data.max_length)
+                .saturating_add(self.trained.virtual_tokens()),
             accumulates: train.gradient_accumulation_steps > 1,
             recompute: false,
             place: self.place,

@@ -49,9 +49,13 @@ pub fn warnings(
          data.chat_template if the model knows another one"
             .to_owned()
     }));
-    add(labels.repeated().map(|Repeated { count, row, of }| {
-        format!("{count} rows repeat another one ({row} is {of}): remove them, or they weigh more")
-    }));
+    add(labels
+        .repeated(&prepared.samples)
+        .map(|Repeated { count, row, of }| {
+            format!(
+                "{count} rows repeat another one ({row} is {of}): remove them, or they weigh more"
+            )
+        }));
     add(wrong_ends(labels, encoder, base));
     add(split_markers(&prepared.samples, encoder)?);
     Ok(all)
@@ -122,9 +126,10 @@ pub struct Example {
 
 /// The first rows, as they are trained on.
 pub fn examples(prepared: &Prepared, encoder: &Encoder) -> Result<Vec<Example>> {
-    let rows = prepared.samples.iter().take(ROWS).enumerate();
-    let example = |(index, sample): (usize, Sample)| {
-        let place = prepared.labels.place(index);
+    let samples = &prepared.samples;
+    let rows = samples.row_numbers().zip(samples.iter()).take(ROWS);
+    let example = |(number, sample): (usize, Sample)| {
+        let place = prepared.labels.place(number);
         Ok(Example {
             place: place.map_or(String::new(), |place| place.to_string()),
             shown: show(&sample, encoder.tokenizer.as_ref())?,

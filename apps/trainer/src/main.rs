@@ -58,12 +58,15 @@ fn run(cli: Cli, output: &Output) -> anyhow::Result<ExitCode> {
         Some(Command::Quantize(args)) => commands::quantize::run(args, &device, output),
         Some(Command::Plan(args)) => commands::plan::run(args, &device, output),
         Some(Command::Report(args)) => commands::report::run(args, output),
+        Some(Command::Push(args)) => commands::push::run(args, output),
+        Some(Command::Pull(args)) => commands::pull::run(args, output),
         Some(Command::Devices) => commands::devices::run(&device, output),
     }
 }
 
 /// glibc gives large buffers back to the system when they are freed and asks for them again at the
-/// next step; the page faults cost more than the arithmetic. These settings keep them.
+/// next step; the page faults cost more than the arithmetic. These settings keep them. (One arena for
+/// all threads would save nothing, and rows would be encoded more slowly by many threads than by one.)
 fn keep_freed_memory() {
     #[cfg(all(target_os = "linux", target_env = "gnu"))]
     // SAFETY: `mallopt` only changes settings of the allocator, before any other thread exists.
@@ -71,6 +74,5 @@ fn keep_freed_memory() {
         libc::mallopt(libc::M_MMAP_MAX, 0);
         libc::mallopt(libc::M_TRIM_THRESHOLD, i32::MAX);
         libc::mallopt(libc::M_TOP_PAD, 64 << 20);
-        libc::mallopt(libc::M_ARENA_MAX, 1);
     }
 }

@@ -2,10 +2,11 @@
 
 use std::io::{self, ErrorKind, Write};
 use std::ops::ControlFlow;
+use std::path::Path;
 
 use anyhow::{Context, Result};
 use indicatif::{ProgressBar, ProgressStyle};
-use model::hub::DownloadEvent;
+use model::hub::{DownloadEvent, UploadEvent};
 use serde_json::Value;
 
 use crate::cli::Cli;
@@ -84,21 +85,38 @@ impl Output {
         self.quiet
     }
 
+    /// Shows uploads as they go on.
+    pub fn uploads(&self) -> impl FnMut(UploadEvent<'_>) + use<> {
+        let output = *self;
+        let mut bar: Option<ProgressBar> = None;
+        move |event| match event {
+            UploadEvent::Created { repo } => output.note(format_args!("created {repo}")),
+            UploadEvent::Hashing { file } => output.detail(format_args!("checksum of {file}")),
+            UploadEvent::Started { file, total_bytes } if !output.quiet => {
+                bar = Some(transfer_bar(file, total_bytes));
+            }
+            UploadEvent::Advanced { bytes } => {
+                if let Some(bar) = &bar {
+                    bar.inc(bytes);
+                }
+            }
+            UploadEvent::Finished { file } => {
+                if let Some(bar) = bar.take() {
+                    bar.finish_and_clear();
+                    output.note(format_args!("uploaded {file}"));
+                }
+            }
+            _ => {}
+        }
+    }
+
     /// Shows downloads as they go on.
     pub fn downloads(&self) -> impl FnMut(DownloadEvent<'_>) + use<> {
         let output = *self;
         let mut bar: Option<ProgressBar> = None;
         move |event| match event {
             DownloadEvent::Started { file, total_bytes } if !output.quiet => {
-                let style = ProgressStyle::with_template(
-                    "{msg} {wide_bar} {bytes}/{total_bytes} {bytes_per_sec} {eta}",
-                );
-                let new = ProgressBar::new(total_bytes);
-                if let Ok(style) = style {
-                    new.set_style(style);
-                }
-                new.set_message(file.to_owned());
-                bar = Some(new);
+                bar = Some(transfer_bar(file, total_bytes));
             }
             DownloadEvent::Advanced { bytes } => {
                 if let Some(bar) = &bar {
@@ -124,7 +142,55 @@ impl Output {
     }
 }
 
+/// The bar of a file on its way.
+fn transfer_bar(file: &str, total_bytes: u64) -> ProgressBar {
+    let style = ProgressStyle::with_template(
+        "{msg} {wide_bar} {bytes}/{total_bytes} {bytes_per_sec} {eta}",
+    );
+    let bar = ProgressBar::new(total_bytes);
+    if let Ok(style) = style {
+        bar.set_style(style);
+    }
+    bar.set_message(file.to_owned());
+    bar
+}
+
+/// `1 row`, `2 rows`.
+pub fn count(number: usize, what: &str) -> String {
+    let ending = if number == 1 { "" } else { "s" };
+    format!("{number} {what}{ending}")
+}
+
+/// A path as a shell takes it.
+pub fn word(path: &Path) -> String {
+    let text = path.display().to_string();
+    let is_plain = |c: char| c.is_alphanumeric() || "/\\._-+:@,%".contains(c);
+    match !text.is_empty() && text.chars().all(is_plain) {
+        true => text,
+        false => format!("'{}'", text.replace('\'', "'\\''")),
+    }
+}
+
 /// Prints a line on stderr. Unlike `eprintln!`, it does not end a run whose stderr is closed.
 pub fn log(text: impl std::fmt::Display) {
     let _ = writeln!(io::stderr(), "{text}");
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_is_not_many() {
+        assert_eq!(
+            [0, 1, 2].map(|n| count(n, "row")),
+            ["0 rows", "1 row", "2 rows"]
+        );
+    }
+
+    #[test]
+    fn a_path_is_one_word_of_a_shell() {
+        let words = ["runs/a-1", "my run", "it's", "$HOME"].map(|path| word(Path::new(path)));
+        assert_eq!(words, ["runs/a-1", "'my run'", "'it'\\''s'", "'$HOME'"]);
+    }
 }

@@ -2,13 +2,14 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use ::train::fit::{Outcome, Run, Stopped};
 use ::train::recipe::Recipe;
 use ::train::report::facts::{DataFacts, DeviceFacts, End, Facts, SampleFacts, Session, TextFacts};
 use ::train::report::samples::{self, Answer, Prompt};
 use ::train::report::{self, REPORT_FILE, RunRecord};
+use ::train::run_folder::peak_memory_bytes;
 use ::train::session::Rows;
 use ::train::trained::Trained;
 use adapters::{TrainBackend, peft};
@@ -27,6 +28,8 @@ const BURN_VERSION: &str = "0.21.0";
 pub struct Known {
     /// When the program began.
     pub start: Instant,
+    /// Reading, encoding and checking the rows.
+    pub rows_time: Duration,
     /// The rows in use.
     pub rows: Rows,
     /// Training rows that were left out.
@@ -59,9 +62,8 @@ impl Record {
         let mut facts = facts_of(run, &known)?;
         facts.samples = match run.progress.step {
             0 => before(run, tokenizer.as_ref()),
-            _ => earlier.samples,
+            _ => asked_before(run, tokenizer.as_ref(), &earlier.samples),
         };
-        run.prompts.truncate(facts.samples.len()); // an earlier session may not have asked
         facts.sessions = earlier.sessions;
         facts.sessions.push(Session {
             started: jiff::Zoned::now().strftime("%Y-%m-%d %H:%M:%S").to_string(),
@@ -80,27 +82,66 @@ impl Record {
     }
 
     /// Writes how the run ended, and its report. What goes wrong here is said, and does not change
-    /// how the run ended.
-    pub fn end<E: std::error::Error>(mut self, outcome: &Result<Outcome, E>, output: &Output) {
-        let session = self.facts.sessions.last_mut().expect("it was begun");
-        session.seconds = self.start.elapsed().as_secs_f64();
-        session.end = match outcome.as_ref().map(|outcome| outcome.stopped) {
+    /// how the run ended. Returns the most memory that the run has held in all its sessions.
+    pub fn end<E: std::error::Error>(
+        mut self,
+        outcome: &Result<Outcome, E>,
+        output: &Output,
+    ) -> u64 {
+        let end = match outcome.as_ref().map(|outcome| outcome.stopped) {
             Ok(None) => End::Finished,
             Ok(Some(Stopped::Early)) => End::StoppedEarly,
             Ok(Some(Stopped::Interrupted)) => End::Interrupted,
             Err(_) => End::Failed,
         };
-        session.failure = outcome.as_ref().err().map(with_causes);
         let answers = outcome.as_ref().map_or(&[][..], |outcome| &outcome.answers);
         for (sample, answer) in self.facts.samples.iter_mut().zip(answers) {
             sample.after = Some(text(answer, self.tokenizer.as_ref()));
         }
+        let failure = outcome.as_ref().err().map(with_causes);
+        let ended = Ended {
+            folder: self.folder,
+            facts: self.facts,
+            start: self.start,
+        };
+        ended.write(end, failure, output)
+    }
+
+    /// What there is to write if the run is left at once.
+    pub fn so_far(&self) -> Ended {
+        Ended {
+            folder: self.folder.clone(),
+            facts: self.facts.clone(),
+            start: self.start,
+        }
+    }
+}
+
+/// The facts of a run that is over.
+pub struct Ended {
+    folder: PathBuf,
+    facts: Facts,
+    start: Instant,
+}
+
+impl Ended {
+    /// Writes how the run ended, and its report; returns the most memory it has held.
+    pub fn write(mut self, end: End, failure: Option<String>, output: &Output) -> u64 {
+        let session = self.facts.sessions.last_mut().expect("it was begun");
+        session.seconds = self.start.elapsed().as_secs_f64();
+        session.peak_memory_bytes = peak_memory_bytes();
+        let held = session.peak_memory_bytes;
+        (session.end, session.failure) = (end, failure);
         let written = self.facts.write(&self.folder);
         match written.and_then(|()| write_report(&self.folder)) {
-            Ok(page) => output.note(format_args!("report: {}", page.display())),
+            Ok((page, run)) => {
+                output.note(format_args!("report: {}", page.display()));
+                return run.measured_bytes().unwrap_or(held);
+            }
             Err(::train::Error::NoMetrics { .. } | ::train::Error::NotARun { .. }) => {}
             Err(error) => output.note(format_args!("warning: there is no report: {error}")),
         }
+        held
     }
 }
 
@@ -116,10 +157,11 @@ fn with_causes(error: &impl std::error::Error) -> String {
 }
 
 /// Writes the report of one run into its folder.
-fn write_report(folder: &Path) -> ::train::Result<PathBuf> {
+fn write_report(folder: &Path) -> ::train::Result<(PathBuf, RunRecord)> {
     let page = folder.join(REPORT_FILE);
-    report::write(&[RunRecord::read(folder)?], &page)?;
-    Ok(page)
+    let run = RunRecord::read(folder)?;
+    report::write(std::slice::from_ref(&run), &page)?;
+    Ok((page, run))
 }
 
 fn facts_of<B: TrainBackend>(run: &Run<B>, known: &Known) -> Result<Facts> {
@@ -222,6 +264,25 @@ fn before<B: TrainBackend>(run: &Run<B>, tokenizer: Option<&Tokenizer>) -> Vec<S
         after: None,
     };
     run.prompts.iter().zip(&answers).map(sample).collect()
+}
+
+/// The samples of a run that goes on: what the model said before training stays, and of prompts that
+/// are new by now nobody can tell any more.
+fn asked_before<B: TrainBackend>(
+    run: &Run<B>,
+    tokenizer: Option<&Tokenizer>,
+    earlier: &[SampleFacts],
+) -> Vec<SampleFacts> {
+    let sample = |prompt: &Prompt| {
+        let text = decode(&prompt.ids, tokenizer, false);
+        let known = earlier.iter().find(|sample| sample.prompt == text);
+        known.cloned().unwrap_or_else(|| SampleFacts {
+            prompt: text,
+            expected: decode(&prompt.expected, tokenizer, true),
+            ..SampleFacts::default()
+        })
+    };
+    run.prompts.iter().map(sample).collect()
 }
 
 fn text(answer: &Answer, tokenizer: Option<&Tokenizer>) -> TextFacts {

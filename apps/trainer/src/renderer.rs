@@ -14,6 +14,7 @@ use burn::train::{Interrupter, LearnerSummary};
 use train::fit::Event;
 use train::run_folder::{Line, peak_memory_bytes};
 
+use crate::dashboard::scale::number;
 use crate::dashboard::state::{
     GRADIENT_NORM, LEARNING_RATE, LOSS, MEMORY, State, TOKENS, Weight, duration,
 };
@@ -83,11 +84,12 @@ impl Renderer {
                 (format!("saved {}", name.display()), Weight::Detail)
             }
             Event::Spike { step, loss, mean } => {
-                lock(&self.state).spike = step;
+                lock(&self.state).spike(step, loss);
                 if !self.is_drawn() {
                     return; // the line of the step says it
                 }
-                let text = format!("step {step}  spike: loss {loss:.4} after a mean of {mean:.4}");
+                let (loss, mean) = (number(loss), number(mean));
+                let text = format!("step {step}  spike: loss {loss} after a mean of {mean}");
                 (text, Weight::Note)
             }
             Event::Skipped {
@@ -135,7 +137,7 @@ impl Renderer {
     /// A step as a plain line.
     fn line(&self, state: &State) {
         let (step, total) = (state.step, state.total);
-        let is_spike = state.spike == step;
+        let is_spike = state.is_spike();
         if !step.is_multiple_of(self.log_every) && step != total && !is_spike {
             return;
         }

@@ -1,7 +1,9 @@
 //! Ctrl-C, SIGTERM and SIGHUP: the first asks what is being done to stop, the second ends it.
 
+use std::io;
 use std::process::ExitCode;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::channel;
 use std::sync::{Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -24,6 +26,8 @@ static ASKED: AtomicBool = AtomicBool::new(false);
 static OTHERS_END: AtomicBool = AtomicBool::new(false);
 /// Whether the terminal was closed.
 static HUNG_UP: AtomicBool = AtomicBool::new(false);
+/// What is done and said before the program ends at once.
+static FAREWELL: Mutex<Option<Box<dyn FnOnce() + Send>>> = Mutex::new(None);
 
 /// The handle that Ctrl-C sets; `answer` is what it then says.
 pub fn interrupter(answer: &'static str) -> Interrupter {
@@ -36,6 +40,31 @@ pub fn end_at_once() {
     interrupter("");
     ASKED.store(true, Ordering::Relaxed);
     OTHERS_END.store(true, Ordering::Relaxed);
+}
+
+/// From now on the first signal only asks for a stop again, and says `answer`.
+pub fn ask_first(answer: &'static str) -> Interrupter {
+    let interrupter = interrupter(answer);
+    take_back(&interrupter);
+    OTHERS_END.store(false, Ordering::Relaxed);
+    interrupter
+}
+
+/// What the program does and says when it ends at once, in place of what it was told before. It may
+/// take a moment and no more.
+pub fn at_once(farewell: impl FnOnce() + Send + 'static) {
+    let mut place = FAREWELL.lock().unwrap_or_else(PoisonError::into_inner);
+    *place = Some(Box::new(farewell));
+}
+
+/// There is nothing any more to say when the program ends at once.
+pub fn no_farewell() {
+    drop(farewell());
+}
+
+fn farewell() -> Option<Box<dyn FnOnce() + Send>> {
+    let mut place = FAREWELL.lock().unwrap_or_else(PoisonError::into_inner);
+    place.take()
 }
 
 /// Does something that the first Ctrl-C stops and that the program outlives.
@@ -91,9 +120,27 @@ pub fn hung_up() -> bool {
     HUNG_UP.load(Ordering::Relaxed)
 }
 
-/// Ends the program at once.
+/// Ends the program at once, after its farewell.
 pub fn end() -> ! {
+    /// For a farewell: a terminal that takes no more characters must not keep the program.
+    const PATIENCE: Duration = Duration::from_secs(3);
     terminal::give_back();
+    if let Some(farewell) = farewell() {
+        let (sender, said) = channel();
+        let thread = std::thread::Builder::new().name("farewell".into());
+        let thread = thread.spawn(move || {
+            // What else is going on says nothing any more: it waits for these.
+            let _others_wait = (io::stdout().lock(), io::stderr().lock());
+            farewell();
+            let _ = sender.send(());
+            loop {
+                std::thread::park();
+            }
+        });
+        if thread.is_ok() {
+            let _ = said.recv_timeout(PATIENCE);
+        }
+    }
     std::process::exit(i32::from(INTERRUPTED));
 }
 

@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use super::jinja::{END, MARKED, START};
-use super::{Message, REASONING_KEYS, Renderer, TrainOn};
+use super::{Message, Renderer, SPOKEN_KEYS, TrainOn};
 use crate::error::{Error, Result};
 use crate::tokenizer::Encoding;
 
@@ -65,6 +65,9 @@ fn take_marks(marked: &str) -> Option<(Vec<Range<usize>>, String)> {
 }
 
 /// The search for the turns of a conversation in its rendering.
+///
+/// A turn is found by rendering the conversation again with a marker in the place of what the turn
+/// says: what then stands around the marker stands around the turn's body in the real text.
 pub(super) struct TurnSearch<'a> {
     pub(super) renderer: &'a Renderer<'a>,
     pub(super) text: &'a str,
@@ -72,65 +75,164 @@ pub(super) struct TurnSearch<'a> {
     pub(super) markers: &'a [&'a str],
 }
 
+/// What stands before and after the only place where a marker is shown.
+#[derive(Debug, PartialEq, Eq)]
+struct Frame {
+    before: String,
+    after: String,
+}
+
 impl TurnSearch<'_> {
     /// What is trained of a turn.
     pub(super) fn find(&self, turn: usize) -> Result<Range<usize>> {
-        let message = &self.messages[turn];
-        let reasons = REASONING_KEYS.iter().any(|key| message.has(key));
-        let found = match message.text() {
-            Some(content) if !message.has("tool_calls") => {
-                let whole = if reasons {
-                    self.find_whole(turn)?
-                } else {
-                    None
-                };
-                match whole {
-                    Some(range) => Some(range),
-                    None => self.find_content(turn, &content)?,
-                }
-            }
-            _ => self.find_whole(turn)?,
-        };
-        let name = &self.renderer.chat.name;
+        let found = self.find_body(turn).map(|body| {
+            let end = body.end + self.marker_len(body.end);
+            body.start..end
+        });
         found.ok_or_else(|| Error::TurnNotRendered {
-            name: name.clone(),
+            name: self.renderer.chat.name.clone(),
             turn: turn + 1,
         })
     }
 
-    /// The content of a turn and its end marker.
-    fn find_content(&self, turn: usize, content: &str) -> Result<Option<Range<usize>>> {
+    /// What a turn says: its text, and its reasoning and tool calls where the template shows these.
+    fn find_body(&self, turn: usize) -> Option<Range<usize>> {
+        let (message, all) = (&self.messages[turn], self.messages.len());
         let marker = unused_marker(self.text);
-        let mut turns = self.renderer.turns.clone();
-        turns[turn] = self.messages[turn].with_text(&marker).for_template();
-        let marked = self.renderer.render(turns.into_iter(), false)?;
-        let Some((before, after)) = marked.split_once(&marker) else {
-            return Ok(None);
-        };
-        let shown = self
-            .text
-            .strip_prefix(before)
-            .and_then(|rest| rest.strip_suffix(after));
-        // A template may trim the content or show a part of it, but what it shows instead of it or
-        // adds to it is not what the assistant said.
-        let fits = |shown: &&str| {
-            content.contains(shown) && (!shown.is_empty() || content.trim().is_empty())
-        };
-        let Some(shown) = shown.filter(fits).filter(|_| !after.contains(&marker)) else {
-            return Ok(None);
-        };
-        let end = before.len() + shown.len();
-        Ok(Some(before.len()..end + self.marker_len(end)))
+        let own = self.frame(turn, message.with_text(&marker), all, &marker);
+        let content = message.text().unwrap_or_default();
+        if !message.extra.keys().any(|key| message.has(key)) {
+            return self.content_between(&own?, &content);
+        }
+        let bare = self.frame(turn, message.without_extra(&marker), all, &marker);
+        if let (Some(own), true) = (&own, own == bare)
+            && let Some(found) = self.content_between(own, &content)
+        {
+            return Some(found);
+        }
+        let speaks_by_keys = SPOKEN_KEYS.iter().any(|key| message.has(key));
+        match own {
+            Some(own) if !speaks_by_keys => self.content_between(&own, &content),
+            own => self.find_whole(turn, own.as_ref(), bare.as_ref()),
+        }
     }
 
-    /// The whole turn, from the end of the generation prompt on.
-    fn find_whole(&self, turn: usize) -> Result<Option<Range<usize>>> {
-        let first = |turns: usize| self.renderer.turns[..turns].iter().cloned();
-        let head = self.renderer.render(first(turn), true)?;
-        let upto = self.renderer.render(first(turn + 1), false)?;
-        let fits = self.text.starts_with(&upto) && upto.starts_with(&head);
-        let range = head.len()..upto.trim_end().len();
-        Ok(Some(range).filter(|range| fits && !range.is_empty()))
+    /// The frame of a marker in a turn of the first `turns`; none when the template refuses the
+    /// marker, hides it or shows it twice.
+    fn frame(&self, turn: usize, message: Message, turns: usize, marker: &str) -> Option<Frame> {
+        let mut marked = self.renderer.turns[..turns].to_vec();
+        marked[turn] = message.for_template();
+        let text = self.renderer.render(marked.into_iter(), false).ok()?;
+        let (before, after) = text.split_once(marker)?;
+        (!after.contains(marker)).then(|| Frame {
+            before: before.to_owned(),
+            after: after.to_owned(),
+        })
+    }
+
+    /// The content in its frame.
+    fn content_between(&self, frame: &Frame, content: &str) -> Option<Range<usize>> {
+        let rest = self.text.strip_suffix(&frame.after)?;
+        let Some(shown) = rest.strip_prefix(&frame.before) else {
+            // without a content, what would stand in front of it can be missing
+            let is_header = content.trim().is_empty() && is_separator(rest, &frame.before);
+            return is_header.then_some(rest.len()..rest.len());
+        };
+        // A template may trim the content or show a part of it, but what it shows instead of it or
+        // adds to it is not what the assistant said.
+        let fits = content.contains(shown) && (!shown.is_empty() || content.trim().is_empty());
+        fits.then_some(frame.before.len()..rest.len())
+    }
+
+    /// All that a turn shows. `own` is the frame of its content beside the rest, `bare` that of a
+    /// turn which has a content only: both are there where the template allows them.
+    fn find_whole(
+        &self,
+        turn: usize,
+        own: Option<&Frame>,
+        bare: Option<&Frame>,
+    ) -> Option<Range<usize>> {
+        let marker = unused_marker(self.text);
+        let message = self.messages[turn].without_extra(&marker);
+        // Without the turns after it, which may not follow a turn that calls no tool.
+        let last = self.frame(turn, message, turn + 1, &marker);
+        let start = self.start(turn, own, bare.or(last.as_ref()))?;
+        let end = self.end(turn, start, bare, last.as_ref())?;
+        (start < end).then_some(start..end)
+    }
+
+    fn start(&self, turn: usize, own: Option<&Frame>, bare: Option<&Frame>) -> Option<usize> {
+        let content = self.messages[turn].text().unwrap_or_default();
+        let is_blank = content.trim().is_empty();
+        let fits = |before: &str| self.text.starts_with(before).then_some(before.len());
+        if let Some(bare) = bare {
+            // the content comes first
+            let own = own.filter(|own| !is_blank && bare.before.starts_with(&own.before));
+            let empty = || self.empty_header(turn, bare).filter(|_| is_blank);
+            let known = own.and_then(|own| fits(&own.before));
+            let known = known.or_else(|| fits(&empty()?));
+            if let Some(start) = known.or_else(|| fits(&bare.before)) {
+                return Some(start);
+            }
+        }
+        let before = |prompt| {
+            let turns = self.renderer.turns[..turn].iter().cloned();
+            self.renderer.render(turns, prompt).ok()
+        };
+        let prompt =
+            before(true).filter(|prompt| before(false).is_some_and(|none| none != *prompt));
+        prompt.and_then(|prompt| fits(&prompt)).or_else(|| {
+            // what separates a header from a content may be missing in front of a tool call
+            let header = common_prefix(self.text, &bare?.before);
+            let is_word = |c: Option<char>| c.is_some_and(|c| c.is_alphanumeric() || c == '_');
+            let cuts = is_word(header.chars().next_back())
+                && is_word(self.text[header.len()..].chars().next());
+            (!cuts && is_separator(header, &bare?.before)).then_some(header.len())
+        })
+    }
+
+    /// What stands in front of the content of a turn that says nothing.
+    fn empty_header(&self, turn: usize, bare: &Frame) -> Option<String> {
+        let content = self.messages[turn].text().unwrap_or_default();
+        let message = self.messages[turn].without_extra(&content);
+        let turns = |turns: usize| {
+            let mut all = self.renderer.turns[..turns].to_vec();
+            all[turn] = message.for_template();
+            self.renderer.render(all.into_iter(), false).ok()
+        };
+        let texts = [self.messages.len(), turn + 1]
+            .into_iter()
+            .filter_map(turns);
+        let headers = texts.filter_map(|text| Some(text.strip_suffix(&bare.after)?.to_owned()));
+        let mut headers = headers.filter(|header| bare.before.starts_with(header));
+        headers.next()
+    }
+
+    fn end(
+        &self,
+        turn: usize,
+        start: usize,
+        bare: Option<&Frame>,
+        last: Option<&Frame>,
+    ) -> Option<usize> {
+        let rest = bare.and_then(|bare| self.text.strip_suffix(&bare.after));
+        if let Some(end) = rest.map(str::len).filter(|end| start <= *end) {
+            return Some(end);
+        }
+        let turns = self.renderer.turns[..=turn].iter().cloned();
+        let upto = self.renderer.render(turns, false).ok()?;
+        let body = last.and_then(|last| upto.strip_suffix(&last.after));
+        let body = body.filter(|body| start <= body.len() && self.text.starts_with(body));
+        body.map(str::len).or_else(|| {
+            // The turn ends otherwise than one without tool calls: with a marker, or at its end.
+            let own = upto.get(start..)?;
+            let ends = self
+                .markers
+                .iter()
+                .filter_map(|m| own.rfind(m).map(|at| at + m.len()));
+            let end = start + ends.max().unwrap_or(own.trim_end().len());
+            self.text.starts_with(&upto[..end]).then_some(end)
+        })
     }
 
     /// The length of the end marker at a place of the text, with the white space before it; 0 when
@@ -152,6 +254,18 @@ impl TurnSearch<'_> {
 /// Whether the text ends with one of the markers.
 pub(super) fn ends_with_any(text: &str, markers: &[&str]) -> bool {
     markers.iter().any(|marker| text.ends_with(marker))
+}
+
+/// Whether a text is the beginning of a header that lacks a separator at most: white space and
+/// punctuation.
+fn is_separator(text: &str, header: &str) -> bool {
+    let missing = header.strip_prefix(text);
+    missing.is_some_and(|missing| !missing.contains(char::is_alphanumeric))
+}
+
+fn common_prefix<'a>(a: &'a str, b: &str) -> &'a str {
+    let same = a.char_indices().zip(b.chars()).find(|((_, a), b)| a != b);
+    &a[..same.map_or(a.len().min(b.len()), |((at, _), _)| at)]
 }
 
 /// A string that the text does not have; of private characters, which no template trims or changes.

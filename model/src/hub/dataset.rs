@@ -126,18 +126,14 @@ fn is_data(name: &str) -> bool {
     let file = name.rsplit('/').next().unwrap_or(name);
     let file = file.to_lowercase();
     EXTENSIONS.iter().any(|end| file.ends_with(end))
-        && !DESCRIPTIONS.contains(&file.as_str())
+        && !describes_data(&file)
         && !name.split('/').any(|part| part.starts_with('.'))
 }
 
 /// The files of the train split by the words in their names, which begin at `start`; without any,
 /// those that are of no other split, if there are such.
-fn to_train_on(names: Vec<String>, start: usize) -> Vec<String> {
-    let has_word = |name: &String, words: &[&str]| {
-        let name = name[start..].to_lowercase();
-        let mut found = name.split(|c: char| !c.is_ascii_alphanumeric());
-        found.any(|word| words.contains(&word))
-    };
+pub fn to_train_on(names: Vec<String>, start: usize) -> Vec<String> {
+    let has_word = |name: &String, words: &[&str]| has_word(&name[start..], words);
     let of = |wanted: &dyn Fn(&String) -> bool| -> Vec<String> {
         names.iter().filter(|name| wanted(name)).cloned().collect()
     };
@@ -148,6 +144,29 @@ fn to_train_on(names: Vec<String>, start: usize) -> Vec<String> {
         (true, false) => no_other,
         (true, true) => names,
     }
+}
+
+/// The files of a split that is held out, by the words in their names: one to validate with rather
+/// than the test split; all files where no name tells.
+pub fn held_out(names: Vec<String>) -> Vec<String> {
+    let of = |words: &[&str]| -> Vec<String> {
+        let named = names.iter().filter(|name| has_word(name, words));
+        named.cloned().collect()
+    };
+    let splits = [&OTHER_SPLITS[1..], &OTHER_SPLITS[..1]].map(of);
+    let found = splits.into_iter().find(|files| !files.is_empty());
+    found.unwrap_or(names)
+}
+
+fn has_word(name: &str, words: &[&str]) -> bool {
+    let name = name.to_lowercase();
+    let mut found = name.split(|c: char| !c.is_ascii_alphanumeric());
+    found.any(|word| words.contains(&word))
+}
+
+/// Whether a file of this name, in lower case, describes a data set and has no rows.
+pub fn describes_data(name: &str) -> bool {
+    DESCRIPTIONS.contains(&name)
 }
 
 #[cfg(test)]

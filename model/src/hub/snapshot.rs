@@ -11,11 +11,8 @@ use hf_hub::api::sync::{Api, ApiError, ApiRepo, Metadata};
 
 use super::id::HubId;
 use super::listing::{Listing, shards};
-use super::{DownloadEvent, Files, Hub, INDEX};
+use super::{DownloadEvent, Files, Hub, INDEX, RETRY_PAUSES_MS};
 use crate::error::{Error, Result};
-
-/// The pauses between tries that bring no byte forward.
-const RETRY_PAUSES_MS: [u64; 3] = [250, 1000, 3000];
 
 /// One commit of a repository on its way into the cache.
 pub(super) struct Snapshot<'a> {
@@ -122,7 +119,9 @@ impl<'a> Snapshot<'a> {
             // A link to nowhere or to a damaged file is in hf-hub's way.
             let _ = fs::remove_file(pointer);
             let blob = self.cache.blob_path(metadata.etag());
-            settle_part(&blob, total)?;
+            if settle_part(&blob, total)? {
+                self.check_sum(file, &blob, pointer)?;
+            }
             if size_of(&blob) == Some(total) {
                 let put = link(&blob, metadata.etag(), pointer, file);
                 put.map_err(|source| io_error("link", pointer, source))?;
@@ -161,7 +160,7 @@ impl<'a> Snapshot<'a> {
         // Where links are not allowed, hf-hub has moved the blob into the snapshot.
         let found_bytes = size_of(blob).or_else(|| size_of(pointer)).unwrap_or(0);
         if found_bytes == total {
-            return Ok(());
+            return self.check_sum(file, blob, pointer);
         }
         let _ = fs::remove_file(pointer);
         let _ = fs::remove_file(blob);
@@ -170,6 +169,21 @@ impl<'a> Snapshot<'a> {
             file: file.to_string(),
             expected_bytes: total,
             found_bytes,
+        })
+    }
+
+    /// Removes a file that is not the one that the Hub lists.
+    fn check_sum(&self, file: &str, blob: &Path, pointer: &Path) -> Result<()> {
+        let path = if blob.is_file() { blob } else { pointer };
+        let is_listed = self.listing.is_listed(file, path);
+        if is_listed.map_err(|e| io_error("read", path, e))? {
+            return Ok(());
+        }
+        let _ = fs::remove_file(pointer);
+        let _ = fs::remove_file(blob);
+        Err(Error::HubChecksum {
+            id: self.repo.to_string(),
+            file: file.to_string(),
         })
     }
 
@@ -285,13 +299,13 @@ fn size_of(path: &Path) -> Option<u64> {
 }
 
 /// Settles what hf-hub cannot resume: a partial file that is in fact complete, for which it would
-/// ask for an empty range, or one that is too long.
-fn settle_part(blob: &Path, total: u64) -> Result<()> {
+/// ask for an empty range, or one that is too long. Whether there is a blob by that.
+fn settle_part(blob: &Path, total: u64) -> Result<bool> {
     let part = blob.with_extension("part");
     let settled = match size_of(&part) {
-        Some(size) if size == total => fs::rename(&part, blob),
-        Some(size) if size > total => fs::remove_file(&part),
-        _ => Ok(()),
+        Some(size) if size == total => fs::rename(&part, blob).map(|()| true),
+        Some(size) if size > total => fs::remove_file(&part).map(|()| false),
+        _ => Ok(false),
     };
     settled.map_err(|source| io_error("replace", &part, source))
 }

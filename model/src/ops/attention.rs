@@ -35,8 +35,27 @@ pub fn attention<B: AttentionBackend>(
     tensor(B::causal_attention(primitive(q), primitive(k), primitive(v), segments).0)
 }
 
+/// Writes `new` `[b, s, n_kv, h_d]` over the positions from `at` on of `all` `[b, c, n_kv, h_d]`,
+/// in place where nobody else holds that.
+pub fn write_positions<B: AttentionBackend>(
+    all: Tensor<B, 4>,
+    new: Tensor<B, 4>,
+    at: usize,
+) -> Tensor<B, 4> {
+    tensor(B::write_positions(primitive(all), primitive(new), at))
+}
+
 /// The operation on a backend's own tensors.
 pub trait AttentionBackend: MatmulBackend {
+    /// See [`write_positions`].
+    fn write_positions(
+        all: FloatTensor<Self>,
+        new: FloatTensor<Self>,
+        at: usize,
+    ) -> FloatTensor<Self> {
+        reference_write::<Self>(all, new, at)
+    }
+
     /// The output `[n, n_h, h_d]` and the log-sum-exp of the scores `[n, n_h]`.
     fn causal_attention(
         q: FloatTensor<Self>,
@@ -54,6 +73,17 @@ pub trait AttentionBackend: MatmulBackend {
     ) -> [FloatTensor<Self>; 3] {
         reference_backward::<Self>(saved, d_out)
     }
+}
+
+/// [`AttentionBackend::write_positions`] in plain tensor operations.
+fn reference_write<B: Backend>(
+    all: FloatTensor<B>,
+    new: FloatTensor<B>,
+    at: usize,
+) -> FloatTensor<B> {
+    let (all, new): (Tensor<B, 4>, Tensor<B, 4>) = (tensor(all), tensor(new));
+    let [b, s, n_kv, h_d] = new.dims();
+    primitive(all.slice_assign([0..b, at..at + s, 0..n_kv, 0..h_d], new))
 }
 
 /// What backward needs of forward.
@@ -205,6 +235,14 @@ impl AttentionBackend for Flex {
             return reference_backward::<Flex>(saved, d_out);
         }
         cpu::backward(saved, d_out)
+    }
+
+    /// Burn's own assignment to a slice copies the whole tensor.
+    fn write_positions(all: FlexTensor, new: FlexTensor, at: usize) -> FlexTensor {
+        if !all_f32([&all, &new]) {
+            return reference_write::<Flex>(all, new, at);
+        }
+        cpu::write_positions(all, new, at)
     }
 }
 

@@ -220,7 +220,7 @@ pub(super) fn replace_and_sum(row: &mut [f32], f: impl Fn(f32) -> f32) -> f32 {
 
 /// The lanes in one, in pairs: vectorised, and the rounding error of a sum stays small.
 #[inline(always)]
-fn fold(mut lanes: [f32; LANES], f: impl Fn(f32, f32) -> f32) -> f32 {
+pub(super) fn fold(mut lanes: [f32; LANES], f: impl Fn(f32, f32) -> f32) -> f32 {
     let mut width = LANES / 2;
     while width > 0 {
         for i in 0..width {

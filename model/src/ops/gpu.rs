@@ -8,7 +8,7 @@ use burn_fusion::{Fusion, FusionBackend};
 
 use super::{
     AttentionBackend, CrossEntropyBackend, MatmulBackend, RmsNormBackend, RotaryBackend,
-    SwigluBackend,
+    SwigluBackend, UpdateBackend,
 };
 
 impl<R: CubeRuntime, F: FloatElement, I: IntElement, BT: BoolElement> AttentionBackend
@@ -35,6 +35,10 @@ impl<R: CubeRuntime, F: FloatElement, I: IntElement, BT: BoolElement> SwigluBack
     for CubeBackend<R, F, I, BT>
 {
 }
+impl<R: CubeRuntime, F: FloatElement, I: IntElement, BT: BoolElement> UpdateBackend
+    for CubeBackend<R, F, I, BT>
+{
+}
 
 impl<B: FusionBackend> AttentionBackend for Fusion<B> {}
 impl<B: FusionBackend> CrossEntropyBackend for Fusion<B> {}
@@ -50,3 +54,4 @@ impl<B: FusionBackend> MatmulBackend for Fusion<B> {
 impl<B: FusionBackend> RmsNormBackend for Fusion<B> {}
 impl<B: FusionBackend> RotaryBackend for Fusion<B> {}
 impl<B: FusionBackend> SwigluBackend for Fusion<B> {}
+impl<B: FusionBackend> UpdateBackend for Fusion<B> {}

@@ -1,11 +1,13 @@
 //! The matrix product.
 
+mod one_row;
+
 use burn::backend::autodiff::NodeId;
 use burn::backend::autodiff::checkpoint::{base::Checkpointer, strategy::CheckpointStrategy};
 use burn::backend::autodiff::grads::Gradients;
 use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
 use burn::backend::{Autodiff, Flex, flex::FlexTensor};
-use burn::tensor::ops::FloatTensor;
+use burn::tensor::ops::{FloatTensor, FloatTensorOps};
 use burn::tensor::{Tensor, backend::Backend};
 
 use super::{cpu, primitive, tensor};
@@ -37,6 +39,11 @@ pub trait MatmulBackend: Backend {
         Self::float_matmul(a, b)
     }
 
+    /// Runs what consists of many small products.
+    fn together<T: Send>(run: impl FnOnce() -> T + Send) -> T {
+        run()
+    }
+
     /// See [`add_matmul`].
     fn add_matmul(
         sum: FloatTensor<Self>,
@@ -62,8 +69,43 @@ pub fn reference<B: MatmulBackend>(
 const ALONE: usize = 192 * 192 * 192;
 
 impl MatmulBackend for Flex {
+    /// Burn's own fills its output with zeros and then copies that to where it is aligned: twice the
+    /// memory and two passes over it, for numbers that nobody reads.
+    fn product(a: FlexTensor, b: FlexTensor) -> FlexTensor {
+        let is_matrix = |x: &FlexTensor| x.layout().shape().num_dims() == 2;
+        if !(cpu::all_f32([&a, &b]) && is_matrix(&a) && is_matrix(&b)) {
+            return Flex::float_matmul(a, b);
+        }
+        if let Some(y) = one_row::product(&a, &b) {
+            return y;
+        }
+        let ([m, k], [inner, n]) = (cpu::dims(&a), cpu::dims(&b));
+        assert_eq!(k, inner, "columns of a and rows of b");
+        if m * n * k == 0 {
+            return cpu::from_vec(vec![0.0; m * n], [m, n]);
+        }
+        let (a, b) = (strided(a), strided(b));
+        let mut y = Vec::with_capacity(m * n);
+        // SAFETY: `y` has room for `m * n` numbers, and the product writes them all.
+        unsafe {
+            multiply(&a, &b, y.as_mut_ptr(), false);
+            y.set_len(m * n);
+        }
+        cpu::from_vec(y, [m, n])
+    }
+
+    /// On a thread of the pool: each product that is called from outside of it waits until one has
+    /// woken up.
+    fn together<T: Send>(run: impl FnOnce() -> T + Send) -> T {
+        rayon::scope(|_| run())
+    }
+
     /// In place where nobody else holds `sum`.
     fn add_matmul(sum: FlexTensor, a: FlexTensor, b: FlexTensor) -> FlexTensor {
+        let sum = match one_row::add(sum, &a, &b) {
+            Ok(sum) => return sum,
+            Err(sum) => sum,
+        };
         if !cpu::all_f32([&sum, &a, &b]) {
             return reference::<Flex>(sum, a, b);
         }
@@ -73,39 +115,51 @@ impl MatmulBackend for Flex {
             return sum;
         }
         let (a, b) = (strided(a), strided(b));
-        let [(a, a_strides), (b, b_strides)] = [&a, &b].map(elements);
-        let threads = match m * n * k < ALONE {
-            true => gemm::Parallelism::None,
-            false => gemm::Parallelism::Rayon(0), // all there are
-        };
         let [sum] = cpu::update([sum], [m * n], |_, [sum]| {
-            // SAFETY: `elements` has checked that every element of `a` and `b` is inside its slice;
-            // `sum` is contiguous and, being borrowed mutably, neither of them.
-            unsafe {
-                gemm::gemm(
-                    m,
-                    n,
-                    k,
-                    sum.as_mut_ptr(),
-                    1,
-                    n as isize,
-                    true, // adds to `sum`
-                    a.as_ptr(),
-                    a_strides[1],
-                    a_strides[0],
-                    b.as_ptr(),
-                    b_strides[1],
-                    b_strides[0],
-                    1.0,
-                    1.0,
-                    false,
-                    false,
-                    false,
-                    threads,
-                );
-            }
+            // SAFETY: `sum` has `m * n` numbers and, being borrowed mutably, is neither operand.
+            unsafe { multiply(&a, &b, sum.as_mut_ptr(), true) };
         });
         sum
+    }
+}
+
+/// Writes the product of `a` `[m, k]` and `b` `[k, n]`, neither of them empty, to `to` `[m, n]`, or
+/// adds it to what is there.
+///
+/// # Safety
+/// `to` must be valid for writing `m * n` numbers, and for reading them if the product is added; none
+/// of them may be one of an operand's.
+unsafe fn multiply(a: &FlexTensor, b: &FlexTensor, to: *mut f32, adds: bool) {
+    let ([m, k], [_, n]) = (cpu::dims(a), cpu::dims(b));
+    let [(a, a_strides), (b, b_strides)] = [a, b].map(elements);
+    let threads = match m * n * k < ALONE {
+        true => gemm::Parallelism::None,
+        false => gemm::Parallelism::Rayon(0), // all there are
+    };
+    // SAFETY: `elements` has checked that every element of `a` and `b` is inside its slice; the rest
+    // is the caller's.
+    unsafe {
+        gemm::gemm(
+            m,
+            n,
+            k,
+            to,
+            1,
+            n as isize,
+            adds,
+            a.as_ptr(),
+            a_strides[1],
+            a_strides[0],
+            b.as_ptr(),
+            b_strides[1],
+            b_strides[0],
+            1.0,
+            1.0,
+            false,
+            false,
+            false,
+            threads,
+        );
     }
 }
 
@@ -126,18 +180,25 @@ impl<B: MatmulBackend> Backward<B, 2> for ProductBackward {
     ) {
         let ([a, b], [a_node, b_node]) = (ops.state, ops.parents);
         let dy = grads.consume::<B>(&ops.node); // [.., m, n]
-        let mut transposed =
-            |node: NodeId| B::float_transpose(checkpointer.retrieve_node_output(node));
         if let (Some(node), Some(b)) = (a_node, b) {
-            grads.register::<B>(node.id, B::product(dy.clone(), transposed(b)));
+            let b = B::float_transpose(checkpointer.retrieve_node_output(b));
+            grads.register::<B>(node.id, B::product(dy.clone(), b));
         }
         if let (Some(node), Some(a)) = (b_node, a) {
-            grads.register::<B>(node.id, B::product(transposed(a), dy));
+            // `b` is mostly a weight turned round: so turned, its gradient lies as the weight does,
+            // and adding it to others takes no copy.
+            let a = checkpointer.retrieve_node_output(a);
+            let turned = B::product(B::float_transpose(dy), a); // [.., n, k]
+            grads.register::<B>(node.id, B::float_transpose(turned));
         }
     }
 }
 
 impl<B: MatmulBackend, C: CheckpointStrategy> MatmulBackend for Autodiff<B, C> {
+    fn together<T: Send>(run: impl FnOnce() -> T + Send) -> T {
+        B::together(run)
+    }
+
     /// The batch dimensions of both operands are the same.
     fn product(a: FloatTensor<Self>, b: FloatTensor<Self>) -> FloatTensor<Self> {
         let y = B::product(a.primitive.clone(), b.primitive.clone());
@@ -176,7 +237,7 @@ fn elements(x: &FlexTensor) -> (&[f32], [isize; 2]) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::ops::test::{assert_near, assert_repeats, noise};
+    use crate::ops::test::{assert_near, assert_repeats, noise, values};
 
     #[test]
     fn fused_equals_reference() {
@@ -195,6 +256,30 @@ mod tests {
                 assert_near(&found, &expected, 1e-6, &case);
             }
         }
+    }
+
+    #[test]
+    fn products_equal_those_of_burn() {
+        for (m, k, n) in [(1, 16, 576), (300, 16, 700), (300, 300, 700), (1, 1, 1)] {
+            let turned = |shape: [usize; 2], seed| noise(shape, 1.0, seed).transpose(0, 1);
+            for (a, b) in [
+                (noise([m, k], 1.0, 2), noise([k, n], 1.0, 3)),
+                (turned([k, m], 2), turned([n, k], 3)),
+            ] {
+                let expected = Flex::float_matmul(a.clone(), b.clone());
+                let found = Flex::product(a, b);
+                assert_eq!(values(&found), values(&expected), "{m}, {k}, {n}");
+            }
+        }
+        let part = noise([9, 5], 1.0, 1).narrow(0, 2, 4); // that does not begin at the beginning
+        let b = noise([5, 3], 1.0, 2);
+        let expected = Flex::float_matmul(part.clone(), b.clone());
+        assert_eq!(values(&Flex::product(part, b)), values(&expected));
+        let nothing = |shape| cpu::from_vec(Vec::new(), shape);
+        let empty = Flex::product(nothing([0, 5]), noise([5, 3], 1.0, 2));
+        assert_eq!(cpu::dims(&empty), [0, 3]);
+        let zeros = Flex::product(nothing([2, 0]), nothing([0, 3]));
+        assert_eq!(values(&zeros), [0.0; 6]);
     }
 
     #[test]

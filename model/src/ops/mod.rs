@@ -1,4 +1,4 @@
-//! The decoder's operations, one file each: a trait method whose default body is the readable
+//! The operations of the decoder and of its training, one file each: a trait method whose default body is the readable
 //! reference in plain tensor operations, its backward, and faster versions for single backends.
 //!
 //! Shapes: `n` tokens, `d` hidden, `n_h` heads, `n_kv` KV heads, `h_d` head dim,
@@ -12,6 +12,7 @@ mod matmul;
 mod rms_norm;
 mod rotary;
 mod swiglu;
+mod update;
 
 #[cfg(test)]
 mod test;
@@ -19,12 +20,15 @@ mod test;
 #[cfg(feature = "gpu")]
 mod gpu;
 
-pub use attention::{AttentionBackend, AttentionState, QUERIES as ATTENTION_QUERIES, attention};
+pub use attention::{
+    AttentionBackend, AttentionState, QUERIES as ATTENTION_QUERIES, attention, write_positions,
+};
 pub use cross_entropy::{CrossEntropyBackend, cross_entropy};
 pub use matmul::{MatmulBackend, add_matmul, matmul};
 pub use rms_norm::{RmsNormBackend, rms_norm};
 pub use rotary::{RotaryBackend, rotary};
 pub use swiglu::{SwigluBackend, swiglu};
+pub use update::{AdamwStep, UpdateBackend, Updated, adamw, scale, sum_of_squares};
 
 /// The operations in plain tensor operations: what the fused versions are checked and timed against.
 pub mod reference {
@@ -39,6 +43,9 @@ pub mod reference {
     pub use super::rotary::reference as rotary;
     pub use super::swiglu::reference as swiglu;
     pub use super::swiglu::reference_backward as swiglu_backward;
+    pub use super::update::reference as adamw;
+    pub use super::update::reference_scale as scale;
+    pub use super::update::reference_sum_of_squares as sum_of_squares;
 }
 
 use burn::tensor::backend::Backend;
@@ -53,6 +60,7 @@ pub trait ModelBackend:
     + RmsNormBackend
     + RotaryBackend
     + SwigluBackend
+    + UpdateBackend
 {
 }
 
@@ -63,6 +71,7 @@ impl<B> ModelBackend for B where
         + RmsNormBackend
         + RotaryBackend
         + SwigluBackend
+        + UpdateBackend
 {
 }
 

@@ -1,36 +1,118 @@
-//! A small Hub on this machine, for the tests of this crate and of the program.
+//! A small Hub on this machine, for the tests of this crate and of the program, and by itself as the
+//! example `local_hub`. It speaks to `huggingface_hub`, too, see `check.py` beside this file.
 
 use std::collections::BTreeMap;
-use std::io::{BufRead, BufReader, Write};
-use std::net::{TcpListener, TcpStream};
+use std::net::TcpListener;
 use std::sync::{Arc, Mutex};
 
-use serde_json::json;
+use sha1::Sha1;
+use sha2::{Digest, Sha256};
 
-/// The commit of `main`.
+use http::{Answer, Request};
+
+mod http;
+mod read;
+mod write;
+
+/// The commit of `main` in `acme/tiny`.
 pub const MAIN: &str = "1111111111111111111111111111111111111111";
+/// The repository that a server starts with, as a model and as a data set.
+const TINY: &str = "acme/tiny";
 
-/// What the server does wrong once, with the named file.
+/// What the server does wrong once.
 #[derive(Clone, Copy, PartialEq)]
 pub enum Fault {
     /// Closes the connection after half of the bytes.
     Cut,
     /// Sends half of the bytes as if they were all.
     Short,
+    /// Sends all bytes, and the last one is another.
+    Damage,
+    /// Refuses, for good.
+    Refuse,
 }
 
-/// The repository `acme/tiny`, a model and a data set: files by commit, commits by revision.
+/// A repository: files by commit, commits by revision.
+#[derive(Default)]
+pub struct Repo {
+    pub private: bool,
+    pub revisions: BTreeMap<String, String>,
+    pub commits: BTreeMap<String, BTreeMap<String, Vec<u8>>>,
+}
+
+/// All that the server has and does.
 #[derive(Default)]
 pub struct Shelf {
-    pub revisions: BTreeMap<&'static str, &'static str>,
-    pub files: BTreeMap<(&'static str, &'static str), Vec<u8>>,
+    pub repos: BTreeMap<String, Repo>,
+    /// Large files by their SHA-256.
+    pub storage: BTreeMap<String, Vec<u8>>,
+    /// Parts of large files that are not complete.
+    pub parts: BTreeMap<(String, usize), Vec<u8>>,
+    /// Large files are to come in parts of so many bytes.
+    pub part_bytes: Option<usize>,
+    /// Without it nothing is shown. Writing needs a token in any case.
     pub token: Option<&'static str>,
+    /// Nobody may write.
+    pub read_only: bool,
     /// Everyone may list the files, nobody may have them.
     pub gated: bool,
     pub etag: Option<&'static str>,
     pub status: Option<u16>,
-    pub faults: Vec<(&'static str, Fault)>,
+    /// For a file by name when it is sent to someone, by checksum when it comes.
+    pub faults: Vec<(String, Fault)>,
+    /// What was asked for: `/path RANGE`, or `METHOD /path` where something comes.
     pub requests: Vec<String>,
+}
+
+impl Shelf {
+    fn tiny(&mut self) -> &mut Repo {
+        self.repos.entry(TINY.into()).or_default()
+    }
+
+    /// Puts a file into a commit of `acme/tiny`.
+    pub fn put(&mut self, commit: &str, name: &str, bytes: Vec<u8>) {
+        let files = self.tiny().commits.entry(commit.into()).or_default();
+        files.insert(name.into(), bytes);
+    }
+
+    /// Takes a file out of `main` of `acme/tiny`.
+    pub fn remove(&mut self, name: &str) {
+        let files = self.tiny().commits.get_mut(MAIN).unwrap();
+        files.remove(name).unwrap();
+    }
+
+    /// Lets a name stand for a commit of `acme/tiny`.
+    pub fn name(&mut self, revision: &str, commit: &str) {
+        self.tiny().revisions.insert(revision.into(), commit.into());
+    }
+
+    /// A file of a branch.
+    pub fn file(&self, repo: &str, branch: &str, name: &str) -> Option<&[u8]> {
+        self.repos.get(repo)?.file(branch, name)
+    }
+
+    /// The fault that is due, once.
+    fn fault(&mut self, name: &str) -> Option<Fault> {
+        let at = self.faults.iter().position(|(at, _)| at == name)?;
+        Some(self.faults.remove(at).1)
+    }
+}
+
+impl Repo {
+    /// The commit that a branch or a commit's own name stands for.
+    fn commit(&self, revision: &str) -> Option<&str> {
+        let known = self.revisions.get(revision).map(String::as_str);
+        known.or_else(|| {
+            self.commits
+                .get_key_value(revision)
+                .map(|(id, _)| id.as_str())
+        })
+    }
+
+    fn file(&self, revision: &str, name: &str) -> Option<&[u8]> {
+        let files = self.commits.get(self.commit(revision)?)?;
+        files.get(name).map(Vec::as_slice)
+    }
 }
 
 /// A server that answers as the Hub does; large files are redirected to a "CDN", as there.
@@ -41,20 +123,28 @@ pub struct FakeHub {
 }
 
 impl FakeHub {
-    pub fn start(files: &[(&'static str, Vec<u8>)]) -> Self {
-        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    /// With `acme/tiny`, on any free port.
+    pub fn start(files: &[(&str, Vec<u8>)]) -> Self {
+        let hub = Self::listen(0);
+        hub.change(|shelf| {
+            shelf.name("main", MAIN);
+            for (name, bytes) in files {
+                shelf.put(MAIN, name, bytes.clone());
+            }
+        });
+        hub
+    }
+
+    /// With nothing, on a port.
+    pub fn listen(port: u16) -> Self {
+        let listener = TcpListener::bind(("127.0.0.1", port)).unwrap();
         let endpoint = format!("http://{}", listener.local_addr().unwrap());
-        let mut shelf = Shelf::default();
-        shelf.revisions.insert("main", MAIN);
-        for (name, bytes) in files {
-            shelf.files.insert((MAIN, name), bytes.clone());
-        }
-        let shelf = Arc::new(Mutex::new(shelf));
+        let shelf = Arc::new(Mutex::new(Shelf::default()));
         let (served, url) = (shelf.clone(), endpoint.clone());
         std::thread::spawn(move || {
-            for stream in listener.incoming() {
+            for stream in listener.incoming().flatten() {
                 let (shelf, url) = (served.clone(), url.clone());
-                std::thread::spawn(move || answer(&stream.unwrap(), &shelf, &url));
+                std::thread::spawn(move || http::serve(&stream, &shelf, &url));
             }
         });
         Self {
@@ -69,119 +159,45 @@ impl FakeHub {
     }
 }
 
-fn answer(stream: &TcpStream, shelf: &Mutex<Shelf>, url: &str) {
-    let mut lines = BufReader::new(stream).lines().map(Result::unwrap);
-    let path = lines.next().unwrap().split(' ').nth(1).unwrap().to_string();
-    let headers: Vec<(String, String)> = lines
-        .take_while(|line| !line.is_empty())
-        .map(|line| {
-            line.split_once(": ")
-                .map(|(name, value)| (name.to_lowercase(), value.to_string()))
-                .unwrap()
-        })
-        .collect();
-    let header = |name: &str| {
-        headers
-            .iter()
-            .find(|(known, _)| known == name)
-            .map(|(_, value)| value.as_str())
-    };
+/// What the Hub calls a content: its SHA-256 if it is large, else git's checksum.
+pub fn checksum(name: &str, bytes: &[u8]) -> String {
+    let hex = |bytes: &[u8]| bytes.iter().map(|byte| format!("{byte:02x}")).collect();
+    match is_large(name, bytes.len()) {
+        true => hex(&Sha256::digest(bytes)),
+        false => {
+            let head = format!("blob {}\0", bytes.len());
+            hex(&Sha1::digest([head.as_bytes(), bytes].concat()))
+        }
+    }
+}
 
-    let shelf = &mut *shelf.lock().unwrap();
-    shelf
-        .requests
-        .push(format!("{path} {}", header("range").unwrap_or("")));
-    let send = |status: u16, headers: &str, length: usize, body: &[u8]| {
-        let head = format!(
-            "HTTP/1.1 {status} X\r\nConnection: close\r\nContent-Length: {length}\r\n{headers}\r\n"
-        );
-        let _ = (&mut &*stream).write_all(&[head.as_bytes(), body].concat());
-    };
+fn is_large(name: &str, bytes: usize) -> bool {
+    let ends = [".safetensors", ".bin", ".parquet"];
+    bytes > 10 << 20 || ends.iter().any(|end| name.ends_with(end))
+}
+
+/// Answers a request, all of which has come.
+fn answer(request: &Request, shelf: &mut Shelf, url: &str) -> Answer {
     if let Some(status) = shelf.status {
-        return send(status, "", 4, b"oops");
+        return Answer::new(status).with("oops");
     }
-    if shelf
-        .token
-        .is_some_and(|token| header("authorization") != Some(&format!("Bearer {token}")))
-    {
-        return send(401, "X-Error-Code: RepoNotFound\r\n", 0, b"");
+    if let Some(rest) = request.path.strip_prefix("/storage/") {
+        return write::storage(request, rest, shelf);
     }
-    let known = |revision: &str| match shelf.revisions.get(revision) {
-        Some(commit) => Some(*commit),
-        None => shelf
-            .revisions
-            .values()
-            .find(|commit| **commit == revision)
-            .copied(),
-    };
-    let listed = ["/api/models", "/api/datasets"]
-        .iter()
-        .find_map(|api| path.strip_prefix(api)?.strip_prefix("/acme/tiny/revision/"));
-    if let Some(revision) = listed {
-        let Some(commit) = known(revision.trim_end_matches("?blobs=true")) else {
-            return send(404, "X-Error-Code: RevisionNotFound\r\n", 0, b"");
-        };
-        let files = shelf.files.iter().filter(|((of, _), _)| *of == commit);
-        let siblings: Vec<_> = files
-            .map(|((_, name), bytes)| json!({ "rfilename": name, "size": bytes.len() }))
-            .collect();
-        let body = json!({ "id": "acme/tiny", "sha": commit, "siblings": siblings }).to_string();
-        return send(200, "", body.len(), body.as_bytes());
+    let bearer = request.header("authorization");
+    let is_right = |token| bearer == Some(&format!("Bearer {token}"));
+    if shelf.token.is_some_and(|token| !is_right(token)) {
+        return Answer::new(401).because("RepoNotFound");
     }
-    let path = path.strip_prefix("/datasets").unwrap_or(&path);
-    let Some((place, rest)) = path
-        .strip_prefix("/acme/tiny/resolve/")
-        .map(|rest| ("hub", rest))
-        .or_else(|| path.strip_prefix("/cdn/").map(|rest| ("cdn", rest)))
-    else {
-        return send(404, "", 0, b"");
-    };
-    if shelf.gated {
-        return send(403, "X-Error-Code: GatedRepo\r\n", 0, b"");
+    if request.method == "GET" || request.method == "HEAD" {
+        return read::answer(request, shelf, url);
     }
-    let (revision, name) = rest.split_once('/').unwrap();
-    let commit = known(revision).unwrap();
-    let Some((&(_, name), bytes)) = shelf
-        .files
-        .iter()
-        .find(|((of, known), _)| *of == commit && *known == name)
-    else {
-        return send(404, "X-Error-Code: EntryNotFound\r\n", 0, b"");
-    };
-    let etag = shelf.etag.map_or_else(
-        || format!("{:x}{}", bytes.len(), name.replace(['/', '.'], "")),
-        str::to_string,
-    );
-    let about = format!("ETag: \"{etag}\"\r\nX-Repo-Commit: {commit}\r\n");
-    if place == "hub" && name.ends_with(".safetensors") {
-        let about = about.replace("ETag", "X-Linked-ETag");
-        return send(
-            302,
-            &format!("{about}Location: {url}/cdn/{rest}\r\n"),
-            0,
-            b"",
-        );
+    if bearer.is_none() {
+        return Answer::new(401).with(r#"{"error": "Invalid username or password."}"#);
     }
-    let (first, last) = header("range")
-        .and_then(|range| range.strip_prefix("bytes=")?.split_once('-'))
-        .unwrap();
-    let first: usize = first.parse().unwrap();
-    if first >= bytes.len() {
-        return send(416, "", 0, b"");
+    if shelf.read_only {
+        let words = "You don't have the rights to create a model under the namespace \"acme\"";
+        return Answer::new(403).saying(words);
     }
-    let body = &bytes[first..last.parse().map_or(bytes.len(), |last: usize| last + 1)];
-    let about = format!(
-        "{about}Content-Range: bytes {first}-{}/{}\r\n",
-        first + body.len() - 1,
-        bytes.len()
-    );
-    let fault = shelf
-        .faults
-        .iter()
-        .position(|(at, _)| *at == name && body.len() > 1);
-    match fault.map(|at| shelf.faults.remove(at).1) {
-        Some(Fault::Cut) => send(206, &about, body.len(), &body[..body.len() / 2]),
-        Some(Fault::Short) => send(206, &about, body.len() / 2, &body[..body.len() / 2]),
-        None => send(206, &about, body.len(), body),
-    }
+    write::answer(request, shelf, url)
 }

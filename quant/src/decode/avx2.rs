@@ -8,6 +8,16 @@ use super::{Precision, View};
 const CODES: usize = 8;
 
 kernels!("avx2,fma");
+block_kernels!("avx2,fma");
+
+/// The high and the low nibbles of bytes, with other bits above them.
+#[target_feature(enable = "avx2,fma")]
+fn bytes_to_lanes(bytes: &[u8; CODES]) -> [__m256i; 2] {
+    // SAFETY: there are eight bytes.
+    let bytes = unsafe { _mm_loadl_epi64(bytes.as_ptr().cast()) };
+    let low = _mm256_cvtepu8_epi32(bytes);
+    [_mm256_srli_epi32::<4>(low), low]
+}
 
 /// A code book.
 #[derive(Clone, Copy)]
@@ -41,7 +51,11 @@ impl Book {
     fn look_up(self, word: [u8; 4]) -> __m256 {
         let shifts = _mm256_setr_epi32(4, 0, 12, 8, 20, 16, 28, 24); // high nibbles first
         let word = _mm256_set1_epi32(i32::from_le_bytes(word));
-        let codes = _mm256_srlv_epi32(word, shifts);
+        self.choose(_mm256_srlv_epi32(word, shifts))
+    }
+
+    #[target_feature(enable = "avx2,fma")]
+    fn choose(self, codes: __m256i) -> __m256 {
         // Three bits choose here, whatever is above them, and the fourth one as a sign bit below.
         let low = _mm256_permutevar8x32_ps(self.low, codes);
         let high = _mm256_permutevar8x32_ps(self.high, codes);
@@ -68,9 +82,19 @@ impl Sum {
 
     #[target_feature(enable = "avx2,fma")]
     fn add(self, book: Book, word: [u8; 4], x: &[f32; CODES]) -> Self {
+        self.add_values(book.look_up(word), x)
+    }
+
+    #[target_feature(enable = "avx2,fma")]
+    fn add_values(self, values: __m256, x: &[f32; CODES]) -> Self {
         // SAFETY: there are eight elements.
         let x = unsafe { _mm256_loadu_ps(x.as_ptr()) };
-        Self(_mm256_fmadd_ps(x, book.look_up(word), self.0))
+        Self(_mm256_fmadd_ps(x, values, self.0))
+    }
+
+    #[target_feature(enable = "avx2,fma")]
+    fn plus(self, other: Self) -> Self {
+        Self(_mm256_add_ps(self.0, other.0))
     }
 
     #[target_feature(enable = "avx2,fma")]

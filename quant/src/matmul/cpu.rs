@@ -95,9 +95,10 @@ fn one_row(x: &[f32], view: &View) -> Vec<f32> {
     let [out, r#in] = view.shape;
     let rows = TASK_VALUES.div_ceil(r#in); // of a task
     let mut y = vec![0.0; out];
+    let x = view.operand(x);
     let fill = |(task, y): (usize, &mut [f32])| {
         for (i, y) in y.iter_mut().enumerate() {
-            *y = view.dot((task * rows + i) * r#in, x);
+            *y = view.dot_row(task * rows + i, &x);
         }
     };
     match y.len() <= rows {

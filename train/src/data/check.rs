@@ -1,17 +1,20 @@
 //! What the labels of rows look like: gathered while the rows are read, looked at before step 1.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::BTreeMap;
 use std::fmt;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
 
+use bytemuck::{Pod, Zeroable};
 use model::tokenizer::Tokenizer;
 
 use super::read::{Place, RowNumber};
 use super::sample::Encoded;
+use super::spool::{Pages, Spool};
 use super::{Encoder, IGNORED, Sample, Samples};
+use crate::error::Result;
 
 /// Some rows: how many, and the first few of them.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -46,7 +49,7 @@ impl fmt::Display for Found {
 }
 
 /// What there is to know of the labels of some rows.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Default)]
 pub struct Labels {
     /// Rows without a trained token.
     pub untrained: Found,
@@ -62,18 +65,25 @@ pub struct Labels {
     pub alpaca: Found,
     /// The tokens that end the trained part of rows which have an end marker, and how many rows.
     pub ends: BTreeMap<u32, usize>,
-    rows: Vec<Seen>,
-    files: Vec<Arc<Path>>,
+    /// How many rows have so many trained tokens.
+    trained: BTreeMap<u32, usize>,
+    /// All rows, also those that are left out.
+    rows: Arc<Pages<Seen>>,
+    /// The files, and how rows are counted in them.
+    files: Vec<(Arc<Path>, fn(usize) -> RowNumber)>,
 }
 
-/// What is remembered of a row that is trained on.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Seen {
+/// What is remembered of a row: where it stands, and its tokens.
+#[derive(Debug, Clone, Copy, Pod, Zeroable)]
+#[repr(C)]
+pub(super) struct Seen {
     fingerprint: u64,
-    row: RowNumber,
-    file: u32,
-    trained_tokens: u32,
+    row: u64,
+    file: u64,
 }
+
+/// Rows that are compared together (64 MiB).
+const ROWS_AT_A_TIME: usize = 4 << 20;
 
 /// Least, median and most trained tokens of a row.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize)]
@@ -123,15 +133,7 @@ impl Labels {
                 *self.ends.entry(*last as u32).or_default() += 1;
             }
         }
-        if self.files.last() != Some(&place.path) {
-            self.files.push(place.path.clone());
-        }
-        self.rows.push(Seen {
-            fingerprint: fingerprint(sample),
-            row: place.row,
-            file: (self.files.len() - 1) as u32,
-            trained_tokens: trained_tokens as u32,
-        });
+        *self.trained.entry(trained_tokens as u32).or_default() += 1;
     }
 
     /// Notes a row that is left out.
@@ -139,65 +141,125 @@ impl Labels {
         self.dropped.add(place);
     }
 
-    /// Where the row of a sample stands, by its number among the samples.
-    pub fn place(&self, sample: usize) -> Option<Place> {
-        self.rows.get(sample).map(|row| self.place_of(row))
+    /// Notes a row without a trained token that is left out.
+    pub(super) fn skip_row(&mut self, place: &Place) {
+        self.untrained.add(place);
     }
 
-    fn place_of(&self, row: &Seen) -> Place {
-        Place {
-            path: self.files[row.file as usize].clone(),
-            row: row.row,
+    /// What is remembered of the next row; without a sample it is left out.
+    pub(super) fn remember(&mut self, place: &Place, sample: Option<&Sample>) -> Seen {
+        if self
+            .files
+            .last()
+            .is_none_or(|(path, _)| *path != place.path)
+        {
+            let number: fn(usize) -> RowNumber = match place.row {
+                RowNumber::Line(_) => RowNumber::Line,
+                RowNumber::Element(_) => RowNumber::Element,
+                RowNumber::Row(_) => RowNumber::Row,
+            };
+            self.files.push((place.path.clone(), number));
         }
+        let (RowNumber::Line(row) | RowNumber::Element(row) | RowNumber::Row(row)) = place.row;
+        Seen {
+            fingerprint: sample.map_or(0, fingerprint),
+            row: row as u64,
+            file: self.files.len() as u64 - 1,
+        }
+    }
+
+    /// Ends the reading of rows.
+    pub(super) fn finish(&mut self, rows: Spool<Seen>) -> Result<()> {
+        self.rows = Arc::new(rows.finish()?);
+        Ok(())
+    }
+
+    /// Where a row stands, by its number over all files.
+    pub fn place(&self, number: usize) -> Option<Place> {
+        let seen = self.rows.get(number)?;
+        let (path, number) = self.files.get(seen.file as usize)?;
+        Some(Place {
+            path: path.clone(),
+            row: number(seen.row as usize),
+        })
     }
 
     /// Trained tokens of the rows, if there are any.
     pub fn spread(&self) -> Option<Spread> {
-        let mut counts: Vec<u32> = self.rows.iter().map(|row| row.trained_tokens).collect();
-        counts.sort_unstable();
+        let rows: usize = self.trained.values().sum();
+        let mut counted = 0;
+        let mut up_to = self.trained.iter().map(|(tokens, rows)| {
+            counted += rows;
+            (*tokens, counted)
+        });
+        let median = up_to.find(|(_, counted)| *counted > (rows.max(1) - 1) / 2);
         Some(Spread {
-            min: *counts.first()?,
-            median: counts[(counts.len() - 1) / 2],
-            max: *counts.last()?,
+            min: *self.trained.first_key_value()?.0,
+            median: median?.0,
+            max: *self.trained.last_key_value()?.0,
         })
     }
 
-    /// Rows that have the tokens of one before them.
-    pub fn repeated(&self) -> Option<Repeated> {
-        let mut first = HashMap::with_capacity(self.rows.len());
-        let mut repeats = Vec::new();
-        for row in &self.rows {
-            match first.get(&row.fingerprint) {
-                Some(before) => repeats.push((row, *before)),
-                None => _ = first.insert(row.fingerprint, row),
+    /// Of the samples of these rows, those that have the tokens of one before them.
+    pub fn repeated(&self, samples: &Samples) -> Option<Repeated> {
+        let (mut count, mut first) = (0, None);
+        for seen in self.by_fingerprint(samples) {
+            for same in seen.chunk_by(|a, b| a.0 == b.0) {
+                count += same.len() - 1;
+                if let [(_, of), (_, row), ..] = same {
+                    let pair = (*row, *of);
+                    first = Some(first.map_or(pair, |first| pair.min(first)));
+                }
             }
         }
-        let (row, before) = repeats.first()?;
+        let (row, of) = first?;
         Some(Repeated {
-            count: repeats.len(),
-            row: self.place_of(row),
-            of: self.place_of(before),
+            count,
+            row: self.place(row)?,
+            of: self.place(of)?,
         })
     }
 
     /// Of the samples `eval`, whose rows are `others`, those that are among the samples `train`,
     /// whose rows are these; both can come from the same files.
     pub fn shared(&self, train: &Samples, others: &Self, eval: &Samples) -> Option<Repeated> {
-        if eval.is_empty() {
-            return None; // without a look at every token that is trained on
+        let (mut count, mut first) = (0, None);
+        for seen in others.by_fingerprint(eval) {
+            let mut of = vec![None; seen.len()];
+            for row in train.row_numbers() {
+                let print = self.rows[row].fingerprint;
+                let start = seen.partition_point(|(other, _)| *other < print);
+                let same = seen[start..].iter().zip(&mut of[start..]);
+                let same = same.take_while(|((other, _), _)| *other == print);
+                same.for_each(|(_, of)| *of = of.or(Some(row)));
+            }
+            let found = seen
+                .iter()
+                .zip(of)
+                .filter_map(|((_, row), of)| Some((*row, of?)));
+            for pair in found {
+                count += 1;
+                first = Some(first.map_or(pair, |first| pair.min(first)));
+            }
         }
-        let trained: HashSet<u64> = train.iter().map(|sample| fingerprint(&sample)).collect();
-        let seen = eval.iter().map(|sample| fingerprint(&sample));
-        let seen: Vec<u64> = seen.filter(|print| trained.contains(print)).collect();
-        let first = *seen.first()?;
-        let is_it = |row: &&Seen| row.fingerprint == first;
-        // of the same file, these are two places of the same tokens
-        let of = self.rows.iter().find(is_it)?;
-        let row = others.rows.iter().rfind(is_it)?;
+        let (row, of) = first?;
         Some(Repeated {
-            count: seen.len(),
-            row: others.place_of(row),
-            of: self.place_of(of),
+            count,
+            row: others.place(row)?,
+            of: self.place(of)?,
+        })
+    }
+
+    /// Fingerprints and row numbers of samples, sorted; in parts of a bounded size, each with all
+    /// rows of its fingerprints.
+    fn by_fingerprint(&self, samples: &Samples) -> impl Iterator<Item = Vec<(u64, usize)>> {
+        let parts = samples.len().div_ceil(ROWS_AT_A_TIME) as u64;
+        (0..parts).map(move |part| {
+            let rows = samples.row_numbers();
+            let all = rows.map(|row| (self.rows[row].fingerprint, row));
+            let mut seen: Vec<_> = all.filter(|(print, _)| print % parts == part).collect();
+            seen.sort_unstable();
+            seen
         })
     }
 }

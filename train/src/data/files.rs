@@ -1,7 +1,10 @@
 //! Which files the paths of a recipe stand for.
 
+use std::collections::HashSet;
 use std::io;
 use std::path::{Path, PathBuf};
+
+use model::hub;
 
 use super::unreadable;
 use crate::error::{Error, Result};
@@ -68,17 +71,64 @@ pub(super) fn find_files(path: &Path) -> Result<Vec<PathBuf>> {
     }
 }
 
-fn in_folder(path: &Path) -> Result<Vec<PathBuf>> {
-    let entries = std::fs::read_dir(path).and_then(Iterator::collect::<io::Result<Vec<_>>>);
-    let entries = entries.map_err(|e| unreadable(path, e))?;
-    let files = entries.iter().map(std::fs::DirEntry::path);
-    let is_data = |path: &PathBuf| Kind::known(path).is_some() && path.is_file();
-    let mut files: Vec<_> = files.filter(is_data).collect();
+/// Which files of a folder are meant, where their names tell splits apart.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Split {
+    /// Those to train on.
+    Train,
+    /// Those that are held out: of them those to validate with rather than the test split.
+    HeldOut,
+}
+
+/// The data files of a folder and of the folders in it, sorted by name: those of a split, and the
+/// others.
+///
+/// # Errors
+/// [`Error::NoDataFiles`] when there are none, [`Error::Io`] when a folder cannot be read.
+pub fn folder_files(path: &Path, split: Split) -> Result<[Vec<PathBuf>; 2]> {
+    let (mut files, mut visited) = (Vec::new(), HashSet::new());
+    list(path, &mut files, &mut visited)?;
     files.sort();
-    match files.is_empty() {
-        true => Err(Error::NoDataFiles { path: path.into() }),
-        false => Ok(files),
+    if files.is_empty() {
+        return Err(Error::NoDataFiles { path: path.into() });
     }
+    let name = |file: &PathBuf| {
+        let name = file.strip_prefix(path).unwrap_or(file);
+        name.to_string_lossy().into_owned()
+    };
+    let names = files.iter().map(name).collect::<Vec<_>>();
+    let chosen = match split {
+        Split::Train => hub::to_train_on(names, 0),
+        Split::HeldOut => hub::held_out(names),
+    };
+    let (chosen, others) = files
+        .into_iter()
+        .partition(|file| chosen.contains(&name(file)));
+    Ok([chosen, others])
+}
+
+/// Adds the data files below a folder; a link that leads back to a folder is followed once.
+fn list(path: &Path, files: &mut Vec<PathBuf>, visited: &mut HashSet<PathBuf>) -> Result<()> {
+    let failed = |e| unreadable(path, e);
+    if !visited.insert(path.canonicalize().map_err(failed)?) {
+        return Ok(());
+    }
+    for entry in std::fs::read_dir(path).map_err(failed)? {
+        let entry = entry.map_err(failed)?;
+        let path = entry.path();
+        let name = entry.file_name().to_string_lossy().to_lowercase();
+        match path.is_dir() {
+            _ if name.starts_with('.') || hub::describes_data(&name) => {}
+            true => list(&path, files, visited)?,
+            false if Kind::known(&path).is_some() && path.is_file() => files.push(path),
+            false => {}
+        }
+    }
+    Ok(())
+}
+
+fn in_folder(path: &Path) -> Result<Vec<PathBuf>> {
+    folder_files(path, Split::Train).map(|[files, _]| files)
 }
 
 fn pattern(path: &Path) -> Option<&str> {

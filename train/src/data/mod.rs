@@ -23,7 +23,8 @@ use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
-use check::Labels;
+use check::{Labels, Seen};
+pub use files::{Split, folder_files};
 pub use order::{epoch_order, split};
 use read::RawRow;
 pub use read::{Place, RowNumber};
@@ -33,6 +34,7 @@ pub use sample::{Encoder, IGNORED, Sample};
 pub use samples::Samples;
 use samples::SamplesWriter;
 pub use sequences::{Packer, Sequences};
+use spool::Spool;
 
 /// What happens to a row that is longer than the longest length allowed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
@@ -58,6 +60,8 @@ pub struct Settings {
     pub truncate: Truncate,
     /// How many tasks there are, if the adapter tells them apart: each row then says which it is of.
     pub tasks: Option<usize>,
+    /// Whether rows without a trained token are left out and counted; else they are an error.
+    pub skip_untrained: bool,
 }
 
 /// The samples of some files, and what there is to report about them.
@@ -88,13 +92,14 @@ const CHUNK_BYTES: usize = 8 << 20;
 
 /// Reads files, folders and patterns and turns every row into a sample.
 ///
-/// A folder stands for all of its data files, sorted by name. Rows are read and encoded a bounded
+/// A folder stands for the data files in it and in its folders, sorted by name; where the names tell
+/// splits apart, for those of the train split ([`folder_files`] gives others). Rows are read and encoded a bounded
 /// number at a time, and samples that are too many for the memory go to disk, so that the data may
 /// be larger than the memory.
 ///
 /// # Errors
 /// The first row, in file order, that cannot be read or encoded, with its place;
-/// [`Error::NothingTrained`] when rows have no trained token; [`Error::AllDropped`] when nothing is
+/// [`Error::NothingTrained`] when rows have no trained token, or none has one; [`Error::AllDropped`] when nothing is
 /// left; and whatever keeps a file from being read or the samples from being kept.
 pub fn prepare(paths: &[PathBuf], settings: &Settings, encoder: &Encoder) -> Result<Prepared> {
     let mut preparation = Preparation {
@@ -104,6 +109,7 @@ pub fn prepare(paths: &[PathBuf], settings: &Settings, encoder: &Encoder) -> Res
         chunk_bytes: 0,
         prepared: Prepared::default(),
         samples: SamplesWriter::new(),
+        seen: Spool::new(),
     };
     let read = read::read_rows(paths, &mut |row| preparation.push(row));
     // The rows in front of one that cannot be read come first, with their own errors.
@@ -120,6 +126,7 @@ struct Preparation<'a> {
     chunk_bytes: usize,
     prepared: Prepared,
     samples: SamplesWriter,
+    seen: Spool<Seen>,
 }
 
 impl Preparation<'_> {
@@ -158,11 +165,18 @@ impl Preparation<'_> {
         let prepared = &mut self.prepared;
         let number = prepared.rows;
         prepared.rows += 1;
+        let sample = encoded.as_ref().map(|encoded| &encoded.sample);
+        self.seen
+            .extend(&[prepared.labels.remember(&place, sample)])?;
         let Some(encoded) = encoded else {
             prepared.dropped_rows += 1;
             prepared.labels.drop_row(&place);
             return Ok(());
         };
+        if self.settings.skip_untrained && encoded.sample.trained_tokens() == 0 {
+            prepared.labels.skip_row(&place);
+            return Ok(());
+        }
         prepared.labels.add(&place, &encoded, self.encoder);
         let sample = &encoded.sample;
         prepared.trained_tokens += sample.trained_tokens() as u64;
@@ -171,10 +185,10 @@ impl Preparation<'_> {
         self.samples.push(sample, number)
     }
 
-    fn finish(self) -> Result<Prepared> {
+    fn finish(mut self) -> Result<Prepared> {
         let max_length = self.settings.max_length;
         let untrained = &self.prepared.labels.untrained;
-        if untrained.count > 0 {
+        if untrained.count > 0 && (self.samples.is_empty() || !self.settings.skip_untrained) {
             return Err(Error::NothingTrained {
                 rows: untrained.clone(),
                 max_length,
@@ -186,6 +200,7 @@ impl Preparation<'_> {
                 max_length,
             });
         }
+        self.prepared.labels.finish(self.seen)?;
         Ok(Prepared {
             samples: self.samples.finish()?,
             ..self.prepared

@@ -166,6 +166,7 @@ impl Row {
         let task = match self.columns.get("task_id") {
             None | Some(Value::Null) if tasks == 1 => Some(0),
             Some(Value::Number(number)) => number.as_u64(),
+            Some(Value::String(text)) => text.trim().parse().ok(), // a cell of a table
             _ => None,
         };
         let task = task.and_then(|task| u32::try_from(task).ok());
@@ -185,11 +186,11 @@ impl Row {
     }
 
     fn found(&self) -> Vec<String> {
-        self.columns
-            .keys()
-            .filter(|column| self.has(column))
-            .cloned()
-            .collect()
+        let named = |column: &String| match self.has(column) {
+            true => column.clone(),
+            false => format!("{column} (null)"),
+        };
+        self.columns.keys().map(named).collect()
     }
 
     fn detect(&self) -> Result<Format> {

@@ -90,7 +90,18 @@ impl Packer {
         (0..sequences.len()).map(tokens).collect()
     }
 
-    fn tokens_of(&self, rows: &[usize]) -> usize {
+    /// Whether every epoch has another order.
+    pub(crate) fn is_shuffled(&self) -> bool {
+        self.shuffle
+    }
+
+    /// Whether sequences have several rows.
+    pub(crate) fn packs(&self) -> bool {
+        self.capacity.is_some()
+    }
+
+    /// The tokens of some rows.
+    pub(crate) fn tokens_of(&self, rows: &[usize]) -> usize {
         rows.iter().map(|&row| self.lengths[row]).sum()
     }
 

@@ -109,6 +109,12 @@ pub(super) enum Pages<T> {
     Mapped(Mmap),
 }
 
+impl<T> Default for Pages<T> {
+    fn default() -> Self {
+        Self::Memory(Vec::new())
+    }
+}
+
 impl<T: Pod> Deref for Pages<T> {
     type Target = [T];
 

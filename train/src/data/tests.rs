@@ -25,6 +25,7 @@ fn settings() -> Settings {
         max_length: 1024,
         truncate: Truncate::Drop,
         tasks: None,
+        skip_untrained: false,
     }
 }
 
@@ -492,7 +493,7 @@ fn unknown_columns_are_listed_with_the_formats() {
     let message = message(prepare_rows(&rows, &settings(), &smollm2()));
     assert_eq!(
         message,
-        "rows.jsonl:2: no format fits the columns body, title; the formats are messages (messages), \
+        "rows.jsonl:2: no format fits the columns body, title, text (null); the formats are messages (messages), \
          sharegpt (conversations), alpaca (instruction, output), completion (prompt, completion), \
          qa (question, answer), text (text), tokens (input_ids)"
     );
@@ -700,6 +701,65 @@ fn files_folders_and_several_paths_are_read_in_order() {
 }
 
 #[test]
+fn a_folder_is_read_with_its_folders_and_by_its_splits() {
+    let folder = tempfile::tempdir().expect("there is a temporary folder");
+    let path = folder.path();
+    let write = |name: &str, id: u32| {
+        let file = path.join(name);
+        std::fs::create_dir_all(file.parent().expect("it is in a folder")).expect("it is new");
+        let row = format!("{{\"input_ids\": [{id}, {id}]}}\n");
+        std::fs::write(file, row).expect("the folder can be written to");
+    };
+    write("b/c/rows.jsonl", 2);
+    write("a.jsonl", 1);
+    write(".cache/rows.jsonl", 9);
+    write("b/dataset_infos.json", 9);
+    #[cfg(unix)]
+    std::os::unix::fs::symlink(path, path.join("b/again")).expect("links can be made");
+    let ids = |split| {
+        let [files, others] = folder_files(path, split).expect("there are files");
+        let found = prepare(&files, &settings(), &bare()).expect("the rows are good");
+        let ids: Vec<u32> = found.samples.iter().map(|row| row.input_ids[0]).collect();
+        (ids, others.len())
+    };
+    assert_eq!(ids(Split::Train), (vec![1, 2], 0));
+    assert_eq!(ids(Split::HeldOut), (vec![1, 2], 0)); // no name tells
+    write("data/test-00000.jsonl", 4);
+    assert_eq!(ids(Split::Train), (vec![1, 2], 1));
+    write("data/train-00000.jsonl", 3);
+    write("validation/0.jsonl", 5);
+    assert_eq!(ids(Split::Train), (vec![3], 4));
+    assert_eq!(ids(Split::HeldOut), (vec![5], 4));
+    let found = prepare(&[path.to_path_buf()], &settings(), &bare()).expect("the row is good");
+    assert_eq!(found.samples.get(0).input_ids, [3, 3]);
+}
+
+#[test]
+fn rows_without_a_trained_token_are_refused_or_left_out() {
+    let good = json!({"input_ids": [1, 2]});
+    let bad = json!({"input_ids": [1, 2], "labels": [1, -100]});
+    let skip = Settings {
+        skip_untrained: true,
+        ..settings()
+    };
+    let rows = [bad.clone(), good.clone(), bad.clone(), good];
+    assert!(prepare_rows(&rows, &settings(), &bare()).is_err());
+    let found = prepare_rows(&rows, &skip, &bare()).expect("rows are left");
+    assert_eq!(found.samples.row_numbers().collect::<Vec<_>>(), [1, 3]);
+    assert_eq!((found.rows, found.labels.untrained.count), (4, 2));
+    let repeated = found
+        .labels
+        .repeated(&found.samples)
+        .expect("a row repeats");
+    assert_eq!(
+        (repeated.count, repeated.row.row, repeated.of.row),
+        (1, RowNumber::Line(4), RowNumber::Line(2))
+    );
+    let found = prepare_rows(&[bad], &skip, &bare());
+    assert!(matches!(found, Err(Error::NothingTrained { .. })));
+}
+
+#[test]
 fn the_order_of_many_rows_is_kept() {
     let rows = 2 * CHUNK_ROWS + 100;
     let rows: Vec<_> = (0..rows)
@@ -855,7 +915,9 @@ fn labels_are_looked_at_while_rows_are_read() {
         prepared.samples.get(2).trained_tokens()
     );
     let line = |place: &Place| place.row;
-    let repeated = labels.repeated().expect("the second row is the first");
+    let repeated = labels
+        .repeated(&prepared.samples)
+        .expect("the second row is the first");
     assert_eq!(repeated.count, 1);
     assert_eq!(
         (line(&repeated.row), line(&repeated.of)),

@@ -7,7 +7,7 @@ use super::Recipe;
 /// Keys that a run may go on with another value of: how long it is, what is kept and shown of it,
 /// and where things lie; the rows themselves are compared by what is in them. A longer run follows
 /// the learning-rate schedule of its new length from there on.
-pub const MAY_CHANGE: [&str; 12] = [
+pub const MAY_CHANGE: [&str; 13] = [
     "data.train",
     "data.eval",
     "train.epochs",
@@ -20,6 +20,7 @@ pub const MAY_CHANGE: [&str; 12] = [
     "train.keep_checkpoints",
     "output.dir",
     "output.tensorboard",
+    "output.samples",
 ];
 
 impl Recipe {

@@ -3,7 +3,6 @@
 use std::borrow::Cow;
 use std::fmt::Display;
 
-use adapters::methods::lora::LoraInit;
 use adapters::{Method, Selection};
 use serde::Serialize;
 use toml::Table;
@@ -159,15 +158,10 @@ fn adapter(recipe: &Recipe, problems: &mut Problems) {
     for (key, text) in adapter.settings.problems() {
         problems.unless(false, format!("adapter.{key}"), text);
     }
-    let plain = match &adapter.settings {
-        Method::Lora(lora) => lora.init == LoraInit::Default,
-        _ => true,
-    };
-    problems.unless(
-        adapter.init_from.is_none() || plain,
-        "adapter.init",
-        "does not go with adapter.init_from",
-    );
+    if let (Some(key), Some(_)) = (adapter.settings.start(), &adapter.init_from) {
+        let text = "does not go with adapter.init_from";
+        problems.unless(false, format!("adapter.{key}"), text);
+    }
 }
 
 fn data(recipe: &Recipe, problems: &mut Problems) {

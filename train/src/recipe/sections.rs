@@ -335,6 +335,7 @@ impl DataSection {
             max_length: self.max_length,
             truncate: self.truncate,
             tasks: None,
+            skip_untrained: false,
         }
     }
 }

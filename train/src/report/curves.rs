@@ -63,7 +63,7 @@ impl Curves {
 }
 
 /// Most marks of a kind.
-const MARKS: usize = 200;
+const MARKS: usize = 2000;
 
 fn marks(run: &RunRecord) -> Vec<(usize, &'static str)> {
     let steps = |which: fn(&Entry) -> bool, why| {

@@ -106,6 +106,8 @@ pub struct Session {
     pub setup_seconds: f64,
     /// Until it ended.
     pub seconds: f64,
+    /// Most memory that the process has held; 0 if it was killed.
+    pub peak_memory_bytes: u64,
     /// How it ended.
     pub end: End,
     /// Why it failed.

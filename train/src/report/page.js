@@ -27,7 +27,7 @@ function memory(v) {
   if (v === 0) return "0";
   const power = Math.min(3, Math.max(0, Math.floor(Math.log2(Math.max(v, 1)) / 10)));
   const number = v / 1024 ** power;
-  return `${number.toFixed(number >= 100 ? 0 : number >= 10 ? 1 : 2)} ${["B", "KiB", "MiB", "GiB"][power]}`;
+  return `${number.toFixed(number >= 100 ? 0 : number >= 10 ? 1 : 2).replace(/\.0+$/, "")} ${["B", "KiB", "MiB", "GiB"][power]}`;
 }
 
 /// An SVG element.
@@ -258,10 +258,11 @@ class Chart {
     const id = `clip-${this.kind}`;
     make("rect", { x: left, y: top - 4, width: right - left + 4, height: bottom - top + 5 }, make("clipPath", { id }, svg));
     const inside = make("g", { "clip-path": `url(#${id})` }, svg);
-    runs.forEach((run, index) => {
-      if (shown[index]) for (const [step, why] of run.marks)
-        make("line", { class: `mark ${why}`, x1: this.x(step), x2: this.x(step), y1: top, y2: bottom }, inside);
-    });
+    const marks = runs.flatMap((run, index) => (shown[index] ? run.marks : []));
+    const inSight = marks.filter(([step]) => step >= this.from && step <= this.to);
+    const end = inSight.length > 30 ? top + 7 : bottom; // many lines would hide the curve
+    for (const [step, why] of inSight)
+      make("line", { class: `mark ${why}`, x1: this.x(step), x2: this.x(step), y1: top, y2: end }, inside);
     for (const { points, style, color } of this.lines) {
       const d = points.map(([x, y], i) => `${i ? "L" : "M"}${this.x(x).toFixed(1)} ${this.y(y).toFixed(1)}`).join("");
       make("path", { class: style, d, style: `--c:${color}` }, inside);

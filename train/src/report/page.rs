@@ -116,7 +116,11 @@ fn header(page: &mut String, run: &RunRecord) {
     tile(Some(duration(table::wall_seconds(run))), "wall time".into());
     let speed = table::speed(run).map(|speed| count(speed.round() as u64));
     tile(speed, "tokens per second".into());
-    tile(table::measured_bytes(run).map(bytes), "peak memory".into());
+    let of = match memory::is_card(run) {
+        true => "peak memory, without the card's",
+        false => "peak memory",
+    };
+    tile(run.measured_bytes().map(bytes), of.into());
     page.push_str("</ul>\n");
 }
 
@@ -272,16 +276,17 @@ fn sample(page: &mut String, sample: &SampleFacts) {
 }
 
 fn answer(page: &mut String, when: &str, answer: Option<&TextFacts>) {
-    let (text, note) = match answer {
-        None => ("", " (not made)"),
-        Some(TextFacts { text, cut: true }) => (text.as_str(), " (cut: out of time)"),
-        Some(TextFacts { text, cut: false }) => (text.as_str(), ""),
-    };
     let title = if when == "before" { "Before" } else { "After" };
+    let (text, note) = match answer {
+        None => (String::from("<p class=\"soft\">Not made.</p>"), ""),
+        Some(TextFacts { text, cut }) => (
+            format!("<pre>{}</pre>", escape(text)),
+            if *cut { " (cut: out of time)" } else { "" },
+        ),
+    };
     let _ = writeln!(
         page,
-        "<div class=\"{when}\"><h4>{title} training{note}</h4><pre>{}</pre></div>",
-        escape(text)
+        "<div class=\"{when}\"><h4>{title} training{note}</h4>{text}</div>"
     );
 }
 

@@ -156,6 +156,16 @@ impl RunRecord {
         last(&self.steps).max(last(&self.evals))
     }
 
+    /// The most memory that was measured, of the process: in its steps, and to the end of each
+    /// session, when it has evaluated and saved.
+    pub fn measured_bytes(&self) -> Option<u64> {
+        let steps = self.steps.iter().filter_map(|step| step.peak_memory_bytes);
+        let sessions = self.facts.sessions.iter();
+        let all = steps.map(|bytes| bytes as u64);
+        let all = all.chain(sessions.map(|session| session.peak_memory_bytes));
+        all.max().filter(|bytes| *bytes > 0)
+    }
+
     /// The evaluation with the lowest loss.
     pub fn best(&self) -> Option<&Entry> {
         let known = self.evals.iter().filter(|e| e.loss.is_some());

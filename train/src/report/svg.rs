@@ -13,6 +13,8 @@ const WIDTH: f64 = 840.0;
 const HEIGHT: f64 = 420.0;
 /// Left, top, right, bottom.
 const MARGIN: [f64; 4] = [64.0, 56.0, 24.0, 44.0];
+/// About the width of a character.
+const CHARACTER: f64 = 7.0;
 /// The colours of runs, those of the page.
 const COLORS: [&str; 8] = [
     "#2563c9", "#c4560b", "#15803d", "#a8328f", "#6d4fd0", "#0b7f8f", "#c02f3c", "#7a6118",
@@ -91,8 +93,17 @@ fn legend(svg: &mut String, curves: &[Curves]) {
         }
     };
     let mut x = MARGIN[0];
-    for (name, color) in entries {
-        let short: String = name.chars().take(40).collect();
+    let count = entries.len();
+    for (index, (name, color)) in entries.into_iter().enumerate() {
+        if x > WIDTH - 120.0 {
+            let more = count - index;
+            let _ = writeln!(
+                svg,
+                "<text class=\"soft\" x=\"{x:.0}\" y=\"41\">and {more} more</text>"
+            );
+            break;
+        }
+        let short = short_name(&name, (WIDTH - MARGIN[2] - x - 20.0) / CHARACTER);
         let _ = writeln!(
             svg,
             "<rect x=\"{x:.0}\" y=\"34\" width=\"14\" height=\"4\" rx=\"2\" fill=\"{color}\"/>\
@@ -100,10 +111,20 @@ fn legend(svg: &mut String, curves: &[Curves]) {
             x + 20.0,
             escape(&short)
         );
-        x += 44.0 + 7.0 * short.chars().count() as f64;
-        if x > WIDTH - 120.0 {
-            break;
-        }
+        x += 44.0 + CHARACTER * short.chars().count() as f64;
+    }
+}
+
+/// A name in at most 40 characters, and no more than there is `room` for; what is cut says so.
+fn short_name(name: &str, room: f64) -> String {
+    let most = 40.min(room as usize);
+    match name.chars().count() <= most {
+        true => name.to_owned(),
+        false => name
+            .chars()
+            .take(most.saturating_sub(1))
+            .chain(['…'])
+            .collect(),
     }
 }
 
@@ -217,6 +238,19 @@ fn decimals(step: f64) -> usize {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_legend_stays_inside_and_says_what_it_leaves_out() {
+        let run = |index: usize| RunRecord {
+            name: format!("a run with quite a long name, number {index}"),
+            ..RunRecord::default()
+        };
+        let runs: Vec<_> = (0..6).map(run).collect();
+        let svg = loss(&runs);
+        assert!(svg.contains(">and 3 more</text>"), "{svg}");
+        assert_eq!(short_name("12345", 5.0), "12345");
+        assert_eq!(short_name("123456", 5.9), "1234…");
+    }
 
     #[test]
     fn ticks_are_round_and_inside() {

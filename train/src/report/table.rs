@@ -78,7 +78,7 @@ const GROUPS: [(&str, &[(&str, Read)]); 5] = [
             }),
             ("Step, median", |run| Some(duration(step_seconds(run)?))),
             ("Tokens per second, median", |run| {
-                Some(format!("{:.0}", speed(run)?))
+                Some(count(speed(run)?.round() as u64))
             }),
             ("Tokens trained on", |run| {
                 let all: f64 = run.steps.iter().filter_map(|entry| entry.tokens).sum();
@@ -319,13 +319,6 @@ pub fn step_seconds(run: &RunRecord) -> Option<f64> {
 /// The median number of tokens a second.
 pub fn speed(run: &RunRecord) -> Option<f64> {
     median(run.steps.iter().filter_map(|entry| entry.tokens_per_second))
-}
-
-/// The most memory that was measured, of the process.
-pub fn measured_bytes(run: &RunRecord) -> Option<u64> {
-    let peaks = run.steps.iter().filter_map(|entry| entry.peak_memory_bytes);
-    let most = peaks.fold(0.0, f64::max);
-    (most > 0.0).then_some(most as u64)
 }
 
 fn versions(run: &RunRecord) -> Option<String> {

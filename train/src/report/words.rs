@@ -60,7 +60,10 @@ pub fn duration(seconds: f64) -> String {
 
 /// A loss.
 pub fn loss(value: f64) -> String {
-    format!("{value:.4}")
+    match value > 0.0 && value < 1e-3 {
+        true => format!("{value:.2e}"),
+        false => format!("{value:.4}"),
+    }
 }
 
 /// The middle one of some numbers.
@@ -88,6 +91,10 @@ mod tests {
         assert_eq!(
             [2048, 5 << 20, 3 << 29].map(bytes),
             ["2 KiB", "5.0 MiB", "1.50 GiB"]
+        );
+        assert_eq!(
+            [1.25, 9.54e-7, 0.0].map(loss),
+            ["1.2500", "9.54e-7", "0.0000"]
         );
         let times = [0.25, 1.24, 59.4, 200.0, 3725.0].map(duration);
         assert_eq!(

@@ -218,6 +218,7 @@ mod tests {
             lora_b: Param::from_tensor(noise("b", [OUT, RANK])),
             magnitude: None,
             base_squares: None,
+            start: None,
             scaling: 0.7,
             dropout: dropout.map_or(0.0, |dropout| dropout.probability),
             seed: dropout.map(|dropout| dropout.seed),

@@ -19,12 +19,13 @@ pub fn run(name: &str, output: &Output) -> Result<ExitCode> {
             .memory_bytes
             .map(|bytes| format!(", {:.1} GiB", bytes as f64 / (1u64 << 30) as f64));
         format!(
-            "{:8} {} ({}, {}{})",
+            "{:8} {} ({}, {}{}, {})",
             d.id,
             d.name,
             d.backend,
             d.kind,
-            memory.unwrap_or_default()
+            memory.unwrap_or_default(),
+            d.dtypes.join(" ")
         )
     };
     let text: Vec<_> = devices.iter().map(line).collect();

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use ::train::batch::{EvalBatches, MicroBatch};
-use ::train::data::{Settings, prepare};
+use ::train::data::{Settings, Split, prepare};
 use ::train::evaluate::{Evaluation, evaluate};
 use ::train::recipe::Recipe;
 use ::train::step::CausalLm;
@@ -21,7 +21,7 @@ use crate::cli::EvalArgs;
 use crate::device::{Device, Job};
 use crate::encoder;
 use crate::failure::Advised;
-use crate::output::Output;
+use crate::output::{Output, count};
 use crate::signals;
 
 /// Measures the loss of a model on rows.
@@ -37,9 +37,10 @@ pub fn run(args: EvalArgs, device: &str, output: &Output) -> Result<ExitCode> {
     adapted.choose_template(recipe.data.chat_template.as_deref())?;
     let encoder = encoder::open(&adapted.base, &recipe.data)?;
     check_folder(args.per_token.as_deref())?;
-    let paths = open_data(&args.data, output)?;
+    let paths = open_data(&args.data, Split::HeldOut, output)?;
     let settings = Settings {
         tasks: adapted.tasks()?,
+        skip_untrained: true, // rows that count for nothing keep no others from being measured
         ..recipe.data.settings()
     };
     let rows = prepare(&paths, &settings, &encoder)?;
@@ -144,7 +145,7 @@ impl Job for EvalJob {
         let interrupter = signals::interrupter("stopping after this batch (again: at once)");
         let rows = self.row_numbers.len();
         let output = self.adapted.output;
-        output.note(format_args!("evaluating {rows} rows"));
+        output.note(format_args!("evaluating {}", count(rows, "row")));
         let mut lines = Vec::new();
         let mut row_numbers = self.row_numbers.iter();
         let wanted = self.per_token.is_some();

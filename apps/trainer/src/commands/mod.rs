@@ -6,6 +6,8 @@ pub mod eval;
 pub mod generate;
 pub mod merge;
 pub mod plan;
+pub mod pull;
+pub mod push;
 pub mod quantize;
 pub mod report;
 pub mod train;
@@ -13,6 +15,7 @@ pub mod train;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use ::train::data::{Split, folder_files};
 use ::train::recipe::{Recipe, parse_setting};
 use ::train::run_folder::check_empty;
 use ::train::session;
@@ -38,30 +41,44 @@ fn open_model(name: &str, files: Files, output: &Output) -> Result<ModelFolder> 
     Ok(ModelFolder::open(&path)?)
 }
 
-/// The data files and folders of a recipe; data sets of the Hub are downloaded, and what is taken of
-/// them is said.
-fn open_data(paths: &[PathBuf], output: &Output) -> Result<Vec<PathBuf>> {
+/// The data files that a recipe names; data sets of the Hub are downloaded. What is taken of them,
+/// and of folders with other splits, is said.
+fn open_data(paths: &[PathBuf], split: Split, output: &Output) -> Result<Vec<PathBuf>> {
     let mut found = Vec::new();
     for path in paths {
         let address = path.to_string_lossy();
+        if path.is_dir() {
+            let [files, others] = folder_files(path, split)?;
+            if !others.is_empty() {
+                let (read, left) = (names(&files), names(&others));
+                output.note(format_args!("{address}: {read}; not read: {left}"));
+            }
+            found.extend(files);
+            continue;
+        }
         if !address.starts_with(hub::DATASETS) {
             found.push(path.clone());
             continue;
         }
         let files = Hub::from_env().dataset(&address, &mut output.downloads())?;
-        let name = |file: &PathBuf| {
-            file.file_name()
-                .map(|name| name.to_string_lossy().into_owned())
-        };
-        let names: Vec<_> = files.iter().filter_map(name).take(5).collect();
-        let more = match files.len() - names.len() {
-            0 => String::new(),
-            more => format!(" and {more} more"),
-        };
-        output.note(format_args!("{address}: {}{more}", names.join(", ")));
+        output.note(format_args!("{address}: {}", names(&files)));
         found.extend(files);
     }
     Ok(found)
+}
+
+/// The names of the first few files, and how many more there are.
+fn names(files: &[PathBuf]) -> String {
+    let name = |file: &PathBuf| {
+        file.file_name()
+            .map(|name| name.to_string_lossy().into_owned())
+    };
+    let names: Vec<_> = files.iter().filter_map(name).take(5).collect();
+    let more = match files.len() - names.len() {
+        0 => String::new(),
+        more => format!(" and {more} more"),
+    };
+    format!("{}{more}", names.join(", "))
 }
 
 /// Refuses an adapter, or the folder of a run, in place of a model.
@@ -92,12 +109,20 @@ fn check_is_model(folder: &Path) -> Result<()> {
     Err(Advised::failed(message, help).into())
 }
 
-/// What a recipe trains; `adapter.init_from` is an adapter.
-fn trained(recipe: &mut Recipe) -> Result<Trained> {
-    if let Some(folder) = &recipe.adapter.init_from {
+/// What a recipe trains; `adapter.init_from` is an adapter, downloaded if it is a Hub id.
+fn trained(recipe: &mut Recipe, output: &Output) -> Result<Trained> {
+    if let Some(folder) = &mut recipe.adapter.init_from {
+        let name = folder.to_string_lossy().into_owned();
+        if hub::is_id(&name) {
+            *folder = open_adapter(&name, output)?;
+        }
         if !folder.exists() {
             let message = format!("adapter.init_from: there is no folder {}", folder.display());
-            return Err(Advised::failed(message, "give the folder of a PEFT adapter").into());
+            return Err(Advised::failed(
+                message,
+                "give the folder of a PEFT adapter, or its id on the Hub",
+            )
+            .into());
         }
         check_is_adapter(folder)?;
     }

@@ -63,7 +63,7 @@ pub fn run(args: RecipeArgs, device: &str, output: &Output) -> Result<ExitCode> 
     let over = settings_of(&args)?;
     let mut recipe = Recipe::read_without_data(args.recipe.as_deref(), &over)?;
     let device = Device::find(device)?;
-    let trained = trained(&mut recipe)?;
+    let trained = trained(&mut recipe, output)?;
     let mut base = open_model(&recipe.model.path, Files::Config, output)?;
     choose_template(&mut base, None, recipe.data.chat_template.as_deref())?;
     let trainable_params = session::num_params(&recipe, &trained, &base.config)?;

@@ -1,13 +1,15 @@
 //! `trainer report`
 
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 use std::process::ExitCode;
 
 use ::train::report::{REPORT_FILE, RunRecord, tell_apart, write};
+use ::train::run_folder::METRICS_FILE;
 use anyhow::Result;
 use serde_json::{Value, json};
 
 use crate::cli::ReportArgs;
+use crate::failure::Advised;
 use crate::output::Output;
 
 /// Writes the page of one run, or of several together.
@@ -23,13 +25,37 @@ pub fn run(args: ReportArgs, output: &Output) -> Result<ExitCode> {
     let page = match args.out {
         Some(out) if out.is_dir() => out.join(REPORT_FILE),
         Some(out) => out,
-        None => args.runs[0].join(REPORT_FILE),
+        None => page_of(&args.runs)?,
     };
     let picture = write(&runs, &page)?;
     let facts: Vec<_> = runs.iter().map(facts).collect();
     let json = json!({ "report": page, "loss": picture, "runs": facts });
     output.result(&json, &text(&page, &runs))?;
     Ok(ExitCode::SUCCESS)
+}
+
+/// Where the page goes: of one run into its folder, of several beside that of the first, so that each
+/// keeps its own.
+fn page_of(runs: &[PathBuf]) -> Result<PathBuf> {
+    let [first, _, ..] = runs else {
+        return Ok(runs[0].join(REPORT_FILE));
+    };
+    let is_name = matches!(first.components().next_back(), Some(Component::Normal(_)));
+    let full = match is_name {
+        true => first.clone(),
+        // `.` and `..` have parents that no path says
+        false => first.canonicalize().unwrap_or_else(|_| first.clone()),
+    };
+    let folder = full.parent().unwrap_or(&full);
+    if folder.join(METRICS_FILE).exists() {
+        let shown = folder.display();
+        return Err(Advised::usage(
+            format!("the page of these runs would take the place of that of the run {shown}"),
+            "say where it goes: --out both.html",
+        )
+        .into());
+    }
+    Ok(folder.join(REPORT_FILE))
 }
 
 fn facts(run: &RunRecord) -> Value {

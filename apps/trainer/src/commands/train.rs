@@ -1,18 +1,19 @@
 //! `trainer train`
 
 mod begin;
+mod end;
+mod rows;
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use ::train::data::check::Spread;
-use ::train::data::{Encoder, Prepared, Samples, Settings, prepare, split};
-use ::train::fit::{Event, Outcome, Stopped, fit};
+use ::train::fit::{Event, Outcome, fit};
 use ::train::memory::Compared;
 use ::train::recipe::{ModelInit, Recipe};
-use ::train::run_folder::{RECIPE_FILE, check_empty, peak_memory_bytes};
+use ::train::report::facts::End;
+use ::train::run_folder::{RECIPE_FILE, check_empty};
 use ::train::schedule::Schedule;
 use ::train::session::{self, Rows};
 use ::train::trained::Trained;
@@ -20,20 +21,20 @@ use adapters::{TrainBackend, base_bytes};
 use anyhow::Result;
 use model::folder::ModelFolder;
 use model::hub::Files;
-use serde_json::json;
 use toml::Value;
 
-pub use begin::Unfinished;
 use begin::{Begin, go_on};
+use end::Finished;
+pub use end::{Left, Unfinished};
+pub use rows::{ReadRows, problems_of, read_rows};
 
-use super::{check_memory, gib, loaded, open_data, open_model, other_base, settings, trained};
+use super::{check_memory, loaded, open_model, other_base, settings, trained};
 use crate::cli::{RecipeArgs, TrainArgs};
 use crate::device::{Device, Job};
 use crate::encoder;
 use crate::failure::Advised;
 use crate::forecast::{Forecast, forecast};
-use crate::labels::{self, Example};
-use crate::output::Output;
+use crate::output::{Output, count};
 use crate::record::{Known, Record};
 use crate::renderer::Renderer;
 use crate::signals;
@@ -51,7 +52,7 @@ pub fn run(args: TrainArgs, device: &str, no_tui: bool, output: &Output) -> Resu
     }
     let mut recipe = Recipe::read(args.recipe.recipe.as_deref(), &over)?;
     if args.print_recipe {
-        trained(&mut recipe)?;
+        trained(&mut recipe, output)?;
         output.result(&serde_json::to_value(&recipe)?, recipe.to_toml().trim_end())?;
         return Ok(ExitCode::SUCCESS);
     }
@@ -82,75 +83,6 @@ pub fn settings_of(args: &RecipeArgs) -> Result<Vec<(String, Value)>> {
     Ok(over)
 }
 
-/// A run that has ended.
-pub struct Finished {
-    /// The run folder.
-    pub folder: PathBuf,
-    /// The folder of what was trained; written unless the run was interrupted.
-    pub result: PathBuf,
-    /// How it went.
-    pub outcome: Outcome,
-    /// The most memory it held, predicted and measured.
-    pub memory: Compared,
-}
-
-impl Finished {
-    /// Says where the results are, and gives the exit code.
-    pub fn announce(&self, output: &Output) -> Result<ExitCode> {
-        let Self {
-            folder,
-            result,
-            outcome,
-            memory,
-        } = self;
-        let interrupted = outcome.stopped == Some(Stopped::Interrupted);
-        let kind = result.file_name().unwrap_or_default().to_string_lossy();
-        let json = json!({
-            "run": folder,
-            "steps": outcome.steps,
-            "loss": outcome.loss,
-            "best": outcome.best.map(|best| json!({"step": best.step, "loss": best.loss})),
-            "interrupted": interrupted,
-            "memory": memory,
-            kind: (!interrupted).then_some(result), // an interrupted run has only checkpoints
-        });
-        let text = match outcome.stopped {
-            Some(Stopped::Interrupted) => format!(
-                "interrupted after step {}; go on with: trainer train --resume {}",
-                outcome.steps,
-                folder.display()
-            ),
-            Some(Stopped::Early) => format!(
-                "stopped early after step {}: the evaluation loss does not fall any more\n{}",
-                outcome.steps,
-                result.display()
-            ),
-            None => result.display().to_string(),
-        };
-        if let (Some(loss), false) = (outcome.loss, output.json) {
-            output.note(format_args!("loss {loss:.4} after step {}", outcome.steps));
-        }
-        if let (Some(best), false) = (outcome.best, output.json) {
-            output.note(format_args!(
-                "best evaluation: loss {:.4} after step {}",
-                best.loss, best.step
-            ));
-        }
-        if let Some(measured) = memory.measured_bytes {
-            output.note(format_args!(
-                "peak memory  {:.2} GiB (predicted {:.2} GiB)",
-                gib(measured),
-                gib(memory.predicted_bytes)
-            ));
-        }
-        output.result(&json, &text)?;
-        Ok(match interrupted {
-            true => ExitCode::from(signals::INTERRUPTED),
-            false => ExitCode::SUCCESS,
-        })
-    }
-}
-
 /// Trains by a recipe, in a new folder or going on in an old one.
 pub fn launch(
     mut recipe: Recipe,
@@ -161,18 +93,21 @@ pub fn launch(
 ) -> Result<Finished> {
     let start = Instant::now();
     let device = Device::find(device)?;
+    signals::end_at_once(); // until there is something to save
     let begin = match resume {
         Some(run) => go_on(run, &mut recipe, output)?,
         None => Begin::New,
     };
     let trained = match begin {
         Begin::Checkpoint(..) => session::resumed(&recipe),
-        Begin::Again(_) | Begin::New => trained(&mut recipe)?,
+        Begin::Again(_) | Begin::New => trained(&mut recipe, output)?,
     };
     let folder = match resume {
         Some(run) => run.clone(),
         None => output_folder(&mut recipe)?,
     };
+    let (left, told) = (folder.clone(), *output);
+    signals::at_once(move || Left::find(&left).tell(&told));
     let files = match recipe.model.init {
         ModelInit::Random => Files::Config,
         ModelInit::Pretrained => Files::Model,
@@ -183,7 +118,9 @@ pub fn launch(
     // what does not fit is said before anything is loaded
     let trainable = session::num_params(&recipe, &trained, &base.config)?;
     check_training_memory(&recipe, &trained, &base, trainable, &device)?;
+    let reading = Instant::now();
     let read = read_rows(&recipe, &base, output)?;
+    let rows_time = reading.elapsed();
     read.show_examples(output);
     let forecast = forecast(&recipe, &trained, &base, Some(&read.rows), &device)?;
     forecast.tell(output);
@@ -191,6 +128,7 @@ pub fn launch(
     let job = TrainJob {
         known: Known {
             start,
+            rows_time,
             rows: read.rows.clone(),
             dropped_rows: read.dropped_rows,
             warnings: read
@@ -211,7 +149,8 @@ pub fn launch(
         output: *output,
     };
     let result = folder.join(job.trained.folder_name());
-    let outcome = device.run(job)?;
+    let (outcome, held_bytes) = device.run(job)?;
+    signals::no_farewell();
     Ok(Finished {
         folder,
         result,
@@ -219,7 +158,7 @@ pub fn launch(
         memory: Compared {
             predicted: forecast.memory,
             predicted_bytes: forecast.memory.total(),
-            measured_bytes: forecast.is_measured().then(peak_memory_bytes),
+            measured_bytes: forecast.is_measured().then_some(held_bytes),
         },
     })
 }
@@ -273,9 +212,10 @@ struct TrainJob {
 }
 
 impl Job for TrainJob {
-    type Output = Outcome;
+    /// How it went, and the most memory that was held.
+    type Output = (Outcome, u64);
 
-    fn run<B: TrainBackend>(self, device: B::Device) -> Result<Outcome> {
+    fn run<B: TrainBackend>(self, device: B::Device) -> Result<Self::Output> {
         let (log_every, output, mut known) = (self.recipe.train.log_every, self.output, self.known);
         let (recipe, trained, base, rows) = (self.recipe, self.trained, self.base, self.rows);
         let mut run = match self.begin {
@@ -287,8 +227,7 @@ impl Job for TrainJob {
                 session::resume::<B>(recipe, trained, base, rows, folder, &checkpoint, device)?
             }
         };
-        let answer = "saving and stopping (again: at once, unsaved)";
-        let interrupter = signals::interrupter(answer);
+        let interrupter = signals::ask_first("saving and stopping (again: at once, unsaved)");
         output.note(loaded(&run.model.model, run.load_time));
         if let Some([theirs, ours]) = &run.other_base {
             let text = other_base("the adapter", theirs, ours);
@@ -299,17 +238,17 @@ impl Job for TrainJob {
         }
         let trained = run.trained.num_params(&run.model.model.config)?;
         output.note(format_args!(
-            "training {trained} of {} parameters for {} steps in {}",
+            "training {trained} of {} parameters for {} in {}",
             all_params(&run.trained, &run.base, trained),
-            run.windows.num_steps(),
+            count(run.windows.num_steps(), "step"),
             self.folder.display(),
         ));
         run.model.recompute = self.forecast.recompute;
         run.predicted = Some(self.forecast.memory);
         if let Some(fill_ratio) = run.windows.fill_ratio() {
             output.note(format_args!(
-                "an epoch is packed into {} sequences of up to {} tokens, {:.1} % full",
-                run.windows.num_sequences(),
+                "an epoch is packed into {} of up to {} tokens, {:.1} % full",
+                count(run.windows.num_sequences(), "sequence"),
                 run.recipe.data.max_length,
                 100.0 * fill_ratio,
             ));
@@ -325,10 +264,23 @@ impl Job for TrainJob {
             run: self.folder.clone(),
             source,
         };
+        let (start, rows_time) = (known.start, known.rows_time);
+        let (asking, load_time) = (Instant::now(), run.load_time);
         let record = Record::begin(&mut run, known).map_err(|error| match error.downcast() {
             Ok(source) => unfinished(source).into(),
             Err(error) => error,
         })?;
+        output.note(ready(
+            start.elapsed(),
+            rows_time,
+            load_time,
+            asking.elapsed(),
+        ));
+        let (so_far, left, told) = (record.so_far(), self.folder.clone(), output);
+        signals::at_once(move || {
+            Left::find(&left).tell(&told);
+            so_far.write(End::Interrupted, None, &told);
+        });
         let past = run.folder.lines()?; // before the terminal is taken
         let folder = self.folder.clone();
         let renderer = Renderer::new(folder, self.no_tui, interrupter.clone(), log_every, output);
@@ -337,12 +289,21 @@ impl Job for TrainJob {
         let report = Arc::new(move |event: Event<'_>| listener.tell(event));
         let outcome = fit(run, renderer, interrupter, report);
         screen.close(); // also after a failure
-        record.end(&outcome, &output);
-        outcome.map_err(|error| match error {
-            error @ ::train::Error::NotFinite { .. } => error.into(),
-            source => unfinished(source).into(),
-        })
+        let held_bytes = record.end(&outcome, &output);
+        match outcome {
+            Ok(outcome) => Ok((outcome, held_bytes)),
+            Err(source) => Err(unfinished(source).into()),
+        }
     }
+}
+
+/// How long it took from the start of the program to the first step, and what most of that was.
+fn ready(all: Duration, rows: Duration, weights: Duration, answers: Duration) -> String {
+    let [all, rows, weights, answers] = [all, rows, weights, answers].map(|x| x.as_secs_f64());
+    format!(
+        "ready for the first step after {all:.1} s: rows {rows:.1} s, weights {weights:.1} s, \
+         answers for the report {answers:.1} s"
+    )
 }
 
 /// Weights of the base model and of what is added to it, as PEFT's `print_trainable_parameters`.
@@ -370,110 +331,4 @@ fn output_folder(recipe: &mut Recipe) -> Result<PathBuf> {
     check_empty(&folder)?;
     recipe.output.dir = Some(folder.clone());
     Ok(folder)
-}
-
-/// The rows of a recipe, and what there is to say about them.
-pub struct ReadRows {
-    /// The rows.
-    pub rows: Rows,
-    /// Training rows that are too long.
-    pub dropped_rows: usize,
-    /// What a user should know before training.
-    pub problems: Vec<String>,
-    /// Trained tokens of the training rows.
-    pub spread: Option<Spread>,
-    /// The first training rows.
-    pub examples: Vec<Example>,
-}
-
-impl ReadRows {
-    /// Shows what is trained of the first row; of more, if one wants to know more.
-    fn show_examples(&self, output: &Output) {
-        let styled = labels::is_styled(&std::io::stderr());
-        for (index, example) in self.examples.iter().enumerate() {
-            let text = example.text(styled);
-            match index {
-                0 => output.note(text),
-                _ => output.detail(text),
-            }
-        }
-    }
-}
-
-/// Reads and encodes the rows of a recipe.
-pub fn read_rows(recipe: &Recipe, base: &ModelFolder, output: &Output) -> Result<ReadRows> {
-    let data = &recipe.data;
-    let encoder = encoder::open(base, data)?;
-    let settings = Settings {
-        tasks: recipe.adapter.tasks(),
-        ..data.settings()
-    };
-    let mut problems = Vec::new();
-    let mut read = |what: &str, paths: &[PathBuf]| -> Result<Prepared> {
-        let paths = open_data(paths, output)?;
-        let prepared = prepare(&paths, &settings, &encoder)?;
-        output.note(counts(what, &prepared));
-        problems.extend(labels::warnings(what, &prepared, &encoder, base)?);
-        Ok(prepared)
-    };
-    let prepared = read("training data", &data.train.list())?;
-    let spread = prepared.labels.spread();
-    let examples = labels::examples(&prepared, &encoder)?;
-    let (dropped_rows, train_labels) = (prepared.dropped_rows, prepared.labels);
-    let (train, eval, eval_labels) = match (data.eval.is_empty(), data.eval_fraction) {
-        (false, _) => {
-            let eval = read("evaluation data", &data.eval.list())?;
-            (prepared.samples, eval.samples, Some(eval.labels))
-        }
-        (true, fraction) if fraction > 0.0 => {
-            let (train, eval) = split(&prepared.samples, fraction, recipe.train.seed)?;
-            (train, eval, None)
-        }
-        (true, _) => (prepared.samples, Samples::default(), None),
-    };
-    let eval_labels = eval_labels.as_ref().unwrap_or(&train_labels);
-    problems.extend(labels::shared(&train_labels, &train, eval_labels, &eval));
-    for problem in &problems {
-        output.note(format_args!("warning: {problem}"));
-    }
-    Ok(ReadRows {
-        rows: Rows { train, eval },
-        dropped_rows,
-        problems,
-        spread,
-        examples,
-    })
-}
-
-/// How many rows and tokens there are.
-fn counts(what: &str, prepared: &Prepared) -> String {
-    let (rows, trained) = (prepared.samples.len(), prepared.trained_tokens);
-    let all = prepared.total_tokens;
-    let spread = prepared.labels.spread().map_or(String::new(), |spread| {
-        let Spread { min, median, max } = spread;
-        format!(" (a row: {min} to {max}, median {median})")
-    });
-    format!("{what}: {rows} rows, {trained} trained of {all} tokens{spread}")
-}
-
-/// What makes a run worse without stopping it.
-pub fn problems_of(what: &str, prepared: &Prepared, encoder: &Encoder) -> Vec<String> {
-    let mut problems = Vec::new();
-    if prepared.dropped_rows > 0 {
-        let (dropped, rows) = (prepared.dropped_rows, prepared.rows);
-        problems.push(format!(
-            "{what}: {dropped} of {rows} rows are longer than data.max_length ({})",
-            prepared.labels.dropped
-        ));
-    }
-    if prepared.rows_without_end_marker > 0 {
-        problems.push(format!(
-            "{what}: {} rows do not end in a trained end marker ({}): the model will not learn to \
-             stop from them ({})",
-            prepared.rows_without_end_marker,
-            encoder.end_markers.join(" or "),
-            prepared.labels.endless
-        ));
-    }
-    problems
 }

@@ -1,26 +1,24 @@
 //! What the dashboard looks like.
 
+mod plot;
+mod text;
+
 use std::time::Duration;
 
 use ratatui::Frame;
 use ratatui::layout::{Constraint, Layout, Rect};
 use ratatui::style::{Color, Style, Stylize};
-use ratatui::symbols::Marker;
 use ratatui::text::{Line, Span};
-use ratatui::widgets::{
-    Axis, Block, Chart, Clear, Dataset, Gauge, GraphType, LegendPosition, Paragraph, Wrap,
-};
+use ratatui::widgets::{Block, Clear, Gauge, Paragraph, Wrap};
 
-use super::curve::Curve;
-use super::scale::{Scale, bytes, number};
-use super::state::{LEARNING_RATE, MEMORY, Plot, State, duration};
+use super::state::{State, duration};
 
 /// Narrower or lower screens show numbers alone.
 const LEAST_FOR_PLOTS: [u16; 2] = [60, 14];
 /// Width of the column of numbers.
 const NUMBERS: u16 = 34;
-/// Least size of a plot beside the large one.
-const LEAST_SMALL_PLOT: [u16; 2] = [32, 9];
+/// Width of their names.
+const NAME: usize = 14;
 
 /// Draws everything.
 pub fn draw(frame: &mut Frame, state: &State) {
@@ -45,8 +43,9 @@ fn draw_all(frame: &mut Frame, area: Rect, state: &State) {
         Layout::horizontal([Constraint::Length(NUMBERS), Constraint::Min(20)]).areas(body);
     draw_head(frame, head, state);
     let block = Block::bordered().title("Metrics");
-    frame.render_widget(Paragraph::new(numbers_of(state)).block(block), numbers);
-    draw_plots(frame, plots, state);
+    let lines = numbers_of(state, usize::from(block.inner(numbers).width));
+    frame.render_widget(Paragraph::new(lines).block(block), numbers);
+    plot::draw_all(frame, plots, state);
     draw_messages(frame, messages, state);
     draw_bar(frame, bar, state);
     if state.stopping {
@@ -57,17 +56,13 @@ fn draw_all(frame: &mut Frame, area: Rect, state: &State) {
 /// A screen without room for plots.
 fn draw_small(frame: &mut Frame, area: Rect, state: &State) {
     let [numbers, bar] = Layout::vertical([Constraint::Min(0), Constraint::Length(1)]).areas(area);
-    let mut lines = numbers_of(state);
+    let width = usize::from(numbers.width);
+    let mut lines = numbers_of(state, width);
     if state.stopping {
         lines.insert(0, Line::from("saving and stopping").yellow());
     }
     let room = usize::from(numbers.height).saturating_sub(lines.len());
-    let newest = state.messages.iter().rev().take(room);
-    lines.extend(
-        newest
-            .rev()
-            .map(|message| Line::from(message.text.as_str())),
-    );
+    lines.extend(newest(state, width, room));
     frame.render_widget(Paragraph::new(lines), numbers);
     draw_bar(frame, bar, state);
 }
@@ -76,23 +71,18 @@ fn draw_head(frame: &mut Frame, area: Rect, state: &State) {
     let keys = Line::from("q save and stop  ← → plot  ↑ ↓ all or recent").dark_gray();
     let room = Constraint::Length(keys.width() as u16);
     let [title, right] = Layout::horizontal([Constraint::Min(0), room]).areas(area);
-    // the end of a path tells more than its beginning
-    let skipped = state
-        .title
-        .chars()
-        .count()
-        .saturating_sub(usize::from(title.width) - 1);
-    let shown: String = state.title.chars().skip(skipped).collect();
+    let shown = text::end_of(&state.title, usize::from(title.width).saturating_sub(1));
     frame.render_widget(Line::from(shown.bold()), title);
     frame.render_widget(keys, right);
 }
 
-/// A line a number; the one that is plotted large is marked.
-fn numbers_of(state: &State) -> Vec<Line<'_>> {
+/// A line a number; the one that is plotted large is marked. What has no room is left out: half of a
+/// number would be another one.
+fn numbers_of(state: &State, width: usize) -> Vec<Line<'static>> {
     let mut lines = Vec::new();
     let mut add = |name: &str, value: String, style: Style| {
-        let name = Span::styled(format!("{name:14} "), style);
-        lines.push(Line::from(vec![name, value.into()]));
+        let (name, value) = text::pair(name, &value, NAME, width);
+        lines.push(Line::from(vec![Span::styled(name, style), value.into()]));
     };
     for (index, plot) in state.plots.iter().enumerate() {
         let style = match index == state.selected {
@@ -103,8 +93,19 @@ fn numbers_of(state: &State) -> Vec<Line<'_>> {
             add(&plot.name, plot.shown(value), style);
         }
         if let Some((step, value)) = plot.eval.last() {
-            let value = format!("{} (step {step})", plot.shown(value));
+            let value = plot.shown(value);
+            let long = format!("{value} (step {step})");
+            let fits = NAME + 1 + long.chars().count() <= width;
+            let value = if fits { long } else { value };
             add("  evaluation", value, Style::new().fg(Color::Yellow));
+        }
+    }
+    for (name, count) in [
+        ("Skipped steps", state.skipped),
+        ("Loss spikes", state.spikes.len()),
+    ] {
+        if count > 0 {
+            add(name, count.to_string(), Style::new().fg(Color::Red));
         }
     }
     if let Some(pace) = state.pace {
@@ -123,123 +124,49 @@ fn time_left(state: &State) -> Option<String> {
     Some(duration(left.saturating_sub(since).max(Duration::ZERO)))
 }
 
-impl Plot {
-    fn shown(&self, value: f64) -> String {
-        match self.name == MEMORY {
-            true => bytes(value),
-            false => number(value),
-        }
-    }
-}
-
-/// The selected plot, and on a large screen the others below it.
-fn draw_plots(frame: &mut Frame, area: Rect, state: &State) {
-    let Some(selected) = state.plots.get(state.selected) else {
-        frame.render_widget(Block::bordered().title("before the first step"), area);
-        return;
-    };
-    let count = state.plots.len();
-    let others = (1..count).map(|by| &state.plots[(state.selected + by) % count]);
-    let [width, height] = LEAST_SMALL_PLOT;
-    let room = usize::from(area.width / width).min(count - 1);
-    if area.height < 3 * height || room == 0 {
-        draw_plot(frame, area, selected, state.recent);
-        return;
-    }
-    let [large, small] = Layout::vertical([Constraint::Fill(2), Constraint::Fill(1)]).areas(area);
-    draw_plot(frame, large, selected, state.recent);
-    let columns = Layout::horizontal(vec![Constraint::Fill(1); room]).split(small);
-    for (plot, area) in others.zip(columns.iter()) {
-        draw_plot(frame, *area, plot, state.recent);
-    }
-}
-
-fn draw_plot(frame: &mut Frame, area: Rect, plot: &Plot, recent: bool) {
-    let points = |curve: &Curve| match recent {
-        true => curve.recent(),
-        false => curve.whole(),
-    };
-    let train = points(&plot.train);
-    let first = train.first().map_or(0.0, |(x, _)| *x);
-    let mut eval = points(&plot.eval);
-    eval.retain(|(x, _)| *x >= first);
-    let all = || train.iter().chain(&eval);
-    let low = all().map(|(_, y)| *y).fold(f64::INFINITY, f64::min);
-    let high = all().map(|(_, y)| *y).fold(f64::NEG_INFINITY, f64::max);
-    let last = all().map(|(x, _)| *x).fold(first + 1.0, f64::max);
-    let scale = match plot.name.as_str() {
-        LEARNING_RATE => Scale::linear(low, high),
-        _ => Scale::new(low, high),
-    };
-    let on_scale = |points: &[(f64, f64)]| -> Vec<(f64, f64)> {
-        points.iter().map(|(x, y)| (*x, scale.place(*y))).collect()
-    };
-    let (train, eval) = (on_scale(&train), on_scale(&eval));
-    let lines = Dataset::default()
-        .marker(Marker::Braille)
-        .graph_type(GraphType::Line)
-        .style(Style::new().fg(Color::Cyan))
-        .data(&train);
-    let dots = Dataset::default()
-        .marker(Marker::Dot)
-        .style(Style::new().fg(Color::Yellow))
-        .data(&eval);
-    let x = Axis::default()
-        .bounds([first, last])
-        .labels([format!("{first:.0}"), format!("{last:.0}")]);
-    let y = Axis::default()
-        .bounds([0.0, 1.0])
-        .labels([0.0, 0.5, 1.0].map(|at| plot.shown(scale.value(at))));
-    let title = title_of(plot, recent, matches!(scale, Scale::Log { .. }));
-    let chart = Chart::new(vec![lines, dots])
-        .x_axis(x)
-        .y_axis(y)
-        .legend_position(None::<LegendPosition>);
-    frame.render_widget(chart.block(Block::bordered().title(title)), area);
-}
-
-fn title_of(plot: &Plot, recent: bool, logarithmic: bool) -> Line<'_> {
-    let mut title = vec![plot.name.as_str().bold()];
-    if !plot.eval.is_empty() {
-        title.extend([" training".cyan(), " • evaluation".yellow()]);
-    }
-    if recent {
-        title.push(" recent".into());
-    }
-    if logarithmic {
-        title.push(" (logarithmic)".into());
-    }
-    Line::from(title)
-}
-
 fn draw_messages(frame: &mut Frame, area: Rect, state: &State) {
-    let room = usize::from(area.height.saturating_sub(2));
-    let newest = state.messages.iter().rev().take(room);
-    let line = |message: &super::state::Message| {
-        let text = Span::raw(message.text.clone());
-        let text = match message.is_warning {
-            true => text.yellow(),
-            false => text,
-        };
-        Line::from(vec![format!("{} ", message.time).dark_gray(), text])
-    };
-    let lines: Vec<Line> = newest.rev().map(line).collect();
     let block = Block::bordered().title("Messages");
+    let inner = block.inner(area);
+    let lines = newest(state, usize::from(inner.width), usize::from(inner.height));
     frame.render_widget(Paragraph::new(lines).block(block), area);
+}
+
+/// The newest messages that have room, the last one at the bottom.
+fn newest(state: &State, width: usize, room: usize) -> Vec<Line<'static>> {
+    let mut all = Vec::new();
+    for message in state.messages.iter().rev() {
+        let indent = message.time.len() + 1;
+        let parts = text::wrapped(&message.text, width.saturating_sub(indent));
+        if all.len() + parts.len() > room && !all.is_empty() {
+            break; // not a message without its beginning
+        }
+        let line = |(index, part): (usize, String)| {
+            let time = match index {
+                0 => format!("{} ", message.time),
+                _ => " ".repeat(indent),
+            };
+            let part = match message.is_warning {
+                true => part.yellow(),
+                false => part.into(),
+            };
+            Line::from(vec![time.dark_gray(), part])
+        };
+        all.extend(parts.into_iter().enumerate().map(line).rev());
+    }
+    let skipped = all.len().saturating_sub(room);
+    all.split_off(skipped).into_iter().rev().collect()
 }
 
 fn draw_bar(frame: &mut Frame, area: Rect, state: &State) {
     let ratio = state.step as f64 / state.total.max(1) as f64;
-    let mut label = format!("step {}/{}", state.step, state.total);
+    let mut items = vec![format!("step {}/{}", state.step, state.total)];
     if let (Some(epoch), Some(epochs)) = (state.epoch, state.epochs()) {
-        label += &format!("  epoch {epoch:.2}/{epochs:.2}");
+        let digits = if epochs < 0.1 { 4 } else { 2 };
+        items.push(format!("epoch {epoch:.digits$}/{epochs:.digits$}"));
     }
-    if let Some(left) = time_left(state) {
-        label += &format!("  ETA {left}");
-    }
-    if !state.status.is_empty() {
-        label += &format!("  {}", state.status);
-    }
+    items.extend(time_left(state).map(|left| format!("ETA {left}")));
+    items.extend(Some(state.status.clone()).filter(|status| !status.is_empty()));
+    let label = text::joined(&items, usize::from(area.width));
     let bar = Gauge::default().ratio(ratio.clamp(0.0, 1.0)).label(label);
     frame.render_widget(bar.gauge_style(Style::new().fg(Color::Cyan)), area);
 }
@@ -279,7 +206,7 @@ mod tests {
     use ratatui::backend::TestBackend;
     use train::run_folder::Line as Metrics;
 
-    use super::super::state::{GRADIENT_NORM, LOSS, TOKENS, Weight};
+    use super::super::state::{GRADIENT_NORM, LEARNING_RATE, LOSS, MEMORY, TOKENS, Weight};
     use super::*;
 
     /// The screen as text.
@@ -422,7 +349,68 @@ mod tests {
     #[test]
     fn a_small_screen_shows_numbers() {
         let text = screen(20, 5, &filled());
-        shows(&text, &["Loss           1.250", "step 3/12"]);
+        shows(&text, &["Loss          1.2500", "step 3/12"]);
+    }
+
+    #[test]
+    fn no_number_is_cut_to_another_one() {
+        let mut state = filled();
+        let eval = Metrics::Eval {
+            step: 987_654,
+            loss: 1.625,
+            perplexity: 5.0,
+            tokens: 7,
+        };
+        state.begin(&[eval], 1_000_000);
+        state.progress(987_654, 1_000_000);
+        state.say("step 987654  eval loss 1.6250".into(), Weight::Note);
+        for width in 12..120 {
+            let text = screen(width, 24, &state);
+            for word in text.split(|c: char| c.is_whitespace() || "│┌┐()/".contains(c)) {
+                let is_part = |whole: &str| word.len() > 3 && whole.starts_with(word);
+                assert!(!is_part("98765"), "{width}: {word} in\n{text}");
+                assert!(!is_part("1.625"), "{width}: {word} in\n{text}");
+            }
+        }
+    }
+
+    #[test]
+    fn values_that_are_close_have_labels_that_differ() {
+        let mut state = State::default();
+        let close = |index: usize| {
+            let mut line = step(index);
+            if let Metrics::Train {
+                loss,
+                peak_memory_bytes,
+                ..
+            } = &mut line
+            {
+                *loss = 1.25 + 1e-6 * index as f64;
+                *peak_memory_bytes = (300 << 20) + 2048 * index as u64;
+            }
+            line
+        };
+        state.begin(&[1, 2, 3].map(close), 9);
+        shows(
+            &screen(80, 24, &state),
+            &["1.250001", "1.250002", "1.250003"],
+        );
+        state.select(-1);
+        shows(&screen(80, 24, &state), &["300.002 MiB", "300.006 MiB"]);
+    }
+
+    #[test]
+    fn spikes_and_skipped_steps_are_counted_and_a_spike_is_marked() {
+        let mut state = filled();
+        state.spike(3, 1.25);
+        state.skip(4);
+        let text = screen(80, 24, &state);
+        shows(&text, &["Loss spikes    1", "Skipped steps  1", "• spike"]);
+        assert_eq!(
+            text.matches('•').count(),
+            4,
+            "two of them in the plot:\n{text}"
+        );
     }
 
     #[test]

@@ -7,7 +7,7 @@
 mod curve;
 mod draw;
 mod keys;
-mod scale;
+pub mod scale;
 pub mod state;
 
 use std::io::{self, Write, stderr};

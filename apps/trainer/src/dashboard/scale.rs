@@ -71,6 +71,7 @@ pub fn number(value: f64) -> String {
     match value.abs() {
         x if x != 0.0 && x < 1e-2 => format!("{value:.3e}"),
         x if x >= 1000.0 => format!("{value:.0}"),
+        x if x >= 100.0 => format!("{value:.1}"),
         _ => format!("{value:.4}"),
     }
 }
@@ -82,6 +83,29 @@ pub fn bytes(value: f64) -> String {
         true => format!("{mib:.0} MiB"),
         false => format!("{:.2} GiB", mib / 1024.0),
     }
+}
+
+/// Numbers with so many digits behind the point, all with an exponent if the largest is small.
+pub fn numbers_in<const N: usize>(values: [f64; N], digits: usize) -> [String; N] {
+    let largest = values
+        .iter()
+        .fold(0.0, |most: f64, value| most.max(value.abs()));
+    values.map(|value| match largest < 1e-2 {
+        true => format!("{value:.digits$e}"),
+        false => format!("{value:.digits$}"),
+    })
+}
+
+/// Bytes with so many digits behind the point.
+pub fn bytes_in<const N: usize>(values: [f64; N], digits: usize) -> [String; N] {
+    let largest = values
+        .iter()
+        .fold(0.0, |most: f64, value| most.max(value.abs()));
+    let (unit, name) = match largest < f64::from(1 << 30) {
+        true => (f64::from(1 << 20), "MiB"),
+        false => (f64::from(1 << 30), "GiB"),
+    };
+    values.map(|value| format!("{:.digits$} {name}", value / unit))
 }
 
 #[cfg(test)]
@@ -108,11 +132,8 @@ mod tests {
 
     #[test]
     fn numbers_are_short() {
-        let numbers = [2e-4, 0.0, 1.25, 999.96, 12345.6].map(number);
-        assert_eq!(
-            numbers,
-            ["2.000e-4", "0.0000", "1.2500", "999.9600", "12346"]
-        );
+        let numbers = [2e-4, 0.0, 1.25, 321.26, 12345.6].map(number);
+        assert_eq!(numbers, ["2.000e-4", "0.0000", "1.2500", "321.3", "12346"]);
         assert_eq!(bytes(400.0 * f64::from(1 << 20)), "400 MiB");
         assert_eq!(bytes(1.5 * f64::from(1 << 30)), "1.50 GiB");
     }

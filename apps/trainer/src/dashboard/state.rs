@@ -89,8 +89,10 @@ pub struct State {
     pub step: usize,
     /// Steps in all.
     pub total: usize,
-    /// The last step whose loss was a spike; 0 if there is none.
-    pub spike: usize,
+    /// Steps whose loss was a spike, with that loss.
+    pub spikes: Vec<(f64, f64)>,
+    /// Steps that were skipped.
+    pub skipped: usize,
     /// Passes over the data: sequences seen ÷ those of an epoch.
     pub epoch: Option<f64>,
     /// What goes on beside steps.
@@ -116,6 +118,8 @@ pub struct State {
 impl State {
     /// Messages that are kept.
     const MOST_MESSAGES: usize = 100;
+    /// Spikes that are kept.
+    const MOST_SPIKES: usize = 10_000;
 
     /// A run of `total` steps, of which those in `past` have been taken.
     pub fn begin(&mut self, past: &[Metrics], total: usize) {
@@ -130,8 +134,12 @@ impl State {
                     grad_norm,
                     tokens_per_second,
                     peak_memory_bytes,
+                    spike,
                     ..
                 } => {
+                    if spike {
+                        self.spike(step, loss);
+                    }
                     self.step = step.saturating_sub(1);
                     for (name, value) in [
                         (LOSS, loss),
@@ -145,7 +153,9 @@ impl State {
                     }
                     self.step = step;
                 }
-                Metrics::Skipped { step, .. } => self.step = step,
+                Metrics::Skipped { step, skipped, .. } => {
+                    (self.step, self.skipped) = (step, skipped)
+                }
                 Metrics::Eval { step, loss, .. } => self.eval_loss(step, loss),
             }
         }
@@ -179,7 +189,21 @@ impl State {
 
     /// A step is left out.
     pub fn skip(&mut self, step: usize) {
+        self.skipped += 1;
         self.progress(step, self.total);
+    }
+
+    /// The loss of a step is a spike; told before the step.
+    pub fn spike(&mut self, step: usize, loss: f64) {
+        if self.spikes.len() < Self::MOST_SPIKES {
+            self.spikes.push((step as f64, loss));
+        }
+    }
+
+    /// Whether the last step was one.
+    pub fn is_spike(&self) -> bool {
+        let last = self.spikes.last();
+        last.is_some_and(|(step, _)| *step == self.step as f64)
     }
 
     /// Says what goes on until the next step.

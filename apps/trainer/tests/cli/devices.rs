@@ -7,7 +7,10 @@ fn the_processor_is_always_listed() {
     let run = Dir::new().trainer("devices --json").succeeds();
     let devices = &run.json()["devices"];
     let keys: Vec<_> = devices[0].as_object().unwrap().keys().collect();
-    assert_eq!(keys, ["id", "name", "backend", "kind", "memory_bytes"]);
+    assert_eq!(
+        keys,
+        ["id", "name", "backend", "kind", "memory_bytes", "dtypes"]
+    );
     assert_eq!(devices[0]["id"], "cpu");
     assert_eq!(devices[0]["kind"], "cpu");
     assert!(devices[0]["memory_bytes"].as_u64() > Some(1 << 20));

@@ -37,6 +37,48 @@ fn the_loss_is_the_mean_of_the_tokens_written_per_token() {
 }
 
 #[test]
+fn rows_without_a_trained_token_are_left_out_and_counted() {
+    let dir = Dir::with_tokens();
+    let good = dir.read("rows.jsonl");
+    let bad = r#"{"input_ids": [5, 6], "labels": [-100, -100]}"#;
+    dir.write("mixed.jsonl", format!("{bad}\n{good}"));
+    let line =
+        |data: &str| format!("eval --model model --data {data} --json --per-token out.jsonl");
+    let plain = dir.trainer(&line("rows.jsonl")).succeeds().json();
+    let mixed = dir.trainer(&line("mixed.jsonl")).succeeds();
+    assert_eq!(mixed.json(), plain);
+    let told = "1 of 9 rows have no trained token and are left out (mixed.jsonl:1)";
+    assert!(mixed.stderr.contains(told), "{mixed}");
+    assert_eq!(dir.lines("out.jsonl")[0]["row"], json!(1));
+    dir.write("none.jsonl", format!("{bad}\n"));
+    let run = dir.trainer(&line("none.jsonl"));
+    run.fails(
+        1,
+        &["1 of the rows have no trained token", "data.max_length"],
+    );
+}
+
+#[test]
+fn a_folder_is_evaluated_by_its_held_out_split() {
+    let dir = Dir::with_tokens();
+    let rows = dir.read("rows.jsonl");
+    let (first, second) = rows.split_at(rows.find('\n').unwrap() + 1);
+    dir.write("set/data/test-0.jsonl", first);
+    dir.write("set/data/train-0.jsonl", second);
+    let run = dir
+        .trainer("eval --model model --data set --json")
+        .succeeds();
+    assert_eq!(run.json()["rows"], json!(1));
+    let told = "set: test-0.jsonl; not read: train-0.jsonl";
+    assert!(run.stderr.contains(told), "{run}");
+    let plan = dir
+        .trainer("plan --model model --data set --json")
+        .succeeds();
+    assert_eq!(plan.json()["rows"], json!(7));
+    assert!(plan.stderr.contains("not read: test-0.jsonl"), "{plan}");
+}
+
+#[test]
 fn an_evaluation_writes_nothing_it_was_not_asked_for() {
     let dir = Dir::with_tokens();
     let before = dir.names(".");

@@ -16,6 +16,7 @@ mod merge;
 mod plan;
 #[cfg(unix)]
 mod pty;
+mod push;
 mod quantize;
 mod report;
 #[cfg(unix)]

@@ -119,7 +119,6 @@ fn the_memory_is_predicted_by_part() {
         "optimizer",
         "activations",
         "workspace",
-        "logits",
     ] {
         assert!(parts[part].as_u64() > Some(0), "{part}: {with_rows}");
     }

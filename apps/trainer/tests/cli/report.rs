@@ -52,6 +52,7 @@ fn a_run_ends_with_a_report_facts_and_a_card() {
                 --set train.eval_every=4 --output run";
     let run = dir.trainer(line).succeeds();
     assert!(run.stderr.contains("report: run/report.html"), "{run}");
+    let said = run.stderr;
     let page = dir.read("run/report.html");
     check(&page);
     let run = &data(&page)["runs"][0];
@@ -74,6 +75,14 @@ fn a_run_ends_with_a_report_facts_and_a_card() {
     assert!(svg.starts_with("<svg ") && svg.ends_with("</svg>\n") && svg.contains("<polyline"));
 
     let facts = dir.json("run/run.json");
+    let peak = facts["sessions"][0]["peak_memory_bytes"].as_f64().unwrap();
+    let told = format!("peak memory  {:.2} GiB", peak / f64::from(1 << 30));
+    assert!(said.contains(&told), "{told}: {said}");
+    let shown = format!(
+        "<b>{:.1} MiB</b><span>peak memory",
+        peak / f64::from(1 << 20)
+    );
+    assert!(page.contains(&shown), "{shown}");
     assert_eq!(facts["data"]["train"]["rows"], json!(4));
     assert_eq!(facts["data"]["eval"]["rows"], json!(4));
     assert_eq!(facts["sessions"][0]["end"], json!("finished"));
@@ -235,10 +244,12 @@ fn several_runs_are_drawn_together() {
     dir.trainer(&format!("{line} one")).succeeds();
     let other = format!("{line} two --rank 4 --set train.weight_decay=0.1");
     dir.trainer(&other).succeeds();
+    let own = dir.read("one/report.html");
     let json = dir.trainer("report --json one two").succeeds().json();
-    assert_eq!(json["report"], json!("one/report.html"));
+    assert_eq!(json["report"], json!("report.html"), "beside the runs");
     assert_eq!(json["runs"][1]["steps"], json!(3));
-    let page = dir.read("one/report.html");
+    assert_eq!(dir.read("one/report.html"), own, "each keeps its own");
+    let page = dir.read("report.html");
     check(&page);
     let names: Vec<_> = data(&page)["runs"]
         .as_array()
@@ -268,9 +279,17 @@ fn several_runs_are_drawn_together() {
     check(&page);
     assert_eq!(data(&page)["runs"][1]["name"], json!("more/one"));
     assert!(dir.has("both-loss.svg"));
-    let before = dir.read("one/report.html");
+    dir.write("one/report.html", "old");
     dir.trainer("report one").succeeds();
-    assert_ne!(dir.read("one/report.html"), before, "of one run again");
+    check(&dir.read("one/report.html"));
+    // not in the place of a run's own page, wherever the runs lie
+    dir.write("one/inside/metrics.jsonl", dir.read("two/metrics.jsonl"));
+    dir.trainer("report one/inside two")
+        .fails(2, &["that of the run one", "--out both.html"]);
+    let mut command = dir.command(&["report", ".", "../one"]);
+    let run = crate::support::finish(command.current_dir(dir.path("two"))).succeeds();
+    assert!(run.stdout.contains("report.html"), "{run}");
+    assert!(!dir.read("two/report.html").contains("<h1>2 runs"));
 }
 
 #[test]

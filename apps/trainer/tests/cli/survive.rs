@@ -102,6 +102,85 @@ fn a_run_that_is_stopped_by_a_signal_goes_on_as_if_it_had_not_been() {
     }
 }
 
+/// Its steps take so long that the second signal comes before the first is heeded.
+#[test]
+fn a_run_that_is_left_at_once_says_what_is_complete() {
+    let dir = with_rows();
+    dir.write("rows.jsonl", token_rows(20_000));
+    for (name, signal, save_every) in [("int", libc::SIGINT, 1), ("term", libc::SIGTERM, 1000)] {
+        let line = format!(
+            "{ENDLESS} --json --output {name} --set train.micro_batch_size=32 \
+             --set train.save_every={save_every} --set train.eval_every=1000 --set output.samples=0"
+        );
+        let child = dir.piped(&words(&line)).spawn().unwrap();
+        wait_for(&dir, name, 2);
+        send(&child, signal);
+        std::thread::sleep(Duration::from_millis(350)); // not the same wish
+        send(&child, signal);
+        let output = child.wait_with_output().unwrap();
+        let stderr = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(130), "{name}: {stderr}");
+        let json: Value = serde_json::from_slice(&output.stdout).unwrap();
+        assert_eq!(json["interrupted"], json!(true), "{json}");
+        let checkpoint = json["checkpoint"].as_str();
+        assert_eq!(checkpoint.is_some(), save_every == 1, "{json}");
+        assert!(checkpoint.is_none_or(|path| dir.has(path)), "{json}");
+        assert!(dir.has(&format!("{name}/report.html")), "{stderr}");
+        assert_eq!(
+            dir.json(&format!("{name}/run.json"))["sessions"][0]["end"],
+            "interrupted"
+        );
+    }
+}
+
+/// Nothing has begun yet, and nothing is left behind.
+#[test]
+fn a_run_that_is_stopped_before_its_first_step_says_so() {
+    let dir = with_rows();
+    dir.write("rows.jsonl", token_rows(400_000));
+    let line = format!("{ENDLESS} --json --output run");
+    let child = dir.piped(&words(&line)).spawn().unwrap();
+    std::thread::sleep(Duration::from_millis(400)); // it reads rows
+    send(&child, libc::SIGINT);
+    let output = child.wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(130));
+    assert_eq!(output.stdout, b"{\"interrupted\":true}\n");
+    assert!(!dir.has("run"));
+}
+
+#[test]
+fn a_run_that_goes_on_may_show_more_samples_and_find_its_rows_elsewhere() {
+    let dir = Dir::with_chat();
+    let line = "train -q --model model --data rows.jsonl --max-steps 1 --output run \
+                --set output.samples=1";
+    dir.trainer(line).succeeds();
+    let before = dir.json("run/run.json")["samples"][0]["before"].clone();
+    fs::rename(dir.path("rows.jsonl"), dir.path("moved.jsonl")).unwrap();
+    let line = "train -q --resume run --max-steps 2 --set output.samples=3 --data moved.jsonl";
+    dir.trainer(line).succeeds();
+    let facts = dir.json("run/run.json");
+    let samples = facts["samples"].as_array().unwrap();
+    assert_eq!(samples.len(), 3);
+    assert_eq!(samples[0]["before"], before);
+    assert_eq!(samples[2]["before"], Value::Null, "nobody asked then");
+    assert!(
+        samples
+            .iter()
+            .all(|sample| sample["after"]["text"].is_string())
+    );
+    dir.trainer("train -q --resume run --max-steps 3 --set output.samples=1")
+        .succeeds();
+    assert_eq!(
+        dir.json("run/run.json")["samples"]
+            .as_array()
+            .unwrap()
+            .len(),
+        1
+    );
+    dir.trainer("train --resume run --rank 4")
+        .fails(2, &["--resume", "--max-steps, --epochs, --data"]);
+}
+
 /// `nohup` and `disown -h`: the terminal may go.
 #[test]
 fn a_run_that_ignores_the_end_of_its_terminal_goes_on() {
@@ -426,6 +505,12 @@ fn five_skipped_steps_in_a_row_end_the_run_with_what_was_good() {
     let weights =
         |run: &str| fs::read(dir.path(&format!("{run}/adapter/adapter_model.safetensors")));
     assert!(weights("run").unwrap() == weights("good").unwrap());
+    let run = dir.trainer(&format!(
+        "{} --set train.save_every=1",
+        line.replace("run", "again")
+    ));
+    let go_on = "go on behind these rows with: trainer train --resume again";
+    run.fails(1, &[go_on, "--set adapter.init_from=again/adapter"]);
     // it was the data and is over soon
     dir.trainer("train -q --resume run").succeeds();
     assert_eq!(dir.lines("run/metrics.jsonl").len(), 12);
@@ -452,7 +537,7 @@ fn weights_that_give_no_numbers_are_not_called_good() {
         "the loss of step 3 is not a finite number, and the 4 steps after it went no better",
         "the last good weights are saved in run/adapter",
         "the last good checkpoint is run/checkpoints/step-000001",
-        "train.learning_rate",
+        "begin anew: trainer train run/recipe.toml --output ANOTHER --set train.learning_rate=LOWER",
     ];
     dir.trainer(&format!("{line} -q")).fails(1, &parts);
     let lines = dir.lines("run/metrics.jsonl");

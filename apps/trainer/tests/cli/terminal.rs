@@ -67,8 +67,30 @@ fn a_stop_can_be_taken_back_or_made_at_once() {
     pty.waits_for_bytes(20_000); // it goes on for seconds
     assert!(steps() > before);
     pty.types("qk");
-    let (code, seen) = pty.ends();
+    was_left(&dir, pty.ends());
+}
+
+/// Who left at once was told what is complete and how to go on, and the run has a report.
+#[track_caller]
+fn was_left(dir: &Dir, (code, seen): (Option<i32>, String)) {
     assert_eq!(code, Some(130), "{seen}");
+    let after = &seen[seen.rfind("\x1b[?1049l").unwrap()..];
+    for part in [
+        "left at once after step ",
+        "run/best is complete",
+        "trainer train run/recipe.toml --output ANOTHER", // there is no checkpoint to go on from
+        "report: run/report.html",
+    ] {
+        assert!(after.contains(part), "{part}: {after}");
+    }
+    assert!(
+        dir.read("run/report.html")
+            .contains("interrupted after step ")
+    );
+    assert_eq!(
+        dir.json("run/run.json")["sessions"][0]["end"],
+        "interrupted"
+    );
 }
 
 #[test]

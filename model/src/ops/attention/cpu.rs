@@ -28,6 +28,28 @@ const KEYS: usize = 64;
 /// Up to this many rows, as when generating, scalar products beat `gemm`, which repacks the keys.
 const FEW_ROWS: usize = 4;
 
+/// Elements of all queries' keys, from which on a lone query is shared out.
+const ALONE: usize = 1 << 18;
+
+/// See [`super::AttentionBackend::write_positions`].
+pub(super) fn write_positions(all: FlexTensor, new: FlexTensor, at: usize) -> FlexTensor {
+    let (mut all, new) = (cpu::contiguous(all), cpu::contiguous(new));
+    let ([b, c, n_kv, h_d], [rows, s, ..]) = (cpu::dims(&all), cpu::dims::<4>(&new));
+    assert_eq!(cpu::dims(&new), [b, s, n_kv, h_d]);
+    assert!(
+        rows == b && at + s <= c,
+        "{s} positions from {at} on of {c}"
+    );
+    let width = n_kv * h_d;
+    let first = all.layout().start_offset();
+    let storage = all.storage_mut::<f32>(); // copies what somebody else holds, too
+    let rows = storage[first..].chunks_exact_mut(c * width);
+    for (to, from) in rows.zip(cpu::slice(&new).chunks_exact(s * width)) {
+        to[at * width..][..s * width].copy_from_slice(from);
+    }
+    all
+}
+
 /// See [`super::AttentionBackend::causal_attention`].
 pub(super) fn forward(
     q: FlexTensor,
@@ -42,8 +64,12 @@ pub(super) fn forward(
 
     let mut out = vec![0.0; n * n_h * h_d];
     let mut lse = vec![0.0; n * n_h];
-    // Tiles of queries are shared out with all their heads, a lone query by KV heads.
-    let kv_heads = if n == 1 { 1 } else { sizes.n_kv };
+    // Tiles of queries are shared out with all their heads, a lone query by KV heads if it is worth
+    // a detour through the thread pool.
+    let kv_heads = match n == 1 && sizes.m * n_h * h_d >= ALONE {
+        true => 1,
+        false => sizes.n_kv,
+    };
     let (mut outs, mut lses) = (&mut out[..], &mut lse[..]);
     let mut tasks = Vec::new();
     let queries = sizes.queries_of_tile();

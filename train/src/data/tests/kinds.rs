@@ -211,3 +211,38 @@ fn patterns_and_folders_of_mixed_kinds_are_read_in_order() {
     std::fs::write(folder.path().join("[x].jsonl"), "{\"input_ids\": [3, 3]}").expect("it can");
     assert_eq!(ids("[x].jsonl"), [3]);
 }
+
+#[test]
+fn rows_say_which_task_they_are_of() {
+    let encoder = smollm2();
+    let several = |tasks| Settings {
+        tasks: Some(tasks),
+        ..settings()
+    };
+    let tasks = |name: &str, text: &str, settings: &Settings| {
+        let prepared = prepare_file(name, text.as_bytes(), settings, &encoder);
+        let tasks = prepared.map(|prepared| prepared.samples.iter().map(|row| row.task).collect());
+        tasks.map_err(|error| error.to_string())
+    };
+    let rows = "{\"text\": \"a b\", \"task_id\": 2}\n{\"text\": \"c d\", \"task_id\": 0}\n";
+    assert_eq!(tasks("rows.jsonl", rows, &several(3)), Ok(vec![2, 0]));
+    assert_eq!(tasks("rows.jsonl", rows, &settings()), Ok(vec![0, 0]));
+    let table = "text,task_id\na b,1\nc d,2\n";
+    assert_eq!(tasks("rows.csv", table, &several(3)), Ok(vec![1, 2]));
+    let none = "{\"text\": \"a b\"}\n";
+    assert_eq!(tasks("rows.jsonl", none, &several(1)), Ok(vec![0]));
+    for (row, tasks_, found) in [
+        ("{\"text\": \"a b\"}", 2, "found nothing"),
+        ("{\"text\": \"a b\", \"task_id\": 2}", 2, "found 2"),
+        ("{\"text\": \"a b\", \"task_id\": -1}", 2, "found -1"),
+        ("{\"text\": \"a b\", \"task_id\": \"x\"}", 2, "found \"x\""),
+        ("{\"text\": \"a b\", \"task_id\": 0.5}", 2, "found 0.5"),
+    ] {
+        let told = tasks("rows.jsonl", row, &several(tasks_)).unwrap_err();
+        assert!(
+            told.contains("rows.jsonl:1: task_id") && told.ends_with(found),
+            "{told}"
+        );
+        assert!(told.contains("num_tasks = 2"), "{told}");
+    }
+}

@@ -3,7 +3,6 @@
 use std::fmt::Write;
 
 use super::super::record::RunRecord;
-use super::super::table;
 use super::super::words::{bytes, escape};
 
 /// The memory of some runs: predicted beside measured.
@@ -65,8 +64,12 @@ pub fn section(page: &mut String, runs: &[RunRecord]) {
 /// What is of the same memory as the prediction: a card's own is not measured, and what the process
 /// holds beside it says nothing about it.
 fn measured(run: &RunRecord) -> Option<u64> {
-    let is_card = !matches!(run.facts.device.id.as_str(), "" | "cpu");
-    table::measured_bytes(run).filter(|_| !is_card)
+    run.measured_bytes().filter(|_| !is_card(run))
+}
+
+/// Whether a run computed with memory other than the process's.
+pub fn is_card(run: &RunRecord) -> bool {
+    !matches!(run.facts.device.id.as_str(), "" | "cpu")
 }
 
 fn meter(page: &mut String, what: &str, size: Option<u64>, scale: f64, color: &str) {
@@ -96,6 +99,9 @@ mod tests {
             section(&mut page, std::slice::from_ref(&run));
             assert_eq!(page.contains("what was measured"), is_compared, "{page}");
             assert_eq!(page.contains("not known"), !is_compared, "{page}");
+            let whole = super::super::render(std::slice::from_ref(&run), "");
+            let tile = "<span>peak memory, without the card&#39;s";
+            assert_eq!(whole.contains(tile), !is_compared);
         }
     }
 }

@@ -111,6 +111,12 @@ impl Conversation {
         }))
     }
 
+    /// Takes back what a user has just said, as if it had not been: it has no answer.
+    pub fn take_back(&mut self, asked: &Asked) {
+        self.turns.pop();
+        self.left_out -= asked.newly_left_out;
+    }
+
     /// Adds what the model answered.
     pub fn answer(&mut self, text: String) {
         self.turns.push(Message::new("assistant", text));
@@ -189,4 +195,34 @@ fn template_of(base: &ModelFolder) -> Result<ChatTemplate> {
         )
         .into()
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_taken_back_was_never_said() {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("demo/base");
+        let base = ModelFolder::open(&folder).unwrap();
+        let mut conversation = Conversation::new(&base, None, 8).unwrap();
+        let mut ask = |text| conversation.ask(text).unwrap().unwrap();
+        let first = ask("pig latin: zebra");
+        conversation.take_back(&first);
+        assert!(conversation.is_empty());
+        let again = conversation.ask("pig latin: zebra").unwrap().unwrap();
+        assert_eq!(again.ids, first.ids);
+        // until the oldest turns have no room
+        let mut asked = again;
+        while asked.newly_left_out == 0 {
+            conversation.answer("ebrazay".into());
+            asked = conversation.ask("pig latin: zebra").unwrap().unwrap();
+        }
+        conversation.take_back(&asked);
+        assert_eq!(conversation.left_out, 0);
+        let roles = conversation.turns.iter().map(|turn| turn.role.as_str());
+        let roles: Vec<_> = roles.collect();
+        assert_eq!(roles.len() % 2, 0);
+        assert_eq!(roles.last(), Some(&"assistant"));
+    }
 }

@@ -195,18 +195,29 @@ impl ChatJob {
         let stop = &self.adapted.base.generation.eos_token_ids;
         let mut answer = Answer::new(Some(&self.conversation.tokenizer), self.output);
         let mut shown = ControlFlow::Continue(());
+        let mut is_stopped = false;
         let generation = signals::interruptible(|interrupter| {
             let mut show = |id| {
-                shown = answer.push(id);
-                match interrupter.should_stop() {
-                    true => ControlFlow::Break(()),
-                    false => shown,
+                is_stopped = interrupter.should_stop();
+                if is_stopped {
+                    return ControlFlow::Break(());
                 }
+                shown = answer.push(id);
+                shown
             };
             generator.generate(&asked.ids, limit, stop, self.sampling, &mut show)
         })?;
         let text = answer.finish()?;
+        if is_stopped && text.is_empty() {
+            self.conversation.take_back(&asked);
+            let note = "(stopped before the answer began: the question is taken back)";
+            self.output.note(note);
+            return Ok(shown);
+        }
         self.conversation.answer(text);
+        if is_stopped {
+            self.output.note("(stopped: the answer ends here)");
+        }
         self.sampling.seed = self.sampling.seed.wrapping_add(1); // another turn, other numbers
         self.tell(&asked, &generation);
         Ok(shown)

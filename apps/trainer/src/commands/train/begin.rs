@@ -20,16 +20,6 @@ pub enum Begin {
     Checkpoint(RunFolder, PathBuf),
 }
 
-/// A run that cannot go on now, but later.
-#[derive(Debug, thiserror::Error)]
-#[error("{source}")]
-pub struct Unfinished {
-    /// The run folder.
-    pub run: PathBuf,
-    /// Why it ended.
-    pub source: train::Error,
-}
-
 /// Where a run goes on. One that was stopped before its first checkpoint begins again; one whose
 /// checkpoints are all damaged does not, since its results would be overwritten.
 pub fn go_on(run: &Path, recipe: &mut Recipe, output: &Output) -> Result<Begin> {

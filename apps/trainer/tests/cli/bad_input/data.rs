@@ -90,7 +90,9 @@ fn rows_without_a_trained_token() {
         r#"{"input_ids": [5]}"#,
         r#"{"input_ids": []}"#,
     ] {
-        refused_row(&dir, row, &["no trained token"]);
+        dir.write("rows.jsonl", token_rows(3) + row + "\n");
+        let run = dir.trainer("train --model model --data rows.jsonl --output run");
+        run.fails(1, &["1 of the rows have no trained token", "rows.jsonl:4"]);
     }
 }
 
@@ -232,4 +234,26 @@ fn rows_that_are_too_long() {
             .contains("2 of 8 rows are longer than data.max_length"),
         "{run}"
     );
+}
+
+#[test]
+fn tables_that_only_look_like_some() {
+    let dir = Dir::with_chat();
+    dir.write("semicolons.csv", "prompt;completion\na;b\n");
+    refused(
+        &dir,
+        "semicolons.csv",
+        &["prompt;completion", "by commas (.csv)"],
+    );
+    dir.write("header.csv", "prompt,completion\n");
+    refused(
+        &dir,
+        "header.csv",
+        &["header.csv is empty", "put rows under its header"],
+    );
+    dir.write(
+        "null.jsonl",
+        json!({"prompt": "a", "completion": null}).to_string(),
+    );
+    refused(&dir, "null.jsonl", &["null.jsonl:1", "completion (null)"]);
 }

@@ -13,7 +13,6 @@ size = "big"
 [adapter]
 rank = "four"
 alpha = inf
-use_dora = true
 [data]
 train = 3
 eval_fraction = 1.5
@@ -30,7 +29,6 @@ project = "x"
         "recipe.toml: model.size: unknown field `size`",
         "recipe.toml: adapter.rank: invalid type: string \"four\"",
         "adapter.alpha must be a finite number",
-        "adapter.use_dora = true is not supported",
         "recipe.toml: data.train: expected a path",
         "data.eval_fraction must be",
         "recipe.toml: train.learning_rat: unknown field `learning_rat`: did you mean train.learning_rate?",
