@@ -79,7 +79,7 @@ impl<'a> Merge<'a> {
     /// such an `lm_head` it merges into the embeddings as well, which is another model.)
     ///
     /// # Errors
-    /// What [`crate::load`] and [`peft::load`] refuse; [`Error::NoOriginal`]; [`Error::Merge`] lists
+    /// What [`crate::load`] and [`crate::peft::load`] refuse; [`Error::NoOriginal`]; [`Error::Merge`] lists
     /// everything that does not go together.
     pub fn new(
         source: &'a ModelFolder,

@@ -217,7 +217,7 @@ impl<B: MatmulBackend> LstmCell<B> {
 pub struct Prefix<B: Backend> {
     /// Keys and values, `[2, p, w]` or `[2l, p, w]`.
     pub keys_and_values: Tensor<B, 3>,
-    /// See [`in_front`].
+    /// For each key of a row with its prefix, where it is in `[prefix, own keys]` end to end.
     pub places: Tensor<B, 1, Int>,
 }
 

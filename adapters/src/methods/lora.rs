@@ -371,7 +371,7 @@ impl LayerMethod for LoraSettings {
         [rank + taken_out + scaled, 0] // between `lora_a` and `lora_b`, and before the rows are scaled
     }
 
-    /// See [`init`].
+    /// The form that fits the untouched base, see `init`.
     fn convert(&self, layers: &[Layer], values: &mut HashMap<String, Vec<f32>>) -> Option<Self> {
         for layer in layers {
             let (rank, _) = self.rank_and_scaling(&layer.name);

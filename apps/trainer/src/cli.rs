@@ -285,7 +285,7 @@ pub struct PushArgs {
 
 #[derive(Debug, Args)]
 pub struct PullArgs {
-    /// owner/name[@revision], or hf://datasets/owner/name[/file]
+    /// Of a model, an adapter (owner/name@revision) or a data set (hf://datasets/owner/name/file)
     #[arg(value_name = "ID")]
     pub id: String,
     /// A branch, a tag or a commit, in place of @revision

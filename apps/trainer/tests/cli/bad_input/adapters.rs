@@ -84,7 +84,11 @@ fn settings_that_are_not_supported() {
         ),
         ("target_modules", json!(5), "is not valid"),
         ("r", json!(-4), "is not valid"),
-        ("lora_dropout", json!(2), "lora_dropout is out of range"),
+        (
+            "lora_dropout",
+            json!(2),
+            "dropout must be from 0 to below 1",
+        ),
     ] {
         let mut config = good.clone();
         config[key] = value;
