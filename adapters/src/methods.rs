@@ -513,6 +513,10 @@ macro_rules! methods {
             $(#[doc = concat!("See [`", stringify!($prompt), "`].")] $Prompt($prompt::$PromptSettings),)*
         }
 
+        #[allow(
+            clippy::large_enum_variant,
+            reason = "there are a few hundred of them, and a module in a box is none"
+        )]
         /// What is trained beside one linear layer.
         #[derive(Module, Debug)]
         pub enum Update<B: Backend> {
