@@ -8,7 +8,7 @@ use crate::base::{AdaptedBackend, BaseLinear};
 use crate::config::{AdapterConfig, Layer};
 use crate::error::{Error, Result};
 use crate::linear::{AdaptedLinear, mix};
-use crate::methods::{Computes, Method, Part, Update, Values};
+use crate::methods::{Computes, Method, Part, Role, Update, Values};
 
 /// A model whose linear layers may be adapted.
 pub type AdaptedLlama<B> = Llama<B, AdaptedLinear<B>>;
@@ -42,17 +42,16 @@ pub(crate) fn put<B: AdaptedBackend>(
     device: &B::Device,
 ) -> Result<()> {
     let (layers, method) = (config.layers(&model.config)?, &config.method);
-    let in_model = |model: &AdaptedLlama<B>, part: Part| {
+    let parts = method.model_parts(&layers, &model.config);
+    let in_model = |part: &Part| {
         let values = match start {
-            Start::Fresh(seed) => method.fresh_in_model(&part, model, *seed),
-            Start::Read(read) => read(&part)?,
+            Start::Fresh(seed) => method.fresh_in_model(part, &parts, model, *seed),
+            Start::Read(_) if part.role == Role::Derived => method.derived(part, &parts),
+            Start::Read(read) => read(part)?,
         };
-        Ok::<_, Error>((part, values))
+        Ok::<_, Error>((part.clone(), values))
     };
-    let parts = method.model_parts(&layers, &model.config).into_iter();
-    let parts: Vec<_> = parts
-        .map(|part| in_model(model, part))
-        .collect::<Result<_>>()?;
+    let parts: Vec<_> = parts.iter().map(in_model).collect::<Result<_>>()?;
     if method.changes_layers() {
         let shared = share(parts, device);
         let mut layers = layers.into_iter().peekable();

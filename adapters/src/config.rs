@@ -157,8 +157,17 @@ impl AdapterConfig {
             method: self.method.saved(),
             ..self.clone()
         };
-        let size = |part: &Part| part.shape.iter().map(|n| *n as u64).product::<u64>();
-        Ok(saved.parts(model)?.iter().map(size).sum())
+        let parts = saved.parts(model)?;
+        Ok(size(parts.iter().filter(|part| part.role != Role::Derived)))
+    }
+
+    /// Numbers of an adapter that are not trained.
+    ///
+    /// # Errors
+    /// Those of [`AdapterConfig::layers`].
+    pub fn num_frozen(&self, model: &LlamaConfig) -> Result<u64> {
+        let parts = self.parts(model)?;
+        Ok(size(parts.iter().filter(|part| !part.role.is_trained())))
     }
 
     /// Name and shape of every tensor that is trained.
@@ -167,7 +176,7 @@ impl AdapterConfig {
     /// Those of [`AdapterConfig::layers`].
     pub fn parameters(&self, model: &LlamaConfig) -> Result<Vec<(String, Vec<usize>)>> {
         let parts = self.parts(model)?.into_iter();
-        let trained = parts.filter(|part| part.role != Role::Frozen);
+        let trained = parts.filter(|part| part.role.is_trained());
         Ok(trained.map(|part| (part.name, part.shape)).collect())
     }
 
@@ -179,6 +188,14 @@ impl AdapterConfig {
         let keys = self.method.patterns();
         for key in keys.iter().filter(|key| pattern_regex(key).is_err()) {
             problems.push(format!("the pattern {key:?} is not a regular expression"));
+        }
+        for key in self.method.not_in_peft() {
+            if self.selection.has(key) {
+                let title = self.method.title();
+                problems.push(format!(
+                    "{key} is none of PEFT's settings for {title}: name the layers in target_modules"
+                ));
+            }
         }
         if self.method.changes_layers() {
             self.selection.layer_problems(model, &mut problems);
@@ -254,6 +271,15 @@ impl AdapterConfig {
 }
 
 impl Selection {
+    /// Whether one of the keys is given that narrow `target_modules`.
+    fn has(&self, key: &str) -> bool {
+        match key {
+            "exclude_modules" => self.exclude_modules.is_some(),
+            "layers_to_transform" => self.layers_to_transform.is_some(),
+            _ => false,
+        }
+    }
+
     fn matches_nothing(&self) -> String {
         let but = match self.modules_to_save.is_empty() {
             true => "",
@@ -340,6 +366,12 @@ impl Selection {
     }
 }
 
+/// Numbers of tensors.
+fn size<'a>(parts: impl Iterator<Item = &'a Part>) -> u64 {
+    let one = |part: &Part| part.shape.iter().map(|n| *n as u64).product::<u64>();
+    parts.map(one).sum()
+}
+
 /// A number as Python writes it: whole ones without a fraction.
 pub(crate) fn number(x: f64) -> Value {
     match x.fract() == 0.0 && x.abs() < 1e15 {
@@ -366,7 +398,7 @@ impl Targets {
         Self::Names(names)
     }
 
-    fn matches(&self, name: &str) -> std::result::Result<bool, String> {
+    pub(crate) fn matches(&self, name: &str) -> std::result::Result<bool, String> {
         Ok(match self {
             Self::AllLinear => name != "lm_head",
             Self::Names(names) => names.iter().any(|suffix| ends_with(name, suffix)),

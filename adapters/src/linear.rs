@@ -49,7 +49,7 @@ pub(crate) fn dropped<B: Backend>(x: Tensor<B, 2>, dropout: Option<Dropout>) -> 
 
 impl Dropout {
     /// `[n, d]` of 0 and `1 / (1 - probability)`.
-    fn mask<B: Backend>(&self, [n, d]: [usize; 2], device: &B::Device) -> Tensor<B, 2> {
+    pub(crate) fn mask<B: Backend>(&self, [n, d]: [usize; 2], device: &B::Device) -> Tensor<B, 2> {
         let kept = (1.0 / (1.0 - self.probability)) as f32;
         let threshold = (self.probability * u32::MAX as f64) as u32;
         let one = |i: usize| match (mix(self.seed.wrapping_add(i as u64)) >> 32) as u32 {

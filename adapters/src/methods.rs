@@ -5,11 +5,17 @@
 //! adapted layer has and how they start, and has the module that computes with them ([`Computes`]);
 //! one that puts something in front of the tokens ([`PromptMethod`]) places it on the model.
 
+pub mod adalora;
+pub mod ia3;
+pub mod loha;
+pub mod lokr;
 pub mod lora;
+mod lycoris;
 pub mod mpt;
 pub mod prefix;
 pub mod prompt;
 pub mod ptuning;
+pub mod vera;
 mod virtual_tokens;
 
 use std::collections::HashMap;
@@ -27,7 +33,7 @@ use serde_json::{Map, Value};
 
 use crate::attach::AdaptedLlama;
 use crate::base::{AdaptedBackend, BaseLinear, TrainBackend};
-use crate::config::{Layer, Targets};
+use crate::config::{Layer, MAX_RANK, Selection, Targets};
 
 /// What PEFT puts before the names of the base model's modules.
 const PREFIX: &str = "base_model.model.";
@@ -46,6 +52,10 @@ pub trait Settings: Clone + PartialEq + Default + Serialize + DeserializeOwned {
     /// Keys that change neither what the tensors are nor what they mean, so that an adapter may be
     /// trained on with other values.
     const FREE: &'static [&'static str] = &[];
+    /// Keys that choose layers and that PEFT's settings of this method lack.
+    const NOT_IN_PEFT: &'static [&'static str] = &[];
+    /// How many numbers it remembers from step to step for each that is trained.
+    const REMEMBERS: usize = 0;
 
     /// Its keys of `adapter_config.json`, of which all others are passed over; keys that are missing
     /// have PEFT's defaults.
@@ -129,9 +139,14 @@ pub trait LayerMethod: Settings {
         seed: u64,
     ) -> Vec<Vec<f32>>;
 
-    /// The values that a shared tensor starts with.
-    fn fresh_shared(&self, _part: &Part, _seed: u64) -> Vec<f32> {
+    /// The values that a shared tensor, one of `all`, starts with; they follow from the settings.
+    fn fresh_shared(&self, _part: &Part, _all: &[Part]) -> Vec<f32> {
         Vec::new()
+    }
+
+    /// Settings in PEFT's spelling that follow from which layers are adapted, too.
+    fn peft_of_selection(&self, _selection: &Selection) -> Map<String, Value> {
+        Map::new()
     }
 
     /// The update of a layer, of these values.
@@ -148,14 +163,18 @@ pub trait LayerMethod: Settings {
     }
 
     /// Adds to the gradients those of a term of the loss that depends on the weights of a layer
-    /// alone, and returns the term; `layers` are adapted.
+    /// alone, where `layers` are adapted. What is reported as the loss is that of the tokens.
     fn regularise<B: TrainBackend>(
         &self,
         _update: &Self::Update<B>,
         _layers: usize,
         _gradients: &mut GradientsParams,
-    ) -> f64 {
-        0.0
+    ) {
+    }
+
+    /// Learns of how many optimizer steps a run is; the key that does not go with it, and why.
+    fn of_run(&mut self, _steps: usize) -> Option<(&'static str, String)> {
+        None
     }
 
     /// What it does after each of `steps` optimizer steps.
@@ -272,6 +291,15 @@ pub enum Role {
     Frozen,
     /// It is trained and takes the place of a weight of the model.
     Whole,
+    /// It follows from the settings, and neither is trained nor in PEFT's file.
+    Derived,
+}
+
+impl Role {
+    /// Whether the optimizer updates such a tensor.
+    pub fn is_trained(self) -> bool {
+        matches!(self, Self::Trained | Self::Whole)
+    }
 }
 
 impl Part {
@@ -404,6 +432,51 @@ impl About {
     }
 }
 
+/// Settings from PEFT's spelling: `names` has PEFT's names where ours are others, `defaults` PEFT's
+/// own defaults where ours are others.
+fn read_peft<S: Settings>(
+    json: &str,
+    names: &[(&str, &str)],
+    defaults: Value,
+) -> serde_json::Result<S> {
+    let mut known = defaults.as_object().cloned().unwrap_or_default();
+    let ours = keys_of::<S>();
+    for (key, value) in serde_json::from_str::<Map<String, Value>>(json)? {
+        let name = names.iter().find(|(theirs, _)| *theirs == key);
+        let name = name.map_or(key.as_str(), |(_, ours)| *ours);
+        if ours.iter().any(|known| known == name) && !value.is_null() {
+            known.insert(name.to_owned(), value);
+        }
+    }
+    serde_json::from_value(Value::Object(known))
+}
+
+/// What is wrong with ranks.
+fn rank_problem(
+    key: &'static str,
+    ranks: impl IntoIterator<Item = usize>,
+) -> Option<(&'static str, String)> {
+    let fits = |rank: usize| (1..=MAX_RANK).contains(&rank);
+    let fit = ranks.into_iter().all(fits);
+    (!fit).then(|| (key, format!("must be from 1 to {MAX_RANK}")))
+}
+
+/// What is wrong with numerators of scalings, which are computed in f32.
+fn alpha_problem(
+    key: &'static str,
+    alphas: impl IntoIterator<Item = f64>,
+) -> Option<(&'static str, String)> {
+    let fits = |alpha: f64| (alpha as f32).is_finite() && alpha as f32 != 0.0;
+    let fit = alphas.into_iter().all(fits);
+    (!fit).then(|| (key, "must be a finite number other than 0".into()))
+}
+
+/// What is wrong with the share of something that is dropped.
+fn share_problem(key: &'static str, share: f64) -> Option<(&'static str, String)> {
+    let fits = (0.0..1.0).contains(&share);
+    (!fits).then(|| (key, "must be from 0 to below 1".into()))
+}
+
 /// Refuses a setting that is neither `wanted` nor empty.
 fn unless_neutral(json: &Map<String, Value>, key: &str, wanted: &Value) -> Option<String> {
     let value = json.get(key)?;
@@ -440,6 +513,10 @@ macro_rules! methods {
             $(#[doc = concat!("See [`", stringify!($prompt), "`].")] $Prompt($prompt::$PromptSettings),)*
         }
 
+        #[allow(
+            clippy::large_enum_variant,
+            reason = "there are a few hundred of them, and a module in a box is none"
+        )]
         /// What is trained beside one linear layer.
         #[derive(Module, Debug)]
         pub enum Update<B: Backend> {
@@ -558,12 +635,21 @@ macro_rules! methods {
             pub(crate) fn fresh_in_model<B: Backend>(
                 &self,
                 part: &Part,
+                all: &[Part],
                 model: &AdaptedLlama<B>,
                 seed: u64,
             ) -> Vec<f32> {
                 match self {
-                    $(Self::$Layer(settings) => settings.fresh_shared(part, seed),)*
+                    $(Self::$Layer(settings) => settings.fresh_shared(part, all),)*
                     $(Self::$Prompt(settings) => settings.fresh(part, model, seed),)*
+                }
+            }
+
+            /// The values of a tensor that follows from the settings.
+            pub(crate) fn derived(&self, part: &Part, all: &[Part]) -> Vec<f32> {
+                match self {
+                    $(Self::$Layer(settings) => settings.fresh_shared(part, all),)*
+                    $(Self::$Prompt(_) => Vec::new(),)*
                 }
             }
 
@@ -590,14 +676,23 @@ macro_rules! methods {
                 }
             }
 
-            /// See [`PromptMethod::peft_of_model`].
+            /// See [`Settings::NOT_IN_PEFT`].
+            pub(crate) fn not_in_peft(&self) -> &'static [&'static str] {
+                match self {
+                    $(Self::$Layer(_) => $layer::$LayerSettings::NOT_IN_PEFT,)*
+                    $(Self::$Prompt(_) => $prompt::$PromptSettings::NOT_IN_PEFT,)*
+                }
+            }
+
+            /// See [`PromptMethod::peft_of_model`] and [`LayerMethod::peft_of_selection`].
             pub(crate) fn peft_of_model(
                 &self,
                 model: &LlamaConfig,
+                selection: &Selection,
                 base: &str,
             ) -> Map<String, Value> {
                 match self {
-                    $(Self::$Layer(_) => Map::new(),)*
+                    $(Self::$Layer(settings) => settings.peft_of_selection(selection),)*
                     $(Self::$Prompt(settings) => settings.peft_of_model(model, base),)*
                 }
             }
@@ -679,22 +774,38 @@ macro_rules! methods {
                 }
             }
 
-            /// Adds to the gradients those of the method's own terms of the loss, and returns the sum
-            /// of the terms.
+            /// Adds to the gradients those of the method's own terms of the loss.
             pub fn regularise<B: TrainBackend>(
                 &self,
                 model: &AdaptedLlama<B>,
                 gradients: &mut GradientsParams,
-            ) -> f64 {
-                let updates: Vec<_> = model.projections().filter_map(|(_, p)| p.update.as_ref()).collect();
-                let one = |update: &&Update<B>| match (self, *update) {
-                    $((Self::$Layer(settings), Update::$Layer(update)) => {
-                        settings.regularise(update, updates.len(), gradients)
-                    })*
-                    #[allow(unreachable_patterns, reason = "there may be one method alone")]
-                    _ => 0.0,
-                };
-                updates.iter().map(one).sum()
+            ) {
+                let updates = || model.projections().filter_map(|(_, p)| p.update.as_ref());
+                let count = updates().count();
+                for update in updates() {
+                    match (self, update) {
+                        $((Self::$Layer(settings), Update::$Layer(update)) => {
+                            settings.regularise(update, count, gradients);
+                        })*
+                        _ => {}
+                    }
+                }
+            }
+
+            /// See [`LayerMethod::of_run`].
+            pub fn of_run(&mut self, steps: usize) -> Option<(&'static str, String)> {
+                match self {
+                    $(Self::$Layer(settings) => settings.of_run(steps),)*
+                    $(Self::$Prompt(_) => None,)*
+                }
+            }
+
+            /// See [`Settings::REMEMBERS`].
+            pub fn remembers(&self) -> usize {
+                match self {
+                    $(Self::$Layer(_) => $layer::$LayerSettings::REMEMBERS,)*
+                    $(Self::$Prompt(_) => $prompt::$PromptSettings::REMEMBERS,)*
+                }
             }
 
             /// See [`LayerMethod::after_step`].
@@ -781,6 +892,11 @@ macro_rules! methods {
 }
 
 impl Method {
+    /// Whether an adapter is one that cannot be trained on.
+    pub fn is_complete(&self) -> bool {
+        matches!(self, Self::Adalora(adalora) if adalora.rank_pattern.is_some())
+    }
+
     /// The names of all methods.
     pub fn names() -> impl Iterator<Item = &'static str> {
         METHODS.iter().map(|method| method.name)
@@ -833,6 +949,11 @@ impl Method {
 methods! {
     layers {
         Lora: lora::LoraSettings, Lora;
+        Adalora: adalora::AdaloraSettings, Adalora;
+        Loha: loha::LohaSettings, Loha;
+        Lokr: lokr::LokrSettings, Lokr;
+        Ia3: ia3::Ia3Settings, Ia3;
+        Vera: vera::VeraSettings, Vera;
     }
     prompts {
         Prefix: prefix::PrefixSettings;

@@ -166,7 +166,8 @@ fn open_on(folder: &Path, model: &LlamaConfig) -> Result<Opened> {
         },
         other => other,
     };
-    let parts = config.parts(model).map_err(in_config)?;
+    let mut parts = config.parts(model).map_err(in_config)?;
+    parts.retain(|part| part.role != Role::Derived);
     let file = Checkpoint::open_file(&folder.join(MODEL_FILE))?;
     let wanted = |part: &Part| (part.key.clone(), part.shape.clone());
     let wanted: Vec<_> = parts.iter().map(wanted).collect();
@@ -240,7 +241,8 @@ pub fn save<B: AdaptedBackend>(
         shape: part.shape,
     };
     let parts = config.parts(&model.config)?.into_iter();
-    let tensors: Vec<_> = parts.map(tensor).collect();
+    let saved = parts.filter(|part| part.role != Role::Derived);
+    let tensors: Vec<_> = saved.map(tensor).collect();
     let metadata = [(BASE_QUANTIZATION, quantization(model))];
     write_safetensors(&folder.join(MODEL_FILE), &tensors, &metadata)?;
     let json = serde_json::to_string_pretty(&config_json(&config, &model.config, base_model));
@@ -302,6 +304,7 @@ fn values<B: AdaptedBackend>(
     let mut by_id = read_parameters(model);
     let value = |part: Part| {
         let values = match part.role {
+            _ if part.shape.contains(&0) => Some(Vec::new()),
             Role::Frozen => frozen(model, &part),
             _ => by_id.remove(&param_id(&part.name)),
         };
@@ -311,7 +314,8 @@ fn values<B: AdaptedBackend>(
         )
     };
     let parts = config.parts(&model.config)?.into_iter();
-    Ok(parts.map(value).collect())
+    let held = parts.filter(|part| part.role != Role::Derived);
+    Ok(held.map(value).collect())
 }
 
 /// What is saved of a model: the settings, and the values of all tensors by name.
@@ -379,7 +383,7 @@ fn config_json(config: &AdapterConfig, model: &LlamaConfig, base_model: &str) ->
     let names = |targets: &Targets| json!(targets.sorted()); // sets in PEFT
     let selection = &config.selection;
     let mut all = config.method.to_peft();
-    all.extend(config.method.peft_of_model(model, base_model));
+    all.extend(config.method.peft_of_model(model, selection, base_model));
     let mut set = |key: &str, value: Value| all.insert(key.to_owned(), value);
     set("auto_mapping", Value::Null);
     set("base_model_name_or_path", json!(base_model));
@@ -393,8 +397,12 @@ fn config_json(config: &AdapterConfig, model: &LlamaConfig, base_model: &str) ->
     set("revision", json!(revision));
     set("task_type", json!("CAUSAL_LM"));
     if config.method.changes_layers() {
-        set("layers_pattern", json!(selection.layers_pattern));
-        set("layers_to_transform", json!(selection.layers_to_transform));
+        let layers = ("layers_to_transform", json!(selection.layers_to_transform));
+        for (key, value) in [("layers_pattern", json!(selection.layers_pattern)), layers] {
+            if !config.method.not_in_peft().contains(&key) {
+                set(key, value);
+            }
+        }
         set("target_modules", names(&selection.target_modules));
         if let Some(exclude) = &selection.exclude_modules {
             set("exclude_modules", names(exclude)); // came with PEFT 0.14

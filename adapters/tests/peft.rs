@@ -290,7 +290,7 @@ fn missing_and_unexpected_keys_and_unknown_settings_are_errors() {
     assert!(set("use_dora", true.into()).contains("lora_magnitude_vector is missing"));
     assert!(set("init_lora_weights", "pissa_niter_4".into()).contains("pissa_niter_4"));
     assert!(set("bias", "all".into()).contains("bias is \"all\""));
-    assert!(set("peft_type", "IA3".into()).contains("IA3"));
+    assert!(set("peft_type", "OFT".into()).contains("OFT"));
     assert!(set("r", "four".into()).contains("adapter_config.json"));
     assert!(set("r", 0.into()).contains("rank"));
     std::fs::remove_file(&tensors).unwrap();

@@ -244,7 +244,8 @@ pub fn restore_optimizer<B: Backend>(
     let file = Checkpoint::open_file(&checkpoint.join(OPTIMIZER_FILE))?;
     let mut state = optimizer.state();
     state.step = read_progress(checkpoint)?.updates();
-    for (name, _) in names {
+    let has_moments = |(name, _): &&(String, _)| file.shape(&format!("{name}.exp_avg")).is_some();
+    for (name, _) in names.iter().filter(has_moments) {
         let read = |part: &str| -> Result<Tensor<B, 1>> {
             let values = file.read(&format!("{name}.{part}"))?;
             let count = values.len();

@@ -172,6 +172,7 @@ impl Work<'_> {
                 .find(|(name, _)| name.strip_suffix(".weight") == Some(module));
             bytes(found.map_or(0, |(_, shape)| product(shape)))
         };
+        let method = self.trained.method();
         let embeddings = whole("model.embed_tokens");
         Ok(Updated {
             all: bytes(sizes.clone().sum()),
@@ -181,6 +182,11 @@ impl Work<'_> {
                 true => embeddings,
                 false => whole("lm_head"),
             },
+            frozen: match self.trained {
+                Trained::Full => 0,
+                Trained::Adapter(adapter) => bytes(adapter.num_frozen(self.config)?.into()),
+            },
+            remembered: method.map_or(0, |method| method.remembers() as u64),
         })
     }
 
@@ -234,9 +240,9 @@ impl Work<'_> {
             weights: self.weights,
             adapter: match self.trained {
                 Trained::Full => 0, // they are the weights
-                Trained::Adapter(_) => trained.all,
+                Trained::Adapter(_) => trained.all + trained.frozen,
             },
-            optimizer: 2 * trained.all,
+            optimizer: (2 + trained.remembered) * trained.all,
             gradients: match self.accumulates {
                 true => trained.all, // of the micro batches before
                 false => 0,
@@ -389,6 +395,10 @@ struct Updated {
     /// they are tied.
     embeddings: u64,
     head: u64,
+    /// Of what belongs to the adapter and is not trained.
+    frozen: u64,
+    /// Numbers that the method remembers from step to step for each that is trained.
+    remembered: u64,
 }
 
 fn most<const N: usize>(moments: [Memory; N]) -> Memory {

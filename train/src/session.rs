@@ -51,6 +51,17 @@ pub fn trained(recipe: &mut Recipe) -> Result<Trained> {
     }
     if let Some(folder) = recipe.adapter.init_from.clone() {
         let theirs = peft::read_config(&folder)?;
+        if theirs.method.is_complete() {
+            let title = theirs.method.title();
+            let folder = folder.display();
+            let problem = format!(
+                "adapter.init_from ({folder}) is {title} whose ranks have been allocated: it is complete \
+                 and cannot be trained on"
+            );
+            return Err(Error::Recipe {
+                problems: vec![problem],
+            });
+        }
         let differ = recipe.adapter.config().differences(&theirs).into_iter();
         let asked = differ.map(|key| format!("adapter.{key}"));
         let problem = |key: String| {
@@ -179,6 +190,7 @@ fn begin<B: TrainBackend>(
     let (data, train) = (&recipe.data, &recipe.train);
     let windows = Windows::behind(virtual_tokens, rows.train, data, train, progress.step);
     let steps = windows.num_steps();
+    trained.of_run(steps)?;
     let optimizer = trained.optimizer(&model.config, &recipe.train, steps)?;
     let run = assemble(
         recipe, trained, base, windows, rows.eval, device, model, optimizer, folder, progress,
@@ -227,7 +239,7 @@ pub fn check_recipe(recipe: &Recipe, checkpoint: &Path) -> Result<()> {
 /// would end before where it is.
 pub fn resume<B: TrainBackend>(
     recipe: Recipe,
-    trained: Trained,
+    mut trained: Trained,
     base: ModelFolder,
     rows: Rows,
     mut folder: RunFolder,
@@ -257,6 +269,7 @@ pub fn resume<B: TrainBackend>(
     let load_time = start.elapsed();
     let model = trained.restore(model, checkpoint, &device)?;
     let steps = windows.num_steps();
+    trained.of_run(steps)?;
     let optimizer = trained.optimizer(&model.config, &recipe.train, steps)?;
     let names = trained.parameters(&model.config)?; // of which ties may have come apart
     restore_optimizer(&optimizer, &names, checkpoint, &device)?;

@@ -83,12 +83,13 @@ impl<B: TrainBackend> TrainStep for CausalLm<B> {
         }
         let total = total.map_or(0.0, |total| f64::from(total.into_scalar_f32()));
         let mut grads = gradients.grads();
-        let regularise = |method: &Method| method.regularise(&self.model, &mut grads);
-        let term = self.method.as_ref().map_or(0.0, regularise);
+        if let Some(method) = &self.method {
+            method.regularise(&self.model, &mut grads);
+        }
         TrainOutput {
             grads,
             item: StepItem {
-                loss: total / trained_tokens as f64 + term,
+                loss: total / trained_tokens as f64,
                 trained_tokens,
                 tokens: window.num_tokens(),
                 epoch: window.epoch,

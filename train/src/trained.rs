@@ -56,6 +56,23 @@ impl Trained {
         }
     }
 
+    /// Tells the method of how many optimizer steps the run is.
+    ///
+    /// # Errors
+    /// [`Error::Recipe`] if it does not go with so many.
+    pub fn of_run(&mut self, steps: usize) -> Result<()> {
+        let problem = match self {
+            Self::Adapter(adapter) => adapter.method.of_run(steps),
+            Self::Full => None,
+        };
+        match problem {
+            None => Ok(()),
+            Some((key, text)) => Err(Error::Recipe {
+                problems: vec![format!("adapter.{key} {text}")],
+            }),
+        }
+    }
+
     /// The optimizer of a run of so many steps.
     pub fn optimizer<B: Backend>(
         &self,

@@ -302,6 +302,10 @@ const EVENTFUL: &str = "train.epochs=2.6 train.micro_batch_size=2 train.gradient
     train.learning_rate=1e-2 train.weight_decay=0.01 train.eval_every=3 train.save_every=2 \
     train.keep_checkpoints=9";
 
+/// AdaLoRA with ranks that fall and come back.
+const ADALORA: &str = "adapter.method=adalora adapter.init_r=4 adapter.target_r=2 adapter.tfinal=2 \
+    adapter.deltaT=2 adapter.dropout=0.2";
+
 /// [`EVENTFUL`] with a method, `full` or LoRA in one of its forms; `packed` is LoRA with packing: 6
 /// sequences an epoch, where there are 11 rows.
 fn eventful(method: &str) -> String {
@@ -311,6 +315,11 @@ fn eventful(method: &str) -> String {
             format!("{text} data.packing=true data.max_length=31")
         }
         "lora" => format!("{EVENTFUL} adapter.dropout=0.2 adapter.rank=3"),
+        "adalora" => format!("{EVENTFUL} {ADALORA}"),
+        "loha" | "lokr" => format!(
+            "{EVENTFUL} adapter.method={method} adapter.rank=2 adapter.rank_dropout=0.3 adapter.module_dropout=0.5"
+        ),
+        "vera" => format!("{EVENTFUL} adapter.method=vera adapter.rank=7 adapter.dropout=0.2"),
         "prompt" | "prefix" | "projected" | "mpt" | "ptuning" | "lstm" => {
             format!("{EVENTFUL} {}", in_front(method))
         }
@@ -347,6 +356,11 @@ fn a_resumed_run_is_the_uninterrupted_one() {
         ("dora", "adapter"),
         ("pissa", "adapter"),
         ("full", "model"),
+        ("adalora", "adapter"),
+        ("loha", "adapter"),
+        ("lokr", "adapter"),
+        ("ia3", "adapter"),
+        ("vera", "adapter"),
         ("prompt", "adapter"),
         ("projected", "adapter"),
         ("mpt", "adapter"),
@@ -379,7 +393,7 @@ fn a_resumed_run_is_the_uninterrupted_one() {
         assert_eq!(checkpoints(out.path()).last().unwrap(), "step-000005");
         let rest = finish(resume(out.path(), &rows()), |_, _| {}).unwrap();
 
-        assert_eq!(rest, outcome);
+        assert_eq!(rest, outcome, "{method}");
         assert_eq!(steady_metrics(out.path()), steady_metrics(whole.path()));
         for folder in [result, "best", "checkpoints/step-000008"] {
             let bytes = |run: &TempDir| files(&run.path().join(folder));
@@ -519,6 +533,15 @@ fn layers_that_are_computed_again_change_nothing() {
             "adapter.modules_to_save=[norm,post_attention_layernorm]",
         ),
         ("gqa", "lora", "adapter.target_modules=[lm_head]"), // nothing below the output layer
+        ("gqa", "adalora", ""),
+        ("gqa", "loha", "adapter.module_dropout=0"),
+        (
+            "gqa",
+            "lokr",
+            "adapter.module_dropout=0 adapter.layers_to_transform=[1]",
+        ),
+        ("mha_bias_linear", "ia3", "quantization.format=nf4"),
+        ("gqa", "vera", ""),
         ("gqa", "full", ""),
         ("tied_llama3", "full", ""),
         ("mha_bias_linear", "full", ""),
@@ -557,6 +580,31 @@ fn layers_that_are_computed_again_change_nothing() {
             trained(&again_run) == trained(&plain_run),
             "{model} {method} {text}"
         );
+    }
+}
+
+/// A step in which no layer has an update changes nothing, and the run goes on.
+#[test]
+fn an_update_that_is_always_dropped_is_not_trained() {
+    for recompute in ["none", "block"] {
+        let text = format!(
+            "adapter.method=loha adapter.module_dropout=0.999999 train.max_steps=2 adapter.rank=2 \
+             adapter.target_modules=[model.layers.1.mlp.up_proj] train.recompute={recompute}"
+        );
+        let out = tempdir().unwrap();
+        let run = start_gqa(&text, out.path());
+        let before = adapters::read_parameters(&run.model.model);
+        let outcome = finish(run, |_, _| {}).unwrap();
+        assert_eq!(outcome.steps, 2, "{recompute}");
+        let file = model::checkpoint::Checkpoint::open_file(
+            &out.path().join("adapter/adapter_model.safetensors"),
+        );
+        let name = "model.layers.1.mlp.up_proj.hada_w1_a";
+        let after = file
+            .unwrap()
+            .read(&format!("base_model.model.{name}"))
+            .unwrap();
+        assert_eq!(after, before[&model::weight::param_id(name)]);
     }
 }
 

@@ -146,6 +146,12 @@ fn the_estimate_is_near_and_recompute_saves_memory() {
         &["adapter.rank=8", "adapter.dropout=0.1"],
         &["adapter.target_modules=[q_proj,v_proj]"],
         &["adapter.layers_to_transform=[6,8]"],
+        &["adapter.method=adalora", "adapter.init_r=8"],
+        &["adapter.method=loha", "adapter.rank=4"],
+        &["adapter.method=loha", "adapter.rank=12"],
+        &["adapter.method=lokr", "adapter.rank=4"],
+        &["adapter.method=ia3"],
+        &["adapter.method=vera", "adapter.rank=32"],
         &["adapter.method=full"],
     ] {
         let [plain, again] = [false, true].map(|recompute| {

@@ -11,7 +11,7 @@ use crate::base::{EMBEDDINGS, HEAD};
 use crate::config::Layer;
 use crate::error::Result;
 use crate::methods::lora::LoraSettings;
-use crate::methods::{Method, Part, Update, Values};
+use crate::methods::{Method, Part, Role, Update, Values};
 use crate::peft::{self, Opened};
 
 /// An adapter that fits the model.
@@ -52,7 +52,12 @@ impl Adapter {
         let read =
             |part: Part| Ok((opened.read(&part)?, part)).map(|(values, part)| (part, values));
         let all = |parts: Vec<Part>| parts.into_iter().map(read).collect::<Result<Vec<_>>>();
-        let shared = all(method.model_parts(&self.layers, &opened.model))?;
+        let shared = method.model_parts(&self.layers, &opened.model);
+        let one = |part: &Part| match part.role {
+            Role::Derived => Ok((part.clone(), method.derived(part, &shared))),
+            _ => read(part.clone()),
+        };
+        let shared = shared.iter().map(one).collect::<Result<_>>()?;
         let shared = share(shared, device);
         let values = Values::new(all(method.layer_parts(layer))?, &shared, device);
         Ok(method.update(layer, values))

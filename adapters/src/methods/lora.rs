@@ -10,7 +10,7 @@ mod linear;
 use std::collections::HashMap;
 use std::ops::Range;
 
-use burn::module::{Module, Param};
+use burn::module::{Module, Param, ParamId};
 use burn::tensor::{Tensor, backend::Backend};
 use model::ops::{MatmulBackend, matmul};
 use model::weight::BaseWeight;
@@ -504,6 +504,21 @@ impl<B: AdaptedBackend> Lora<B> {
 }
 
 impl<B: Backend> Lora<B> {
+    /// An update whose factors `[r, in]` and `[out, r]` follow from other tensors, which have the
+    /// gradients.
+    pub(super) fn of(a: Tensor<B, 2>, b: Tensor<B, 2>, scaling: f64) -> Self {
+        Self {
+            lora_a: Param::initialized(ParamId::new(), a),
+            lora_b: Param::initialized(ParamId::new(), b),
+            magnitude: None,
+            base_squares: None,
+            start: None,
+            scaling,
+            dropout: 0.0,
+            seed: None,
+        }
+    }
+
     /// What is dropped, if anything is.
     fn drops(&self) -> Option<Dropout> {
         let probability = Some(self.dropout).filter(|share| *share > 0.0)?;
