@@ -1,6 +1,11 @@
 //! Rows of tokens that lie end to end, with nothing between them.
 
+mod lengths;
+
+use std::any::Any;
 use std::ops::Range;
+
+use lengths::Lengths;
 
 /// Where rows begin and end in one run of tokens.
 ///
@@ -9,7 +14,7 @@ use std::ops::Range;
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Segments {
     /// Tokens of each row, none of them 0.
-    lengths: Vec<usize>,
+    lengths: Lengths,
     /// Positions of each row that come before its tokens here, in a cache.
     seen: usize,
     /// The task of each row; empty if all are of task 0.
@@ -70,6 +75,16 @@ impl Segments {
     /// How many positions of each row come before its tokens here.
     pub fn seen(&self) -> usize {
         self.seen
+    }
+
+    /// What a backend makes of where the rows' tokens start, with the end behind it: it is made once
+    /// for all clones of these rows, if the one there is `is_good`.
+    pub fn made_once<T: Any + Clone + Send + Sync>(
+        &self,
+        is_good: impl Fn(&T) -> bool,
+        make: impl FnOnce(&[usize]) -> T,
+    ) -> T {
+        self.lengths.made_once(is_good, make)
     }
 
     /// How many rows there are.

@@ -8,6 +8,8 @@
 //! (<https://arxiv.org/abs/2307.08691>).
 
 mod cpu;
+#[cfg(feature = "gpu")]
+mod gpu;
 
 use std::ops::Range;
 

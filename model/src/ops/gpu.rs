@@ -1,5 +1,5 @@
 //! The operations on CubeCL's backends, bare and under Burn's fusion: the reference bodies, whose
-//! element-wise runs the fusion compiles into single kernels.
+//! element-wise runs the fusion compiles into single kernels. Attention has kernels of its own.
 
 use burn::tensor::ops::{FloatTensor, FloatTensorOps};
 use burn::tensor::{Shape, TensorMetadata};
@@ -7,14 +7,9 @@ use burn_cubecl::{CubeBackend, CubeRuntime, FloatElement, IntElement, element::B
 use burn_fusion::{Fusion, FusionBackend};
 
 use super::{
-    AttentionBackend, CrossEntropyBackend, MatmulBackend, RmsNormBackend, RotaryBackend,
-    SwigluBackend, UpdateBackend,
+    CrossEntropyBackend, MatmulBackend, RmsNormBackend, RotaryBackend, SwigluBackend, UpdateBackend,
 };
 
-impl<R: CubeRuntime, F: FloatElement, I: IntElement, BT: BoolElement> AttentionBackend
-    for CubeBackend<R, F, I, BT>
-{
-}
 impl<R: CubeRuntime, F: FloatElement, I: IntElement, BT: BoolElement> CrossEntropyBackend
     for CubeBackend<R, F, I, BT>
 {
@@ -40,7 +35,6 @@ impl<R: CubeRuntime, F: FloatElement, I: IntElement, BT: BoolElement> UpdateBack
 {
 }
 
-impl<B: FusionBackend> AttentionBackend for Fusion<B> {}
 impl<B: FusionBackend> CrossEntropyBackend for Fusion<B> {}
 impl<B: FusionBackend> MatmulBackend for Fusion<B> {
     /// Through a flat shape: fusion ends at a reshape to fewer dimensions.

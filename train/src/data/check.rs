@@ -70,8 +70,11 @@ pub struct Labels {
     /// All rows, also those that are left out.
     rows: Arc<Pages<Seen>>,
     /// The files, and how rows are counted in them.
-    files: Vec<(Arc<Path>, fn(usize) -> RowNumber)>,
+    files: Vec<(Arc<Path>, CountRow)>,
 }
+
+/// From a number to what is counted with it in a file: lines, elements or rows.
+type CountRow = fn(usize) -> RowNumber;
 
 /// What is remembered of a row: where it stands, and its tokens.
 #[derive(Debug, Clone, Copy, Pod, Zeroable)]
@@ -153,7 +156,7 @@ impl Labels {
             .last()
             .is_none_or(|(path, _)| *path != place.path)
         {
-            let number: fn(usize) -> RowNumber = match place.row {
+            let number: CountRow = match place.row {
                 RowNumber::Line(_) => RowNumber::Line,
                 RowNumber::Element(_) => RowNumber::Element,
                 RowNumber::Row(_) => RowNumber::Row,

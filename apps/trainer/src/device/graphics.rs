@@ -55,15 +55,19 @@ pub fn find(backend: &str, index: usize) -> anyhow::Result<Device> {
 }
 
 pub fn best() -> Option<Device> {
-    let rank = |device: &WgpuDevice| match device {
-        WgpuDevice::DiscreteGpu(_) => 0,
-        WgpuDevice::IntegratedGpu(_) => 1,
-        WgpuDevice::VirtualGpu(_) => 2,
-        _ => 3,
-    };
-    let all = adapters().into_iter().map(|(device, _)| device);
-    let best = all.filter(|device| rank(device) < 3).min_by_key(rank)?;
-    Some(Device::Graphics(best))
+    let all = adapters();
+    let kinds: Vec<_> = all.iter().map(|(device, _)| kind(device)).collect();
+    let (device, _) = all.into_iter().nth(super::best_of(&kinds)?)?;
+    Some(Device::Graphics(device))
+}
+
+fn kind(device: &WgpuDevice) -> &'static str {
+    match device {
+        WgpuDevice::DiscreteGpu(_) => "discrete",
+        WgpuDevice::IntegratedGpu(_) => "integrated",
+        WgpuDevice::VirtualGpu(_) => "virtual",
+        _ => "software",
+    }
 }
 
 /// A device in use.
@@ -76,12 +80,6 @@ pub fn listed(device: &WgpuDevice) -> Listed {
 pub fn list() -> Vec<Listed> {
     let one = |(index, (device, adapter)): (usize, (WgpuDevice, Adapter))| {
         let info = adapter.get_info();
-        let kind = match device {
-            WgpuDevice::DiscreteGpu(_) => "discrete",
-            WgpuDevice::IntegratedGpu(_) => "integrated",
-            WgpuDevice::VirtualGpu(_) => "virtual",
-            _ => "software",
-        };
         let backend = match info.backend {
             Backend::Metal => "metal",
             _ => "vulkan",
@@ -90,7 +88,7 @@ pub fn list() -> Vec<Listed> {
             id: format!("wgpu:{index}"),
             name: info.name,
             backend: backend.into(),
-            kind: kind.into(),
+            kind: kind(&device).into(),
             memory_bytes: memory_bytes(&adapter),
             dtypes: dtypes(&adapter),
         }

@@ -145,6 +145,15 @@ impl Device {
     }
 }
 
+/// Which of several adapters of these kinds (see [`Listed`]) is the best real card: one with memory
+/// of its own before one in the processor, and the first of equals. A software adapter is none.
+#[allow(dead_code, reason = "a build without graphics knows no adapters")]
+fn best_of(kinds: &[&str]) -> Option<usize> {
+    let real = ["discrete", "integrated", "virtual"];
+    real.iter()
+        .find_map(|real| kinds.iter().position(|kind| kind == real))
+}
+
 /// Backend and index of what `--device` takes.
 fn parse(name: &str) -> Result<(&str, usize)> {
     let (backend, index) = match name.split_once(':') {
@@ -240,4 +249,29 @@ fn processor_name() -> String {
         .map(|(_, name)| name.trim());
     let cores = std::thread::available_parallelism().map_or(1, |n| n.get());
     format!("{} ({cores} cores)", name.unwrap_or(std::env::consts::ARCH))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn auto_takes_the_card_with_its_own_memory_wherever_it_is_listed() {
+        for (kinds, best) in [
+            (&["integrated", "discrete", "software"][..], 1),
+            (&["software", "discrete", "integrated"], 1),
+            (&["discrete", "discrete"], 0),
+            (&["software", "virtual", "integrated"], 2),
+            (&["software", "virtual"], 1),
+        ] {
+            assert_eq!(best_of(kinds), Some(best), "{kinds:?}");
+        }
+    }
+
+    #[test]
+    fn auto_takes_no_software_adapter() {
+        for kinds in [&[][..], &["software"], &["software", "other"]] {
+            assert_eq!(best_of(kinds), None, "{kinds:?}");
+        }
+    }
 }
