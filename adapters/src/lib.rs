@@ -1,7 +1,7 @@
 //! Adapters on a Llama by the methods of PEFT, and PEFT's file format.
 //!
 //! [`load`] makes a base model, [`attach`] puts a fresh adapter on it, [`peft`] loads and saves them,
-//! [`combine`] puts several on it, [`methods`] has what an adapter may be; [`Merge`] makes models that need no adapter,
+//! [`combine()`] puts several on it, [`methods`] has what an adapter may be; [`Merge`] makes models that need no adapter,
 //! [`quantize_folder`] 4-bit ones.
 
 #![deny(missing_docs)]
