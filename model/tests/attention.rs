@@ -1,8 +1,10 @@
 //! Attention with its gradients against the reference on the processor.
 
 use burn::backend::{Autodiff, Flex};
+#[cfg(feature = "wgpu")]
+use burn::tensor::backend::Backend;
 use burn::tensor::ops::FloatTensor;
-use burn::tensor::{DType, Tensor, TensorData, TensorPrimitive, backend::Backend};
+use burn::tensor::{DType, Tensor, TensorData, TensorPrimitive};
 use model::ops::{AttentionState, attention, reference};
 use model::segments::Segments;
 

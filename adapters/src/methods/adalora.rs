@@ -1,5 +1,5 @@
 //! AdaLoRA: `y = x Wᵀ + b + s · drop(x) (A ∘ E)ᵀ Bᵀ` in the form of a singular value decomposition,
-//! `E` the values. While it is trained, those that matter least go, see [`budget`].
+//! `E` the values. While it is trained, those that matter least go, see the file `budget`.
 //!
 //! Source: <https://arxiv.org/abs/2303.10512>, `peft/tuners/adalora/{config,layer,model}.py`.
 
