@@ -382,6 +382,11 @@ pub(crate) fn number(x: f64) -> Value {
 
 impl Targets {
     /// Those of a method that adapts no layers.
+    pub(crate) fn nothing() -> Self {
+        Self::Names(Vec::new())
+    }
+
+    /// Whether they are [`Targets::nothing`].
     pub fn is_nothing(&self) -> bool {
         matches!(self, Self::Names(names) if names.is_empty())
     }
@@ -418,6 +423,16 @@ impl<T: Copy> Pattern<T> {
         entries
             .find(|(key, _)| pattern_matches(key, name))
             .map(|(_, value)| *value)
+    }
+}
+
+impl Pattern<f64> {
+    /// In PEFT's spelling.
+    pub(crate) fn to_peft(&self) -> Map<String, Value> {
+        let entries = self.0.iter();
+        entries
+            .map(|(key, value)| (key.clone(), number(*value)))
+            .collect()
     }
 }
 

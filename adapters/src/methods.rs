@@ -25,6 +25,7 @@ use burn::module::{Module, Param, ParamId};
 use burn::optim::GradientsParams;
 use burn::tensor::{Tensor, TensorData, backend::Backend};
 use model::config::LlamaConfig;
+use model::load::uniform;
 use model::virtual_tokens::VirtualTokens;
 use model::weight::named_param;
 use serde::de::DeserializeOwned;
@@ -430,6 +431,16 @@ impl About {
             peft_targets: S::peft_targets,
         }
     }
+
+    /// Of a method that adapts no layers.
+    const fn of_prompt<S: PromptMethod + Into<Method>>() -> Self {
+        Self {
+            unsupported: virtual_tokens::unsupported,
+            default_targets: Targets::nothing,
+            peft_targets: Targets::nothing,
+            ..Self::of::<S>()
+        }
+    }
 }
 
 /// Settings from PEFT's spelling: `names` has PEFT's names where ours are others, `defaults` PEFT's
@@ -451,7 +462,7 @@ fn read_peft<S: Settings>(
     serde_json::from_value(Value::Object(known))
 }
 
-/// What is wrong with ranks.
+/// What is wrong with ranks, or other counts.
 fn rank_problem(
     key: &'static str,
     ranks: impl IntoIterator<Item = usize>,
@@ -475,6 +486,13 @@ fn alpha_problem(
 fn share_problem(key: &'static str, share: f64) -> Option<(&'static str, String)> {
     let fits = (0.0..1.0).contains(&share);
     (!fits).then(|| (key, "must be from 0 to below 1".into()))
+}
+
+/// Numbers as those that a tensor of torch's linear layers, of `r#in` inputs, starts with, or of its
+/// LSTMs, of so wide states.
+fn fresh_uniform(part: &Part, r#in: usize, seed: u64) -> Vec<f32> {
+    let count = part.shape.iter().product();
+    uniform(seed, &part.name, count, 1.0 / (r#in as f32).sqrt())
 }
 
 /// Refuses a setting that is neither `wanted` nor empty.
@@ -536,14 +554,14 @@ macro_rules! methods {
 
         const METHODS: &[About] = &[
             $(About::of::<$layer::$LayerSettings>(),)*
-            $(About::of::<$prompt::$PromptSettings>(),)*
+            $(About::of_prompt::<$prompt::$PromptSettings>(),)*
         ];
 
         impl Method {
             fn about(&self) -> About {
                 match self {
                     $(Self::$Layer(_) => About::of::<$layer::$LayerSettings>(),)*
-                    $(Self::$Prompt(_) => About::of::<$prompt::$PromptSettings>(),)*
+                    $(Self::$Prompt(_) => About::of_prompt::<$prompt::$PromptSettings>(),)*
                 }
             }
 

@@ -120,6 +120,13 @@ pub fn normal(seed: u64, name: &str, count: usize, deviation: f64) -> Vec<f32> {
     pairs.take(count).map(|x| (x * deviation) as f32).collect()
 }
 
+/// `count` numbers from `-bound` to `bound` that follow from `seed` and `name` alone.
+pub fn uniform(seed: u64, name: &str, count: usize, bound: f32) -> Vec<f32> {
+    let mut rng = ChaCha8Rng::seed_from_u64(seed ^ crate::weight::param_id(name).val());
+    let values = (0..count).map(|_| rng.random_range(-bound..bound));
+    values.collect()
+}
+
 /// Tensors that some checkpoints hold although they follow from the others.
 pub fn is_redundant(config: &LlamaConfig, name: &str) -> bool {
     name.ends_with("rotary_emb.inv_freq")

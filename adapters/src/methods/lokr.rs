@@ -15,8 +15,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
 use super::lycoris::{Common, Drops};
-use super::virtual_tokens::fresh_uniform;
-use super::{Computes, LayerMethod, Part, Settings, Values, read_peft};
+use super::{Computes, LayerMethod, Part, Settings, Values, fresh_uniform, read_peft};
 use crate::base::{AdaptedBackend, BaseLinear};
 use crate::config::{Layer, Pattern};
 

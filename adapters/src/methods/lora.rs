@@ -17,9 +17,11 @@ use model::weight::BaseWeight;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
-use super::{Computes, LayerMethod, Part, Role, Settings, Values};
+use super::{
+    Computes, LayerMethod, Part, Role, Settings, Values, alpha_problem, rank_problem, share_problem,
+};
 use crate::base::{AdaptedBackend, BaseLinear};
-use crate::config::{Layer, MAX_RANK, Pattern, number};
+use crate::config::{Layer, Pattern, number};
 use crate::linear::{Dropout, dropped};
 pub use init::LoraInit;
 pub use linear::{LoraBackend, lora_linear, reference};
@@ -153,12 +155,8 @@ impl Settings for LoraSettings {
     }
 
     fn to_peft(&self) -> Map<String, Value> {
-        let alphas = self.alpha_pattern.0.iter();
-        let alphas: Map<_, _> = alphas
-            .map(|(name, alpha)| (name.clone(), number(*alpha)))
-            .collect();
         let settings = json!({
-            "alpha_pattern": alphas,
+            "alpha_pattern": self.alpha_pattern.to_peft(),
             "bias": "none",
             "fan_in_fan_out": false,
             "init_lora_weights": self.init.to_peft(),
@@ -191,30 +189,22 @@ impl Settings for LoraSettings {
     }
 
     fn problems(&self) -> Vec<(&'static str, String)> {
-        let mut problems = Vec::new();
+        let ranks = || self.rank_pattern.0.iter().map(|(_, rank)| *rank);
+        let alphas = || self.alpha_pattern.0.iter().map(|(_, alpha)| *alpha);
+        let of_pattern =
+            |what: &'static str| move |(key, text)| (key, format!("has {what} that {text}"));
+        let numbers = [
+            rank_problem("rank", [self.rank]),
+            rank_problem("rank_pattern", ranks()).map(of_pattern("a rank")),
+            alpha_problem("alpha", [self.alpha]),
+            alpha_problem("alpha_pattern", alphas()).map(of_pattern("an alpha")),
+        ];
+        let mut problems: Vec<_> = numbers.into_iter().flatten().collect();
         let mut unless = |ok: bool, key, text: String| {
             if !ok {
                 problems.push((key, text));
             }
         };
-        let fits = |rank: usize| (1..=MAX_RANK).contains(&rank);
-        let range = format!("must be from 1 to {MAX_RANK}");
-        unless(fits(self.rank), "rank", range.clone());
-        let mut ranks = self.rank_pattern.0.iter().map(|(_, rank)| *rank);
-        unless(
-            ranks.all(fits),
-            "rank_pattern",
-            format!("has a rank that {range}"),
-        );
-        let fits = |alpha: f64| (alpha as f32).is_finite() && alpha as f32 != 0.0; // computed in f32
-        let finite = "must be a finite number other than 0";
-        unless(fits(self.alpha), "alpha", finite.into());
-        let mut alphas = self.alpha_pattern.0.iter().map(|(_, alpha)| *alpha);
-        unless(
-            alphas.all(fits),
-            "alpha_pattern",
-            format!("has an alpha that {finite}"),
-        );
         let positive = |rate: Option<f64>| rate.is_none_or(|rate| rate > 0.0 && rate.is_finite());
         for (key, rate) in [
             ("loraplus_lr_ratio", self.loraplus_lr_ratio),
@@ -228,16 +218,14 @@ impl Settings for LoraSettings {
             "loraplus_lr_embedding",
             "needs adapter.loraplus_lr_ratio".into(),
         );
-        let mut all_ranks = self.rank_pattern.0.iter().map(|(_, rank)| *rank);
-        let is_even = self.rank.is_multiple_of(2) && all_ranks.all(|rank| rank.is_multiple_of(2));
+        let is_even = self.rank.is_multiple_of(2) && ranks().all(|rank| rank.is_multiple_of(2));
         let orthogonal = self.init == LoraInit::Orthogonal;
         unless(
             !orthogonal || is_even,
             "init",
             "= \"orthogonal\" needs even ranks".into(),
         );
-        let mut all_alphas = self.alpha_pattern.0.iter().map(|(_, alpha)| *alpha);
-        let is_positive = self.alpha > 0.0 && all_alphas.all(|alpha| alpha > 0.0);
+        let is_positive = self.alpha > 0.0 && alphas().all(|alpha| alpha > 0.0);
         unless(
             !self.takes_out() || (is_positive && !self.use_dora),
             "init",
@@ -246,8 +234,7 @@ impl Settings for LoraSettings {
                 String::from(self.init)
             ),
         );
-        let share = (0.0..1.0).contains(&self.dropout);
-        unless(share, "dropout", "must be from 0 to below 1".into());
+        problems.extend(share_problem("dropout", self.dropout));
         problems
     }
 

@@ -52,13 +52,9 @@ impl<'a> Common<'a> {
 
     /// In PEFT's spelling, with `others`.
     pub fn to_peft(&self, others: Value) -> Map<String, Value> {
-        let alphas = self.alpha_pattern.0.iter();
-        let alphas: Map<_, _> = alphas
-            .map(|(name, alpha)| (name.clone(), number(*alpha)))
-            .collect();
         let settings = json!({
             "alpha": number(self.alpha),
-            "alpha_pattern": alphas,
+            "alpha_pattern": self.alpha_pattern.to_peft(),
             "module_dropout": self.module_dropout,
             "r": self.rank,
             "rank_dropout": self.rank_dropout,

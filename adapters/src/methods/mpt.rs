@@ -10,12 +10,9 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
 use super::prompt::{PromptInit, PromptSettings};
-use super::virtual_tokens::{
-    EMBEDDINGS, NUM_VIRTUAL_TOKENS, count_problem, fresh_embedding, unsupported,
-};
-use super::{Part, PromptMethod, Settings, Values};
+use super::virtual_tokens::{EMBEDDINGS, NUM_VIRTUAL_TOKENS, fresh_embedding};
+use super::{Part, PromptMethod, Settings, Values, rank_problem};
 use crate::attach::AdaptedLlama;
-use crate::config::Targets;
 
 const COLS: &str = "prefix_task_cols";
 const ROWS: &str = "prefix_task_rows";
@@ -104,23 +101,11 @@ impl Settings for MptSettings {
         settings
     }
 
-    fn unsupported(json: &Map<String, Value>) -> Vec<String> {
-        unsupported(json)
-    }
-
     fn problems(&self) -> Vec<(&'static str, String)> {
         let mut problems = self.prompt().problems();
-        problems.extend(count_problem("num_tasks", self.num_tasks));
-        problems.extend(count_problem("num_ranks", self.num_ranks));
+        problems.extend(rank_problem("num_tasks", [self.num_tasks]));
+        problems.extend(rank_problem("num_ranks", [self.num_ranks]));
         problems
-    }
-
-    fn default_targets() -> Targets {
-        Targets::Names(Vec::new())
-    }
-
-    fn peft_targets() -> Targets {
-        Targets::Names(Vec::new())
     }
 }
 

@@ -11,12 +11,9 @@ use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
-use super::virtual_tokens::{
-    EMBEDDINGS, NUM_VIRTUAL_TOKENS, count_problem, fresh_embedding, of_model, unsupported,
-};
-use super::{Part, PromptMethod, Settings, Values};
+use super::virtual_tokens::{EMBEDDINGS, NUM_VIRTUAL_TOKENS, fresh_embedding, of_model};
+use super::{Part, PromptMethod, Settings, Values, rank_problem};
 use crate::attach::AdaptedLlama;
-use crate::config::Targets;
 
 /// The settings of prompt tuning.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -97,13 +94,12 @@ impl Settings for PromptSettings {
         settings.as_object().cloned().unwrap_or_default()
     }
 
-    fn unsupported(json: &Map<String, Value>) -> Vec<String> {
-        unsupported(json)
-    }
-
     fn problems(&self) -> Vec<(&'static str, String)> {
         let mut problems = Vec::new();
-        problems.extend(count_problem("num_virtual_tokens", self.num_virtual_tokens));
+        problems.extend(rank_problem(
+            "num_virtual_tokens",
+            [self.num_virtual_tokens],
+        ));
         let text = self.prompt_tuning_init_text.as_deref();
         if (self.prompt_tuning_init == PromptInit::Text)
             != text.is_some_and(|text| !text.is_empty())
@@ -112,14 +108,6 @@ impl Settings for PromptSettings {
             problems.push(("prompt_tuning_init_text", problem.into()));
         }
         problems
-    }
-
-    fn default_targets() -> Targets {
-        Targets::Names(Vec::new())
-    }
-
-    fn peft_targets() -> Targets {
-        Targets::Names(Vec::new())
     }
 }
 

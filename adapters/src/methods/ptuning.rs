@@ -10,12 +10,11 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
 use super::virtual_tokens::{
-    EMBEDDINGS, ENCODED, NUM_VIRTUAL_TOKENS, count_problem, dense, dense_parts, fresh_embedding,
-    fresh_uniform, lstm, lstm_parts, of_model, unsupported,
+    EMBEDDINGS, ENCODED, NUM_VIRTUAL_TOKENS, dense, dense_parts, fresh_embedding, lstm, lstm_parts,
+    of_model,
 };
-use super::{Part, PromptMethod, Settings, Values};
+use super::{Part, PromptMethod, Settings, Values, fresh_uniform, rank_problem};
 use crate::attach::AdaptedLlama;
-use crate::config::Targets;
 
 /// The settings of P-tuning.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -113,15 +112,14 @@ impl Settings for PTuningSettings {
         settings.as_object().cloned().unwrap_or_default()
     }
 
-    fn unsupported(json: &Map<String, Value>) -> Vec<String> {
-        unsupported(json)
-    }
-
     fn problems(&self) -> Vec<(&'static str, String)> {
         let counts = [
-            count_problem("num_virtual_tokens", self.num_virtual_tokens),
-            count_problem("encoder_num_layers", self.encoder_num_layers),
-            count_problem("encoder_hidden_size", self.encoder_hidden_size.unwrap_or(1)),
+            rank_problem("num_virtual_tokens", [self.num_virtual_tokens]),
+            rank_problem("encoder_num_layers", [self.encoder_num_layers]),
+            rank_problem(
+                "encoder_hidden_size",
+                [self.encoder_hidden_size.unwrap_or(1)],
+            ),
         ];
         let mut problems: Vec<_> = counts.into_iter().flatten().collect();
         if self.encoder_dropout != 0.0 {
@@ -132,14 +130,6 @@ impl Settings for PTuningSettings {
 
     fn is_converted(&self) -> bool {
         self.encoder_reparameterization_type != Reparameterization::None
-    }
-
-    fn default_targets() -> Targets {
-        Targets::Names(Vec::new())
-    }
-
-    fn peft_targets() -> Targets {
-        Targets::Names(Vec::new())
     }
 }
 

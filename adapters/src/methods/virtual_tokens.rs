@@ -7,13 +7,9 @@ use burn::tensor::backend::Backend;
 use model::config::LlamaConfig;
 use model::load::normal;
 use model::virtual_tokens::{Dense, Lstm, LstmCell};
-use model::weight::param_id;
-use rand::{RngExt, SeedableRng};
-use rand_chacha::ChaCha8Rng;
 use serde_json::{Map, Value, json};
 
 use super::{Part, Values};
-use crate::config::MAX_RANK;
 
 /// The tensor in PEFT's file, and its name here where no encoder stands before it.
 pub(crate) const EMBEDDINGS: &str = "prompt_embeddings";
@@ -22,12 +18,12 @@ pub(super) const ENCODED: &str = "embedding.weight";
 /// What a recipe means that does not say.
 pub(super) const NUM_VIRTUAL_TOKENS: usize = 20;
 /// Refused by all of them unless it is this; encoders and decoders in one are no Llamas.
-pub(super) const MUST_BE: &[(&str, Value)] = &[
+const MUST_BE: &[(&str, Value)] = &[
     ("num_transformer_submodules", Value::Null), // 1 is let through
     ("modules_to_save", Value::Null),
 ];
 
-/// What cannot be honoured of a file's settings.
+/// What of an `adapter_config.json` cannot be honoured, whichever of them it is of.
 pub(super) fn unsupported(json: &Map<String, Value>) -> Vec<String> {
     let must_be = MUST_BE
         .iter()
@@ -35,12 +31,6 @@ pub(super) fn unsupported(json: &Map<String, Value>) -> Vec<String> {
     must_be
         .filter_map(|(key, wanted)| super::unless_neutral(json, key, wanted))
         .collect()
-}
-
-/// What is wrong with some count, if anything is.
-pub(super) fn count_problem(key: &'static str, count: usize) -> Option<(&'static str, String)> {
-    let fits = (1..=MAX_RANK).contains(&count);
-    (!fits).then(|| (key, format!("must be from 1 to {MAX_RANK}")))
 }
 
 /// The keys that describe the model: its width as the method sees it, and its heads.
@@ -109,13 +99,4 @@ fn lstm_name(part: &str, index: usize, direction: &str) -> String {
 /// Numbers as those that torch's embeddings start with, or with another deviation.
 pub(super) fn fresh_embedding(part: &Part, deviation: f64, seed: u64) -> Vec<f32> {
     normal(seed, &part.name, part.shape.iter().product(), deviation)
-}
-
-/// Numbers as those that torch's linear layers start with, of `r#in` inputs, and its LSTMs, of so
-/// wide states.
-pub(super) fn fresh_uniform(part: &Part, r#in: usize, seed: u64) -> Vec<f32> {
-    let mut rng = ChaCha8Rng::seed_from_u64(seed ^ param_id(&part.name).val());
-    let bound = 1.0 / (r#in as f32).sqrt();
-    let values = (0..part.shape.iter().product()).map(|_| rng.random_range(-bound..bound));
-    values.collect()
 }

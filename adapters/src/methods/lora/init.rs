@@ -6,10 +6,7 @@
 //! <https://arxiv.org/abs/2404.02948> (PiSSA), <https://arxiv.org/abs/2406.01775> (OLoRA).
 
 use burn::tensor::{Tensor, backend::Backend};
-use model::load::normal;
-use model::weight::param_id;
-use rand::{RngExt, SeedableRng};
-use rand_chacha::ChaCha8Rng;
+use model::load::{normal, uniform};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
@@ -96,10 +93,8 @@ impl LoraInit {
         let count = rank * r#in;
         match self {
             Self::Default => {
-                let mut rng = ChaCha8Rng::seed_from_u64(seed ^ param_id(&name).val());
-                let bound = 1.0 / (r#in as f32).sqrt();
-                let values = (0..count).map(|_| rng.random_range(-bound..bound));
-                [values.collect(), vec![0.0; out * rank]]
+                let a = uniform(seed, &name, count, 1.0 / (r#in as f32).sqrt());
+                [a, vec![0.0; out * rank]]
             }
             Self::Gaussian => {
                 let a = normal(seed, &name, count, 1.0 / rank as f64);
