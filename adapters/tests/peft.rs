@@ -1,6 +1,8 @@
 //! Adapters written by PEFT (`fixtures/make.py`): loaded, evaluated and saved again.
 
 mod harness;
+#[allow(dead_code, reason = "other tests weigh adapters and compare logits")]
+mod logits;
 
 use std::path::{Path, PathBuf};
 
@@ -8,6 +10,7 @@ use adapters::methods::lora::{LoraInit, LoraSettings};
 use adapters::{AdaptedLlama, AdapterConfig, Pattern, Targets, peft};
 use burn::tensor::{Tensor, TensorData};
 use harness::{B, lora, rank_4, root};
+use logits::{base, base_of, fixture, load};
 use model::checkpoint::Checkpoint;
 use model::config::LlamaConfig;
 use model::load::normal;
@@ -16,10 +19,6 @@ use model::segments::Segments;
 use quant::{Format, Scheme};
 use safetensors::SafeTensors;
 use serde_json::Value;
-
-fn fixture(name: &str) -> PathBuf {
-    root("tests/fixtures").join(name)
-}
 
 fn fixtures() -> Vec<PathBuf> {
     let entries = std::fs::read_dir(fixture(""))
@@ -30,21 +29,6 @@ fn fixtures() -> Vec<PathBuf> {
         .collect();
     assert!(folders.len() >= 8);
     folders
-}
-
-fn base(name: &str) -> AdaptedLlama<B> {
-    let folder = root("../model/tests/fixtures/models").join(name);
-    let config = LlamaConfig::from_file(&folder.join("config.json")).unwrap();
-    let checkpoint = Checkpoint::open_folder(&folder).unwrap();
-    adapters::load(&config, &checkpoint, None, &Default::default()).unwrap()
-}
-
-fn base_of(adapter: &Path) -> AdaptedLlama<B> {
-    base(
-        std::fs::read_to_string(adapter.join("base.txt"))
-            .unwrap()
-            .trim(),
-    )
 }
 
 /// The largest difference between a model's logits and those of a fixture.
@@ -94,7 +78,7 @@ fn logits_equal_those_of_peft() {
 fn tied_weights_that_an_adapter_changes_come_apart() {
     for case in ["tied_head", "tied_save"] {
         let folder = PathBuf::from("tests/fixtures/merge").join(case);
-        let tied = base("tied_llama3");
+        let tied = load(&base("tied_llama3"));
         assert!(
             max_off(&tied, &folder) > 0.01,
             "{case}: the adapter matters"
@@ -159,7 +143,7 @@ fn fresh_adapters_leave_the_logits_unchanged() {
     let mut config = lora(Targets::AllLinear);
     config.selection.modules_to_save = vec!["lm_head".into()];
     let folder = root("../model/tests/fixtures/models/gqa");
-    let mut model = base("gqa");
+    let mut model = load(&base("gqa"));
     adapters::attach(&mut model, &config, 1, &Default::default()).unwrap();
     assert!(max_off(&model, &folder) < 2e-5);
     let values = adapters::read_parameters(&model);
@@ -251,7 +235,7 @@ fn every_start_is_no_change_and_is_saved_for_the_base_as_it_is() {
 }
 
 fn error(adapter: &Path, base_name: &str) -> String {
-    let loaded = peft::load(base(base_name), adapter, &Default::default());
+    let loaded = peft::load(load(&base(base_name)), adapter, &Default::default());
     loaded.map(|_| ()).unwrap_err().to_string()
 }
 

@@ -1,6 +1,11 @@
 //! Adapters in front of rows, written by PEFT (`fixtures/prompts/make.py`): loaded, evaluated and
 //! saved again.
 
+#[allow(dead_code, reason = "other tests make adapters of their own")]
+mod harness;
+#[allow(dead_code, reason = "other tests weigh adapters and compare logits")]
+mod logits;
+
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
@@ -9,23 +14,13 @@ use adapters::methods::prompt::{PromptInit, PromptSettings};
 use adapters::methods::ptuning::{PTuningSettings, Reparameterization};
 use adapters::{AdaptedLlama, AdapterConfig, Method, Selection, Targets, peft};
 use burn::tensor::{Tensor, TensorData};
-use model::checkpoint::Checkpoint;
-use model::config::LlamaConfig;
+use harness::{B, root};
+use logits::{base, base_of, load};
 use model::rope::Rope;
 use model::segments::Segments;
 use model::weight::param_id;
 use safetensors::SafeTensors;
 use serde_json::Value;
-
-/// The tests run on the processor, or with `--features wgpu` on the first graphics adapter.
-#[cfg(not(feature = "wgpu"))]
-type B = burn::backend::Flex;
-#[cfg(feature = "wgpu")]
-type B = burn::backend::Wgpu;
-
-fn root(path: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join(path)
-}
 
 fn fixtures() -> Vec<PathBuf> {
     let entries = std::fs::read_dir(root("tests/fixtures/prompts")).unwrap();
@@ -34,18 +29,6 @@ fn fixtures() -> Vec<PathBuf> {
     folders.sort();
     assert_eq!(folders.len(), 7);
     folders
-}
-
-fn base(name: &str) -> AdaptedLlama<B> {
-    let folder = root("../model/tests/fixtures/models").join(name);
-    let config = LlamaConfig::from_file(&folder.join("config.json")).unwrap();
-    let checkpoint = Checkpoint::open_folder(&folder).unwrap();
-    adapters::load(&config, &checkpoint, None, &Default::default()).unwrap()
-}
-
-fn base_of(adapter: &Path) -> AdaptedLlama<B> {
-    let name = std::fs::read_to_string(adapter.join("base.txt")).unwrap();
-    base(name.trim())
 }
 
 type Tensors = BTreeMap<String, (Vec<usize>, Vec<f32>)>;
@@ -210,7 +193,7 @@ fn fresh(method: impl Into<Method>) -> (AdaptedLlama<B>, Vec<f32>) {
         },
         method: method.into(),
     };
-    let mut model = base("gqa");
+    let mut model = load(&base("gqa"));
     adapters::attach(&mut model, &config, 1, &Default::default()).unwrap();
     let virtual_tokens = model.virtual_tokens.as_ref().unwrap();
     let values = virtual_tokens.encode(&[0]).into_data().to_vec().unwrap();

@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use fake_hub::{FakeHub, Fault, MAIN, checksum};
+use fake_hub::{FakeHub, Fault, MAIN, checksum, words};
 use model::error::Error;
 use model::hub::{DownloadEvent, Files, Hub};
 use serde_json::json;
@@ -70,17 +70,6 @@ fn sharded() -> FakeHub {
 
 fn resolve(hub: &Hub, files: Files) -> Result<PathBuf, Error> {
     hub.resolve("acme/tiny", files, &mut |_| {})
-}
-
-/// The error and its causes, as a user reads them.
-fn words(error: &Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = std::error::Error::source(error);
-    while let Some(error) = cause {
-        text += &format!(": {error}");
-        cause = error.source();
-    }
-    text
 }
 
 fn names(folder: &Path) -> Vec<String> {

@@ -60,14 +60,9 @@ fn send(hub: &Hub, push: &Push<'_>) -> Result<Pushed> {
     hub.push(push, &mut |_| {})
 }
 
-/// The error and its causes, as a user reads them.
+/// What a user reads of an error, which must not have the token in it.
 fn words(error: &Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = std::error::Error::source(error);
-    while let Some(error) = cause {
-        text += &format!(": {error}");
-        cause = error.source();
-    }
+    let text = fake_hub::words(error);
     assert!(!format!("{text} {error:?}").contains(TOKEN), "{error:?}");
     text
 }

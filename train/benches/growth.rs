@@ -5,40 +5,20 @@
 //! which shares what `cargo test` compiled. The tunable keeps large tensors' memory in the process,
 //! as `trainer` does. Memory is what a step adds to what is held before it, by the allocator.
 
-use std::alloc::{GlobalAlloc, Layout, System};
-use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+#[path = "../tests/counting/mod.rs"]
+mod counting;
+
+use std::sync::atomic::Ordering::Relaxed;
 use std::time::Instant;
 
 use burn::backend::{Autodiff, Flex};
 use burn::train::TrainStep;
+use counting::{HELD, MOST};
 use model::config::LlamaConfig;
 use train::batch::{MicroBatch, Window};
 use train::data::Sample;
 use train::recipe::{Recipe, parse_setting};
 use train::step::CausalLm;
-
-/// The system's allocator, with a count of the bytes that are held.
-struct Counting;
-
-static HELD: AtomicUsize = AtomicUsize::new(0);
-static MOST: AtomicUsize = AtomicUsize::new(0);
-
-// SAFETY: everything is passed on to the system's allocator.
-unsafe impl GlobalAlloc for Counting {
-    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        let held = HELD.fetch_add(layout.size(), Relaxed) + layout.size();
-        MOST.fetch_max(held, Relaxed);
-        unsafe { System.alloc(layout) }
-    }
-
-    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
-        HELD.fetch_sub(layout.size(), Relaxed);
-        unsafe { System.dealloc(pointer, layout) }
-    }
-}
-
-#[global_allocator]
-static ALLOCATOR: Counting = Counting;
 
 /// What a row of the table varies.
 #[derive(Clone, Copy)]

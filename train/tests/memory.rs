@@ -2,11 +2,13 @@
 
 #![cfg(not(feature = "wgpu"))]
 
-use std::alloc::{GlobalAlloc, Layout, System};
-use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+mod counting;
+
+use std::sync::atomic::Ordering::Relaxed;
 
 use burn::backend::{Autodiff, Flex};
 use burn::train::TrainStep;
+use counting::{HELD, MOST};
 use model::config::LlamaConfig;
 use train::batch::{MicroBatch, Window};
 use train::data::Sample;
@@ -15,29 +17,6 @@ use train::recipe::{Recipe, Recompute, parse_setting};
 use train::session;
 use train::step::CausalLm;
 use train::trained::Trained;
-
-/// The system's allocator, with a count of the bytes that are held.
-struct Counting;
-
-static HELD: AtomicUsize = AtomicUsize::new(0);
-static MOST: AtomicUsize = AtomicUsize::new(0);
-
-// SAFETY: everything is passed on to the system's allocator.
-unsafe impl GlobalAlloc for Counting {
-    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        let held = HELD.fetch_add(layout.size(), Relaxed) + layout.size();
-        MOST.fetch_max(held, Relaxed);
-        unsafe { System.alloc(layout) }
-    }
-
-    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
-        HELD.fetch_sub(layout.size(), Relaxed);
-        unsafe { System.dealloc(pointer, layout) }
-    }
-}
-
-#[global_allocator]
-static ALLOCATOR: Counting = Counting;
 
 /// As many logits may exist at a time.
 const LOGITS: usize = 1 << 23;

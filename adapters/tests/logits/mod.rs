@@ -35,6 +35,16 @@ pub fn load(folder: &Path) -> AdaptedLlama<B> {
     adapters::load(&folder.config, &checkpoint, None, &Default::default()).unwrap()
 }
 
+/// The base that an adapter of the fixtures was made on.
+#[allow(
+    dead_code,
+    reason = "not all tests go through whole folders of adapters"
+)]
+pub fn base_of(adapter: &Path) -> AdaptedLlama<B> {
+    let name = std::fs::read_to_string(adapter.join("base.txt")).unwrap();
+    load(&base(name.trim()))
+}
+
 /// Logits of the sequences `[b, s]`, row by row.
 pub fn logits(model: &AdaptedLlama<B>, ids: &[i64], [b, s]: [usize; 2]) -> Vec<f32> {
     let device = Default::default();

@@ -19,6 +19,17 @@ pub const MAIN: &str = "1111111111111111111111111111111111111111";
 /// The repository that a server starts with, as a model and as a data set.
 const TINY: &str = "acme/tiny";
 
+/// An error and its causes, as a user reads them.
+pub fn words(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        text += &format!(": {error}");
+        cause = error.source();
+    }
+    text
+}
+
 /// What the server does wrong once.
 #[derive(Clone, Copy, PartialEq)]
 pub enum Fault {
