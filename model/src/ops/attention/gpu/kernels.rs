@@ -116,6 +116,49 @@ fn head_of(line: usize, kv: usize, #[comptime] heads: Heads) -> usize {
     line / groups * n_h + kv * groups + line % groups
 }
 
+/// A unit's line of its cube's tile.
+#[derive(CubeType)]
+struct Line {
+    /// Whether there is one: the last tile need not be full.
+    exists: bool,
+    /// Where it lies among the query heads.
+    head: usize,
+    /// The first key that it sees.
+    sees_from: usize,
+    /// Behind the last key that it sees.
+    sees_to: usize,
+    /// The first key that a line of the tile sees.
+    tile_from: usize,
+    /// Behind the last key that a line of the tile sees.
+    tile_to: usize,
+}
+
+/// The line of this unit, when the cubes begin with tile `first_tile`.
+#[cube]
+fn own_line(starts: &Array<u32>, seen: usize, first_tile: u32, #[comptime] heads: Heads) -> Line {
+    let groups = comptime!(heads.groups);
+    let lines = starts[starts.len() - 1] as usize * groups;
+    let start = (CUBE_POS_X as usize + first_tile as usize) * TILE;
+    let mut end = start + TILE;
+    if end > lines {
+        end = lines;
+    }
+    let line = start + UNIT_POS_Y as usize;
+    let exists = line < end;
+    let mut query = start / groups;
+    if exists {
+        query = line / groups;
+    }
+    Line {
+        exists,
+        head: head_of(line, CUBE_POS_Y as usize, heads),
+        sees_from: first_key(starts, seen, query),
+        sees_to: end_key(starts, seen, query),
+        tile_from: first_key(starts, seen, start / groups),
+        tile_to: end_key(starts, seen, (end - 1) / groups),
+    }
+}
+
 /// Puts head `head` of `x` into the unit's line of a tile; zeros if it is none.
 #[cube]
 fn load<F: Float>(
@@ -215,44 +258,27 @@ pub(super) fn forward<F: Float>(
     #[comptime] heads: Heads,
     #[define(F)] _dtype: StorageType,
 ) {
-    let groups = comptime!(heads.groups);
     let n_kv = comptime!(heads.n_kv);
-    let seen = seen as usize;
     let kv = CUBE_POS_Y as usize;
-    let lines = starts[starts.len() - 1] as usize * groups;
-    let start = (CUBE_POS_X as usize + first_tile as usize) * TILE;
-    let mut end = start + TILE;
-    if end > lines {
-        end = lines;
-    }
-    let line = start + UNIT_POS_Y as usize;
-    let exists = line < end;
-    let mut query = start / groups;
-    if exists {
-        query = line / groups;
-    }
-    let head = head_of(line, kv, heads);
-    let sees_from = first_key(starts, seen, query);
-    let sees_to = end_key(starts, seen, query);
+    let line = own_line(starts, seen as usize, first_tile, heads);
 
     let mut queries = SharedMemory::<f32>::new(comptime!(heads.tile()));
     let mut keys = SharedMemory::<f32>::new(comptime!(heads.tile()));
     let mut scores = SharedMemory::<f32>::new(TILE * TILE);
     let own = UNIT_POS_Y as usize * TILE + UNIT_POS_X as usize;
-    load(q, head, exists, &mut queries, heads);
+    load(q, line.head, line.exists, &mut queries, heads);
 
     let mut sums = zeros(heads);
     let mut sum = 0.0f32;
     let mut max = f32::new(LOWEST);
-    let mut at = first_key(starts, seen, start / groups);
-    let to = end_key(starts, seen, (end - 1) / groups);
-    while at < to {
+    let mut at = line.tile_from;
+    while at < line.tile_to {
         sync_cube(); // the tiles are free
         let key = at + UNIT_POS_Y as usize;
-        load(k, key * n_kv + kv, key < to, &mut keys, heads);
+        load(k, key * n_kv + kv, key < line.tile_to, &mut keys, heads);
         sync_cube();
         let key = at + UNIT_POS_X as usize;
-        let sees = key >= sees_from && key < sees_to;
+        let sees = key >= line.sees_from && key < line.sees_to;
         let score = dot(&queries, &keys, heads) * comptime!(heads.scale());
         scores[own] = select(sees, score, LOWEST);
         sync_cube();
@@ -263,7 +289,7 @@ pub(super) fn forward<F: Float>(
         sync_cube();
         scores[own] = select(sees, f32::exp(score - max), 0.0f32);
         let key = at + UNIT_POS_Y as usize;
-        load(v, key * n_kv + kv, key < to, &mut keys, heads);
+        load(v, key * n_kv + kv, key < line.tile_to, &mut keys, heads);
         sync_cube();
         let shrink = f32::exp(before - max);
         sum *= shrink;
@@ -277,10 +303,10 @@ pub(super) fn forward<F: Float>(
         add(&mut sums, &scores, &keys, heads);
         at += TILE;
     }
-    if exists {
-        store(&sums, 1.0f32 / sum, out, head, heads);
+    if line.exists {
+        store(&sums, 1.0f32 / sum, out, line.head, heads);
         if UNIT_POS_X == 0 {
-            lse[head] = f32::ln(sum) + max;
+            lse[line.head] = f32::ln(sum) + max;
         }
     }
 }
@@ -303,34 +329,18 @@ pub(super) fn backward_queries<F: Float>(
     #[comptime] heads: Heads,
     #[define(F)] _dtype: StorageType,
 ) {
-    let groups = comptime!(heads.groups);
     let n_kv = comptime!(heads.n_kv);
-    let seen = seen as usize;
     let kv = CUBE_POS_Y as usize;
-    let lines = starts[starts.len() - 1] as usize * groups;
-    let start = (CUBE_POS_X as usize + first_tile as usize) * TILE;
-    let mut end = start + TILE;
-    if end > lines {
-        end = lines;
-    }
-    let line = start + UNIT_POS_Y as usize;
-    let exists = line < end;
-    let mut query = start / groups;
-    if exists {
-        query = line / groups;
-    }
-    let head = head_of(line, kv, heads);
-    let sees_from = first_key(starts, seen, query);
-    let sees_to = end_key(starts, seen, query);
+    let line = own_line(starts, seen as usize, first_tile, heads);
 
     let mut queries = SharedMemory::<f32>::new(comptime!(heads.tile()));
     let mut gradients = SharedMemory::<f32>::new(comptime!(heads.tile()));
     let mut keys = SharedMemory::<f32>::new(comptime!(heads.tile()));
     let mut scores = SharedMemory::<f32>::new(TILE * TILE);
     let own = UNIT_POS_Y as usize * TILE + UNIT_POS_X as usize;
-    load(q, head, exists, &mut queries, heads);
-    load(d_out, head, exists, &mut gradients, heads);
-    load(out, head, exists, &mut keys, heads);
+    load(q, line.head, line.exists, &mut queries, heads);
+    load(d_out, line.head, line.exists, &mut gradients, heads);
+    load(out, line.head, line.exists, &mut keys, heads);
     sync_cube();
     let mut line_along = 0.0f32;
     let tile_line = UNIT_POS_Y as usize * comptime!(heads.stride());
@@ -338,36 +348,35 @@ pub(super) fn backward_queries<F: Float>(
         line_along += gradients[tile_line + column] * keys[tile_line + column];
     }
     let mut line_lse = 0.0f32;
-    if exists {
-        line_lse = lse[head];
+    if line.exists {
+        line_lse = lse[line.head];
         if UNIT_POS_X == 0 {
-            along[head] = line_along;
+            along[line.head] = line_along;
         }
     }
 
     let scale = comptime!(heads.scale());
     let mut sums = zeros(heads);
-    let mut at = first_key(starts, seen, start / groups);
-    let to = end_key(starts, seen, (end - 1) / groups);
-    while at < to {
+    let mut at = line.tile_from;
+    while at < line.tile_to {
         sync_cube(); // the tiles are free
         let key = at + UNIT_POS_Y as usize;
-        load(v, key * n_kv + kv, key < to, &mut keys, heads);
+        load(v, key * n_kv + kv, key < line.tile_to, &mut keys, heads);
         sync_cube();
         let d_weight = dot(&gradients, &keys, heads);
         sync_cube();
-        load(k, key * n_kv + kv, key < to, &mut keys, heads);
+        load(k, key * n_kv + kv, key < line.tile_to, &mut keys, heads);
         sync_cube();
         let key = at + UNIT_POS_X as usize;
-        let sees = exists && key >= sees_from && key < sees_to;
+        let sees = line.exists && key >= line.sees_from && key < line.sees_to;
         let weight = f32::exp(dot(&queries, &keys, heads) * scale - line_lse);
         scores[own] = select(sees, weight * (d_weight - line_along), 0.0f32);
         sync_cube();
         add(&mut sums, &scores, &keys, heads);
         at += TILE;
     }
-    if exists {
-        store(&sums, scale, dq, head, heads);
+    if line.exists {
+        store(&sums, scale, dq, line.head, heads);
     }
 }
 
