@@ -386,7 +386,7 @@ impl Targets {
         Self::Names(Vec::new())
     }
 
-    /// Whether they are [`Targets::nothing`].
+    /// Whether they are those of a method that adapts no layers.
     pub fn is_nothing(&self) -> bool {
         matches!(self, Self::Names(names) if names.is_empty())
     }
