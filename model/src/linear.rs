@@ -7,7 +7,7 @@ use crate::ops::{MatmulBackend, matmul};
 use crate::weight::BaseWeight;
 
 /// A linear layer of the decoder, adapted or not.
-pub trait Projection<B: Backend>: Module<B> + ModuleDisplay {
+pub trait Projection<B: Backend>: Module<B> + ModuleDisplay + Sync {
     /// `x` `[n, in]` to `[n, out]`.
     fn forward(&self, x: Tensor<B, 2>) -> Tensor<B, 2>;
 }

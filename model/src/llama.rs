@@ -288,9 +288,15 @@ impl<B: ModelBackend, P: Projection<B>> SelfAttention<B, P> {
             y.reshape([n, width / self.head_dim, self.head_dim])
         };
         let turned = |y| ops::rotary(heads(y), rope.cos.clone(), rope.sin.clone());
-        let q = turned(self.q_proj.forward(x.clone())); // [n, n_h, h_d]
-        let k = turned(self.k_proj.forward(x.clone())); // [n, n_kv, h_d]
-        let v = heads(self.v_proj.forward(x)); // [n, n_kv, h_d]
+        let [n, _] = x.dims();
+        let (q, (k, v)) = B::join(
+            n,
+            || turned(self.q_proj.forward(x.clone())), // [n, n_h, h_d]
+            || {
+                let k = turned(self.k_proj.forward(x.clone())); // [n, n_kv, h_d]
+                (k, heads(self.v_proj.forward(x.clone()))) // [n, n_kv, h_d]
+            },
+        );
         let (k, v) = match past {
             Past::Nothing => (k, v),
             Past::Prefix(prefix) => prefix.before(k, v), // [m, n_kv, h_d]
@@ -318,8 +324,12 @@ pub struct Mlp<B: Backend, P> {
 impl<B: ModelBackend, P: Projection<B>> Mlp<B, P> {
     /// `[n, d]` to `[n, d]`.
     pub fn forward(&self, x: Tensor<B, 2>) -> Tensor<B, 2> {
-        let gate = self.gate_proj.forward(x.clone()); // [n, i]
-        let up = self.up_proj.forward(x); // [n, i]
+        let [n, _] = x.dims();
+        let (gate, up) = B::join(
+            n,
+            || self.gate_proj.forward(x.clone()), // [n, i]
+            || self.up_proj.forward(x.clone()),   // [n, i]
+        );
         self.down_proj.forward(ops::swiglu(gate, up))
     }
 }
