@@ -12,7 +12,7 @@ use burn::tensor::{Tensor, TensorData, backend::Backend};
 use model::config::LlamaConfig;
 use model::weight::{named_param, param_id};
 
-use crate::attach::{AdaptedLlama, unfreeze};
+use crate::attach::{self, AdaptedLlama, unfreeze};
 use crate::base::AdaptedBackend;
 use crate::config::Layer;
 use crate::error::{Error, Result};
@@ -91,8 +91,9 @@ pub fn combine<B: AdaptedBackend>(
         return Err(Error::Combine { problems });
     }
     if model.config.tie_word_embeddings && adapters.touch_embeddings() {
-        peft::untie(&mut model);
+        attach::untie(&mut model);
     }
+    attach::open(&mut model, |name| adapters.adapt(name));
     for (name, linear) in model.projections_mut() {
         linear.update = adapters.update(&name, device)?;
         if let Some(update) = &mut linear.update {

@@ -23,7 +23,7 @@ use std::ops::Range;
 
 use burn::module::{Module, Param, ParamId};
 use burn::optim::GradientsParams;
-use burn::tensor::{Tensor, TensorData, backend::Backend};
+use burn::tensor::{Int, Tensor, TensorData, backend::Backend};
 use model::config::LlamaConfig;
 use model::load::uniform;
 use model::virtual_tokens::VirtualTokens;
@@ -57,6 +57,9 @@ pub trait Settings: Clone + PartialEq + Default + Serialize + DeserializeOwned {
     const NOT_IN_PEFT: &'static [&'static str] = &[];
     /// How many numbers it remembers from step to step for each that is trained.
     const REMEMBERS: usize = 0;
+    /// Whether it adapts embeddings, too: to a method they are a linear layer `[d, vocab]` whose
+    /// input has a one for each token.
+    const EMBEDDINGS: bool = false;
 
     /// Its keys of `adapter_config.json`, of which all others are passed over; keys that are missing
     /// have PEFT's defaults.
@@ -213,6 +216,12 @@ pub trait AfterStep<B: Backend>: std::fmt::Debug + Send {
 pub trait Computes<B: AdaptedBackend> {
     /// `x` `[n, in]` through the base layer and the update: `[n, out]`.
     fn forward(&self, x: Tensor<B, 2>, base: &BaseLinear<B>) -> Tensor<B, 2>;
+
+    /// The same of an `x` whose rows are one at `ids` `[n]` and zero elsewhere.
+    fn embed(&self, ids: Tensor<B, 1, Int>, base: &BaseLinear<B>) -> Tensor<B, 2> {
+        let [_, r#in] = base.weight().dims();
+        self.forward(ids.one_hot::<2>(r#in).float(), base)
+    }
 
     /// Rows of the layer's weight with the update in it, from the same rows of the base's,
     /// `[rows, in]`: a layer with these computes the same without an update.
@@ -410,6 +419,7 @@ impl<'a, B: Backend> Values<'a, B> {
 pub(crate) struct About {
     pub(crate) name: &'static str,
     pub(crate) peft_type: &'static str,
+    embeddings: bool,
     keys: fn() -> Vec<String>,
     default: fn() -> Method,
     pub(crate) unsupported: fn(&Map<String, Value>) -> Vec<String>,
@@ -423,6 +433,7 @@ impl About {
         Self {
             name: S::NAME,
             peft_type: S::PEFT_TYPE,
+            embeddings: S::EMBEDDINGS,
             keys: keys_of::<S>,
             default: || S::default().into(),
             unsupported: S::unsupported,
@@ -876,6 +887,12 @@ macro_rules! methods {
                 }
             }
 
+            fn embed(&self, ids: Tensor<B, 1, Int>, base: &BaseLinear<B>) -> Tensor<B, 2> {
+                match self {
+                    $(Self::$Layer(update) => update.embed(ids, base),)*
+                }
+            }
+
             fn merge(&self, rows: Range<usize>, weight: Tensor<B, 2>) -> Tensor<B, 2> {
                 match self {
                     $(Self::$Layer(update) => update.merge(rows, weight),)*
@@ -945,6 +962,11 @@ impl Method {
     /// The layers that a recipe means which does not say.
     pub fn default_targets(&self) -> Targets {
         (self.about().default_targets)()
+    }
+
+    /// See [`Settings::EMBEDDINGS`].
+    pub(crate) fn adapts_embeddings(&self) -> bool {
+        self.about().embeddings
     }
 
     pub(crate) fn peft_type(&self) -> &'static str {

@@ -8,17 +8,15 @@ use std::path::Path;
 use burn::tensor::backend::Backend;
 use model::checkpoint::{Checkpoint, NamedTensor, write_file, write_safetensors};
 use model::config::LlamaConfig;
-use model::linear::Linear;
 use model::weight::param_id;
 use quant::Scheme;
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
-use crate::attach::{AdaptedLlama, Start, put};
-use crate::base::{AdaptedBackend, BaseLinear, scheme};
-use crate::config::{AdapterConfig, OneOrMany, Selection, Targets};
+use crate::attach::{AdaptedLlama, Start, put, untie};
+use crate::base::{AdaptedBackend, scheme};
+use crate::config::{AdapterConfig, EMBED_TOKENS, LM_HEAD, OneOrMany, Selection, Targets};
 use crate::error::{Error, Result};
-use crate::linear::AdaptedLinear;
 use crate::methods::{Computes, Method, Part, Role};
 use crate::parameters::{read_parameters, write_parameters};
 
@@ -206,16 +204,6 @@ pub fn load<B: AdaptedBackend>(
     Ok((write_parameters(model, values), adapter.config))
 }
 
-/// Gives a model an output layer of its own, whose weights are still those of the embeddings.
-pub(crate) fn untie<B: Backend>(model: &mut AdaptedLlama<B>) {
-    let base = BaseLinear::Dense(Linear {
-        weight: model.embed_tokens.clone(),
-        bias: None,
-    });
-    model.lm_head = Some(AdaptedLinear { base, update: None });
-    model.config.tie_word_embeddings = false;
-}
-
 /// Writes an adapter folder that `peft.PeftModel.from_pretrained` loads; `base_model` is the name
 /// that the adapter gives its base, a folder or `owner/name[@revision]`.
 ///
@@ -368,9 +356,12 @@ pub fn in_words(scheme: Option<Scheme>) -> String {
     scheme.map_or("none".into(), |scheme| scheme.to_string())
 }
 
-/// PEFT adds the base weights of an adapted `lm_head`, unchanged; the model has them already.
+/// PEFT adds the base weights of adapted embeddings and of an adapted `lm_head`, unchanged; the model
+/// has them already.
 fn is_base_copy(key: &str) -> bool {
-    key == "base_model.model.lm_head.base_layer.weight"
+    [EMBED_TOKENS, LM_HEAD]
+        .iter()
+        .any(|module| key == format!("base_model.model.{module}.base_layer.weight"))
 }
 
 /// The settings in PEFT's spelling, keys sorted. Keys that came late to PEFT and hold their

@@ -163,6 +163,19 @@ fn fresh_adapters_leave_the_logits_unchanged() {
     }
 }
 
+#[test]
+fn embeddings_start_with_zeros_and_a_normal_factor() {
+    let config = lora(Targets::Names(vec!["embed_tokens".into()]));
+    let mut model = load(&base("gqa"));
+    adapters::attach(&mut model, &config, 1, &Default::default()).unwrap();
+    let values = adapters::read_parameters(&model);
+    let of = |end: &str| &values[&model::weight::param_id(&format!("model.embed_tokens.{end}"))];
+    assert!(of("lora_a").len() == 4 * 96 && of("lora_a").iter().all(|x| *x == 0.0));
+    let squares: f32 = of("lora_b").iter().map(|x| x * x).sum();
+    let variance = squares / of("lora_b").len() as f32;
+    assert!((0.6..1.5).contains(&variance), "{variance}");
+}
+
 /// The logits of a model for a few tokens, one after the other.
 fn some_logits(model: &AdaptedLlama<B>) -> Vec<f32> {
     let device = Default::default();
@@ -206,9 +219,10 @@ fn every_start_is_no_change_and_is_saved_for_the_base_as_it_is() {
             alpha_pattern: Pattern(vec![("v_proj".into(), 3.0)]),
             ..rank_4()
         };
+        let targets = ["embed_tokens", "up_proj", "v_proj", "o_proj"].map(str::to_owned);
         let adapter = AdapterConfig {
             method: settings.into(),
-            ..lora(Targets::AllLinear)
+            ..lora(Targets::Names(targets.into()))
         };
         let mut model = load();
         adapters::attach(&mut model, &adapter, 1, &device).unwrap();

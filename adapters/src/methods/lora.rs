@@ -4,6 +4,7 @@
 
 mod decompose;
 mod dora;
+mod embedding;
 mod init;
 mod linear;
 
@@ -11,7 +12,7 @@ use std::collections::HashMap;
 use std::ops::Range;
 
 use burn::module::{Module, Param, ParamId};
-use burn::tensor::{Tensor, backend::Backend};
+use burn::tensor::{Int, Tensor, backend::Backend};
 use model::ops::{MatmulBackend, matmul};
 use model::weight::BaseWeight;
 use serde::{Deserialize, Serialize};
@@ -21,13 +22,11 @@ use super::{
     Computes, LayerMethod, Part, Role, Settings, Values, alpha_problem, rank_problem, share_problem,
 };
 use crate::base::{AdaptedBackend, BaseLinear};
-use crate::config::{Layer, Pattern, number};
+use crate::config::{EMBED_TOKENS, Layer, Pattern, number};
 use crate::linear::{Dropout, dropped};
 pub use init::LoraInit;
 pub use linear::{LoraBackend, lora_linear, reference};
 
-/// The module of the embeddings.
-const EMBEDDINGS: &str = "model.embed_tokens";
 /// The tensor of DoRA's lengths.
 const MAGNITUDE: &str = "lora_magnitude_vector";
 
@@ -139,6 +138,7 @@ impl Settings for LoraSettings {
         "loraplus_lr_ratio",
         "loraplus_lr_embedding",
     ];
+    const EMBEDDINGS: bool = true;
 
     fn from_peft(json: &str) -> serde_json::Result<Self> {
         let peft: PeftLora = serde_json::from_str(json)?;
@@ -259,10 +259,11 @@ impl Settings for LoraSettings {
     fn rate(&self, part: &Part, learning_rate: f64) -> f64 {
         match self.loraplus_lr_ratio {
             None => 1.0,
-            Some(_) if part.module() == Some(EMBEDDINGS) && part.role == Role::Trained => {
+            Some(ratio) if part.shape.len() == 1 => ratio,
+            Some(_) if part.module() == Some(EMBED_TOKENS) && part.role == Role::Trained => {
                 self.loraplus_lr_embedding.unwrap_or(1e-6) / learning_rate
             }
-            Some(ratio) if part.end() == "lora_b" || part.shape.len() == 1 => ratio,
+            Some(ratio) if part.end() == "lora_b" => ratio,
             Some(_) => 1.0,
         }
     }
@@ -297,9 +298,13 @@ impl LayerMethod for LoraSettings {
     fn parts(&self, layer: &Layer) -> Vec<Part> {
         let [out, r#in] = layer.shape;
         let (rank, _) = self.rank_and_scaling(&layer.name);
+        let [a, b] = match layer.is_embeddings() {
+            true => ["lora_embedding_A", "lora_embedding_B"],
+            false => ["lora_A.weight", "lora_B.weight"],
+        };
         let mut parts = vec![
-            Part::of_layer(layer, "lora_a", "lora_A.weight", &[rank, r#in]),
-            Part::of_layer(layer, "lora_b", "lora_B.weight", &[out, rank]),
+            Part::of_layer(layer, "lora_a", a, &[rank, r#in]),
+            Part::of_layer(layer, "lora_b", b, &[out, rank]),
         ];
         if self.use_dora {
             parts.push(Part::of_layer(layer, MAGNITUDE, MAGNITUDE, &[out]));
@@ -321,9 +326,11 @@ impl LayerMethod for LoraSettings {
     ) -> Vec<Vec<f32>> {
         let sizes = self.rank_and_scaling(&layer.name);
         let weight = || base.weight();
-        let [a, b] = self
-            .init
-            .factors(&layer.name, weight, layer.shape, sizes, seed);
+        let init = self.init;
+        let [a, b] = match layer.is_embeddings() {
+            true => init::of_embeddings(layer, sizes.0, seed),
+            false => init.factors(&layer.name, weight, layer.shape, sizes, seed),
+        };
         let mut values = vec![a.clone(), b.clone()];
         if self.use_dora {
             values.push(numbers(base.row_squares().sqrt()));
@@ -424,6 +431,10 @@ impl<B: AdaptedBackend> Computes<B> for Lora<B> {
             None => self.low_rank(x, base),
             Some(magnitude) => dora::forward(self, magnitude.val(), x, base),
         }
+    }
+
+    fn embed(&self, ids: Tensor<B, 1, Int>, base: &BaseLinear<B>) -> Tensor<B, 2> {
+        embedding::forward(self, ids, base)
     }
 
     fn merge(&self, rows: Range<usize>, weight: Tensor<B, 2>) -> Tensor<B, 2> {
