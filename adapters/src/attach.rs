@@ -1,5 +1,7 @@
 //! From a plain model to one that trains: what a method puts on it, whole modules, or everything.
 
+use std::collections::HashSet;
+
 use burn::tensor::{Tensor, TensorData, backend::Backend};
 use model::linear::Linear;
 use model::llama::Llama;
@@ -46,7 +48,7 @@ pub(crate) fn put<B: AdaptedBackend>(
     let parts = method.model_parts(&layers, &model.config);
     let in_model = |part: &Part| {
         let values = match start {
-            Start::Fresh(seed) => method.fresh_in_model(part, &parts, model, *seed),
+            Start::Fresh(seed) => method.fresh_in_model(part, &parts, model, *seed)?,
             Start::Read(_) if part.role == Role::Derived => method.derived(part, &parts),
             Start::Read(read) => read(part)?,
         };
@@ -65,7 +67,10 @@ pub(crate) fn put<B: AdaptedBackend>(
     } else {
         model.virtual_tokens = method.virtual_tokens(Values::new(parts, &[], device));
     }
-    unfreeze(model, |module| config.saves(module))
+    let parts = config.parts(&model.config)?.into_iter();
+    let whole = parts.filter(|part| part.role == Role::Whole);
+    let whole: HashSet<String> = whole.map(|part| part.name).collect();
+    unfreeze(model, |tensor| whole.contains(tensor))
 }
 
 /// Gives a model the layers that only an update tells from what it has: embeddings as a linear layer,
@@ -142,7 +147,7 @@ pub fn draw<B: AdaptedBackend>(model: &mut AdaptedLlama<B>, seed: u64) {
     }
 }
 
-/// Trains the modules that `chosen` picks by name as a whole.
+/// Trains the tensors that `chosen` picks by name as a whole.
 pub(crate) fn unfreeze<B: Backend>(
     model: &mut AdaptedLlama<B>,
     chosen: impl Fn(&str) -> bool,
@@ -177,12 +182,14 @@ pub(crate) fn unfreeze<B: Backend>(
                     unfreeze_weight(bias, &name, "bias", &chosen);
                 }
             }
-            BaseLinear::Quantized(_) if chosen(&name) => {
-                problems.push(format!(
-                    "{name} is in 4 bits and cannot be trained as a whole"
-                ));
+            BaseLinear::Quantized(_) => {
+                let parts = ["weight", "bias"].map(|part| format!("{name}.{part}"));
+                if parts.iter().any(|part| chosen(part)) {
+                    problems.push(format!(
+                        "{name} is in 4 bits and cannot be trained as a whole, nor can its bias"
+                    ));
+                }
             }
-            BaseLinear::Quantized(_) => {}
         }
     }
     match problems.is_empty() {
@@ -197,7 +204,8 @@ fn unfreeze_weight<B: Backend, const D: usize>(
     part: &str,
     chosen: &impl Fn(&str) -> bool,
 ) {
-    if chosen(module) {
-        *weight = weight.clone().trained(&format!("{module}.{part}"));
+    let name = format!("{module}.{part}");
+    if chosen(&name) {
+        *weight = weight.clone().trained(&name);
     }
 }

@@ -100,13 +100,9 @@ pub fn combine<B: AdaptedBackend>(
             update.settle(&linear.base);
         }
     }
-    let adapters = adapters.all;
-    unfreeze(&mut model, |module| {
-        let mut all = adapters.iter();
-        all.any(|adapter| adapter.opened.config.saves(module))
-    })?;
+    unfreeze(&mut model, |tensor| adapters.replacement(tensor).is_some())?;
     let mut values = Vec::new();
-    for adapter in &adapters {
+    for adapter in &adapters.all {
         for part in adapter.opened.whole() {
             values.push((param_id(&part.name), adapter.opened.read(part)?));
         }

@@ -8,6 +8,7 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use serde_json::{Map, Value, json};
 
 use crate::error::{Error, Result};
+use crate::methods::lora::Bias;
 use crate::methods::{Method, Part, Role};
 
 /// The module of the embeddings.
@@ -154,13 +155,28 @@ impl AdapterConfig {
         let mut all = self.method.model_parts(&layers, model);
         let of_layer = |layer| self.method.layer_parts(layer);
         all.extend(layers.iter().flat_map(of_layer));
-        let whole = model
-            .tensors()
-            .into_iter()
-            .map(|(name, shape)| Part::whole(name, shape));
-        let is_saved = |part: &Part| self.saves(part.module().unwrap_or(&part.name));
-        all.extend(whole.filter(is_saved));
+        let tensors = model.tensors().into_iter();
+        all.extend(tensors.filter_map(|(name, shape)| self.whole(&layers, name, shape)));
         Ok(all)
+    }
+
+    /// A tensor of the model as a part of the adapter, if it is trained as a whole.
+    fn whole(&self, layers: &[Layer], name: String, shape: Vec<usize>) -> Option<Part> {
+        let (module, end) = name.rsplit_once('.')?;
+        if self.selection.saves(module) {
+            return Some(Part::whole(name, shape));
+        }
+        let bias = self.method.bias();
+        let is_adapted = layers.iter().any(|layer| layer.name == module);
+        let is_trained = match bias {
+            Bias::None => false,
+            Bias::All => true,
+            Bias::LoraOnly => is_adapted,
+        };
+        (end == "bias" && is_trained).then(|| match is_adapted {
+            true => Part::bias_of_layer(module, shape),
+            false => Part::whole(name.clone(), shape),
+        })
     }
 
     /// Numbers in the file that is saved.
@@ -282,11 +298,6 @@ impl AdapterConfig {
         all.retain(|key, _| !self.method.free_keys().contains(&key.as_str()));
         all
     }
-
-    /// Whether a module is trained and saved as a whole, see [`Selection::saves`].
-    pub fn saves(&self, name: &str) -> bool {
-        self.selection.saves(name)
-    }
 }
 
 impl Selection {
@@ -317,6 +328,13 @@ impl Selection {
         }
         if self.layers_pattern.is_some() && self.layers_to_transform.is_none() {
             problems.push("layers_pattern needs layers_to_transform".into());
+        }
+        if matches!(self.target_modules, Targets::Regex(_)) && self.layers_to_transform.is_some() {
+            problems.push(
+                "layers_to_transform does not go with an expression in target_modules: let that name \
+                 the layers"
+                    .into(), // PEFT loads no such adapter
+            );
         }
         let last = model.num_hidden_layers;
         let layers = self.layers_to_transform.iter().flatten();

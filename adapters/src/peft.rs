@@ -82,11 +82,11 @@ pub fn read_config(folder: &Path) -> Result<AdapterConfig> {
     let selection: PeftSelection = serde_json::from_str(&text).map_err(json_error)?;
     let config = AdapterConfig {
         selection: selection.read(about.peft_targets),
-        method: (about.from_peft)(&text).map_err(json_error)?,
+        method: (about.from_peft)(&text).map_err(|error| wrong(vec![error.to_string()]))?,
     };
     let problems = config.method.problems().into_iter();
     let problems: Vec<_> = problems
-        .map(|(key, text)| format!("{key} {text}"))
+        .map(|(key, text)| format!("{} {text}", about.peft_key(key)))
         .collect();
     match problems.is_empty() {
         true => Ok(config),

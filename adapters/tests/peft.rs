@@ -287,10 +287,16 @@ fn missing_and_unexpected_keys_and_unknown_settings_are_errors() {
     assert!(set("r", 5.into()).contains("is [4, 32], expected [5, 32]"));
     assert!(set("use_dora", true.into()).contains("lora_magnitude_vector is missing"));
     assert!(set("init_lora_weights", "pissa_niter_4".into()).contains("pissa_niter_4"));
-    assert!(set("bias", "all".into()).contains("bias is \"all\""));
+    assert!(set("bias", "some".into()).contains("bias: unknown variant `some`"));
+    assert!(set("lora_bias", true.into()).contains("lora_bias is true"));
     assert!(set("peft_type", "OFT".into()).contains("OFT"));
-    assert!(set("r", "four".into()).contains("adapter_config.json"));
-    assert!(set("r", 0.into()).contains("rank"));
+    let text = set("r", "four".into());
+    assert!(
+        text.contains("adapter_config.json") && text.contains("r: invalid type"),
+        "{text}"
+    );
+    assert!(set("r", 0.into()).contains("adapter_config.json: r must be from 1"));
+    assert!(set("lora_dropout", 1.5.into()).contains(": lora_dropout must be from 0"));
     std::fs::remove_file(&tensors).unwrap();
     assert!(set("r", 4.into()).contains("adapter_model.safetensors"));
 }

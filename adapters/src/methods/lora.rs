@@ -19,7 +19,8 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
 use super::{
-    Computes, LayerMethod, Part, Role, Settings, Values, alpha_problem, rank_problem, share_problem,
+    Computes, LayerMethod, Part, Role, Settings, Values, alpha_problem, rank_problem, read_peft,
+    share_problem,
 };
 use crate::base::{AdaptedBackend, BaseLinear};
 use crate::config::{EMBED_TOKENS, Layer, Pattern, number};
@@ -50,6 +51,8 @@ pub struct LoraSettings {
     pub use_dora: bool,
     /// How `lora_a` and `lora_b` start.
     pub init: LoraInit,
+    /// Which biases of the model are trained as well.
+    pub bias: Bias,
     /// LoRA+: how many times the learning rate of `lora_a` that of `lora_b` and of vectors is
     /// (<https://arxiv.org/abs/2402.12354>).
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -72,6 +75,7 @@ impl Default for LoraSettings {
             use_rslora: false,
             use_dora: false,
             init: LoraInit::Default,
+            bias: Bias::None,
             loraplus_lr_ratio: None,
             loraplus_lr_embedding: None,
             rank_pattern: Pattern::default(),
@@ -80,31 +84,17 @@ impl Default for LoraSettings {
     }
 }
 
-/// The keys of `adapter_config.json` that are read.
-#[derive(Deserialize)]
-#[serde(default)]
-struct PeftLora {
-    r: usize,
-    lora_alpha: f64,
-    lora_dropout: f64,
-    use_rslora: bool,
-    use_dora: bool,
-    rank_pattern: Pattern<usize>,
-    alpha_pattern: Pattern<f64>,
-}
-
-impl Default for PeftLora {
-    fn default() -> Self {
-        Self {
-            r: 8,
-            lora_alpha: 8.0,
-            lora_dropout: 0.0,
-            use_rslora: false,
-            use_dora: false,
-            rank_pattern: Pattern::default(),
-            alpha_pattern: Pattern::default(),
-        }
-    }
+/// Which biases of the model are trained; in PEFT's spelling.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Bias {
+    /// None.
+    #[default]
+    None,
+    /// All that there are.
+    All,
+    /// Those of adapted layers.
+    LoraOnly,
 }
 
 impl Settings for LoraSettings {
@@ -114,7 +104,6 @@ impl Settings for LoraSettings {
     const MUST_BE: &'static [(&'static str, Value)] = &[
         ("alora_invocation_tokens", Value::Null),
         ("arrow_config", Value::Null),
-        ("bias", Value::Null), // "none" is let through, see `unsupported`
         ("corda_config", Value::Null),
         ("eva_config", Value::Null),
         ("fan_in_fan_out", Value::Bool(false)),
@@ -138,26 +127,21 @@ impl Settings for LoraSettings {
         "loraplus_lr_ratio",
         "loraplus_lr_embedding",
     ];
+    const PEFT_NAMES: &'static [(&'static str, &'static str)] = &[
+        ("r", "rank"),
+        ("lora_alpha", "alpha"),
+        ("lora_dropout", "dropout"),
+    ];
     const EMBEDDINGS: bool = true;
 
     fn from_peft(json: &str) -> serde_json::Result<Self> {
-        let peft: PeftLora = serde_json::from_str(json)?;
-        Ok(Self {
-            rank: peft.r,
-            alpha: peft.lora_alpha,
-            dropout: peft.lora_dropout,
-            use_rslora: peft.use_rslora,
-            use_dora: peft.use_dora,
-            rank_pattern: peft.rank_pattern,
-            alpha_pattern: peft.alpha_pattern,
-            ..Self::default()
-        })
+        read_peft(json, json!({"rank": 8, "alpha": 8}))
     }
 
     fn to_peft(&self) -> Map<String, Value> {
         let settings = json!({
             "alpha_pattern": self.alpha_pattern.to_peft(),
-            "bias": "none",
+            "bias": self.bias,
             "fan_in_fan_out": false,
             "init_lora_weights": self.init.to_peft(),
             "lora_alpha": number(self.alpha),
@@ -171,9 +155,8 @@ impl Settings for LoraSettings {
     }
 
     fn unsupported(json: &Map<String, Value>) -> Vec<String> {
-        let set = Self::MUST_BE.iter().filter_map(|(key, wanted)| {
-            super::unless_neutral(json, key, wanted).filter(|_| json[*key] != "none")
-        });
+        let set = Self::MUST_BE.iter();
+        let set = set.filter_map(|(key, wanted)| super::unless_neutral(json, key, wanted));
         let mut problems: Vec<String> = set.collect();
         // the others change the base weights, too, and such an adapter is no use on the original base
         let init = json.get("init_lora_weights").unwrap_or(&Value::Null);
@@ -241,6 +224,10 @@ impl Settings for LoraSettings {
     fn patterns(&self) -> Vec<&str> {
         let keys = self.rank_pattern.keys().chain(self.alpha_pattern.keys());
         keys.collect()
+    }
+
+    fn bias(&self) -> Bias {
+        self.bias
     }
 
     fn is_random(&self) -> bool {
