@@ -90,6 +90,9 @@ pub fn combine<B: AdaptedBackend>(
     if !problems.is_empty() {
         return Err(Error::Combine { problems });
     }
+    for adapter in &adapters.all {
+        adapter.opened.check_copies_of(&model)?;
+    }
     if model.config.tie_word_embeddings && adapters.touch_embeddings() {
         attach::untie(&mut model);
     }

@@ -112,6 +112,11 @@ impl<'a> Merge<'a> {
         for (name, shape) in merge.config.tensors() {
             merge.dtype(&name, &shape)?;
         }
+        for adapter in &merge.adapters.all {
+            adapter.opened.check_copies(|copy, rows| {
+                Ok(merge.weight(&copy.name, &copy.shape)?.rows(rows)?)
+            })?;
+        }
         Ok(merge)
     }
 

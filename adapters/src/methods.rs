@@ -382,6 +382,16 @@ impl Part {
         }
     }
 
+    /// A weight of the model that PEFT has put beside the adapter: its end there.
+    pub(crate) fn base_copy(module: &str, end: &str, shape: Vec<usize>) -> Self {
+        Self {
+            name: format!("{module}.weight"),
+            key: format!("{PREFIX}{module}.{end}"),
+            shape,
+            role: Role::Frozen,
+        }
+    }
+
     /// The module that it belongs to; nothing if it belongs to the model.
     pub fn module(&self) -> Option<&str> {
         self.name.rsplit_once('.').map(|(module, _)| module)

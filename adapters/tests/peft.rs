@@ -11,7 +11,7 @@ use adapters::{AdaptedLlama, AdapterConfig, Pattern, Targets, peft};
 use burn::tensor::{Tensor, TensorData};
 use harness::{B, lora, rank_4, root};
 use logits::{base, base_of, fixture, load};
-use model::checkpoint::Checkpoint;
+use model::checkpoint::{Checkpoint, NamedTensor, write_safetensors};
 use model::config::LlamaConfig;
 use model::load::normal;
 use model::rope::Rope;
@@ -246,6 +246,45 @@ fn every_start_is_no_change_and_is_saved_for_the_base_as_it_is() {
         let shape = |config: &AdapterConfig| config.parts(&model.config).unwrap()[0].shape.clone();
         assert_eq!(shape(&read)[0], if init.is_taken_out() { 8 } else { 4 });
     }
+}
+
+/// Weights of the base model beside the adapter, as `save_embedding_layers` of PEFT leaves them.
+#[test]
+fn embeddings_beside_an_adapter_are_to_be_the_models_own() {
+    let copy = tempfile::tempdir().unwrap();
+    let config = copy.path().join(peft::CONFIG_FILE);
+    std::fs::copy(fixture("qv").join(peft::CONFIG_FILE), config).unwrap();
+    let adapter = Checkpoint::open_file(&fixture("qv").join(peft::MODEL_FILE)).unwrap();
+    let own = Checkpoint::open_folder(&base("gqa")).unwrap();
+    let write = |factor: f32| {
+        let theirs = |name: &str| NamedTensor {
+            name: format!("base_model.model.{name}"),
+            shape: own.shape(name).unwrap().to_vec(),
+            values: own.read(name).unwrap().iter().map(|x| factor * x).collect(),
+        };
+        let mut all: Vec<_> = adapter
+            .tensors()
+            .map(|(name, shape)| NamedTensor {
+                name: name.to_owned(),
+                shape: shape.to_vec(),
+                values: adapter.read(name).unwrap(),
+            })
+            .collect();
+        all.extend(["model.embed_tokens.weight", "lm_head.weight"].map(theirs));
+        write_safetensors(&copy.path().join(peft::MODEL_FILE), &all, &[]).unwrap();
+    };
+    write(1.0);
+    let (model, _) = peft::load(load(&base("gqa")), copy.path(), &Default::default()).unwrap();
+    assert!(max_off(&model, &fixture("qv")) < 2e-5);
+    write(1.1);
+    let text = error(copy.path(), "gqa");
+    for key in [
+        "model.embed_tokens.weight is not the model's own",
+        "lm_head.weight is not",
+    ] {
+        assert!(text.contains(key), "{text}");
+    }
+    assert!(error(copy.path(), "wide_head").contains("expected"));
 }
 
 fn error(adapter: &Path, base_name: &str) -> String {
