@@ -574,6 +574,36 @@ fn the_template_of_a_folder_is_found_in_any_of_its_places() -> Anything {
 }
 
 #[test]
+fn conversations_with_tools_get_the_template_for_tools() -> Anything {
+    let folder = tempfile::tempdir()?;
+    let write = |name: &str, content: &str| std::fs::write(folder.path().join(name), content);
+    let list = r#"[{"name": "tool_use", "template": "{{ tools | length }}</s>"},
+        {"name": "default", "template": "plain"}]"#;
+    let config = format!(r#"{{"chat_template": {list}}}"#);
+    let tools = [serde_json::json!({"name": "add"})];
+    let check = |folder: &Path| {
+        let found = ChatTemplate::from_folder(folder)?.expect("there is one");
+        let render = |tools| {
+            let turns = &two_turns();
+            found.render(Conversation { turns, tools }, false, &tokens("", ""))
+        };
+        assert_eq!((&*render(&[])?, &*render(&tools)?), ("plain", "1</s>"));
+        Ok::<_, Error>(found)
+    };
+    write("tokenizer_config.json", &config)?;
+    let saved = tempfile::tempdir()?;
+    check(folder.path())?.save(saved.path())?;
+    check(saved.path())?;
+    write(
+        "tokenizer_config.json",
+        &config.replace("{{ tools", "{% if"),
+    )?;
+    let found = ChatTemplate::from_folder(folder.path());
+    assert!(matches!(found, Err(Error::Template { .. })), "{found:?}");
+    Ok(())
+}
+
+#[test]
 fn a_message_keeps_its_other_keys_in_order() -> Anything {
     let row =
         r#"{"role":"tool","content":[{"type":"text","text":"x"}],"name":"f","a":{"z":1,"b":null}}"#;
