@@ -253,7 +253,7 @@ fn the_answers_in_a_prompt_are_not_trained() {
     let row = json!({"prompt": turns, "completion": [{"role": "user", "content": "c?"}]});
     assert_eq!(
         refused(row, &smollm2()),
-        "rows.jsonl:1: there is no assistant turn to train on"
+        "rows.jsonl:1: there is no assistant turn to train on, only user"
     );
 }
 
