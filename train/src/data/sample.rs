@@ -1,5 +1,6 @@
 //! From what a row says to token ids and labels.
 
+use std::collections::BTreeSet;
 use std::path::PathBuf;
 use std::sync::LazyLock;
 
@@ -106,9 +107,10 @@ impl Encoder {
         let is_answer = |turn: &Message| turn.role == "assistant";
         let answers = &turns[prompt_turns..];
         if self.train_on != TrainOn::All && !answers.iter().any(is_answer) {
+            let roles: BTreeSet<&str> = answers.iter().map(|turn| turn.role.as_str()).collect();
             return Err(Error::NoAssistantTurn {
                 place: place.clone(),
-                roles: answers.iter().map(|turn| turn.role.clone()).collect(),
+                roles: roles.into_iter().map(str::to_owned).collect(),
             });
         }
         let template = self.template(place, turns, tools)?;

@@ -421,7 +421,7 @@ fn rows_of_the_wrong_shape_are_refused() {
         ),
         (
             turn(json!({"role": "user", "content": "b?"})),
-            "there is no assistant turn to train on",
+            "there is no assistant turn to train on, only user",
         ),
         (
             json!({"conversations": [{"from": "human"}]}),
