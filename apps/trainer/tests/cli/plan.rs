@@ -259,6 +259,9 @@ fn labels_are_checked_before_the_first_step() {
     });
     let bos = json!({"text": "<|im_start|><|im_start|>a"});
     dir.write("bos.jsonl", bos.to_string());
+    let tools = json!([{"name": "add"}]);
+    let tools = json!({"question": "1 + 1?", "answer": "2", "tools": tools});
+    dir.write("tools.jsonl", tools.to_string());
     let long = rows
         .lines()
         .next()
@@ -287,6 +290,10 @@ fn labels_are_checked_before_the_first_step() {
         (
             "--data bos.jsonl",
             &["1 rows begin with two BOS tokens (bos.jsonl:1)"],
+        ),
+        (
+            "--data tools.jsonl",
+            &["does not show the tools or tool calls of 1 rows (tools.jsonl:1)"],
         ),
         (
             "--data rows.jsonl --set data.chat_template=marker.jinja",
