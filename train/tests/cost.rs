@@ -111,6 +111,7 @@ impl Shape {
         let sample = |length: &usize| Sample {
             input_ids: ids(*length).map(|id| id as u32).collect(),
             labels: ids(*length).map(|id| id as i32).collect(),
+            task: 0,
         };
         let batch = |rows: &&[usize]| {
             let samples: Vec<Sample> = rows.iter().map(sample).collect();
