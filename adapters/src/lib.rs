@@ -28,7 +28,7 @@ pub use config::{AdapterConfig, Layer, MAX_RANK, OneOrMany, Pattern, Selection, 
 pub use drift::{Drift, drift};
 pub use error::{Error, Result};
 pub use linear::{AdaptedLinear, Dropout, DropoutBackend};
-pub use merge::{Merge, Onto};
+pub use merge::{Kept, Merge, Onto};
 pub use methods::{Method, Update};
 pub use parameters::{read_parameters, write_parameters};
 pub use quantize::quantize_folder;

@@ -14,7 +14,7 @@ use crate::methods::lora::Lora;
 
 /// Embeddings `[vocab, d]` that an adapter changes.
 pub(crate) struct Adapted<'a> {
-    base: Box<Weight<'a>>,
+    pub(super) base: Box<Weight<'a>>,
     lora: Lora<Flex>,
     width: usize,
     /// Factors on the columns, `[d]`.
