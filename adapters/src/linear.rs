@@ -1,7 +1,7 @@
 //! The linear layer of an adapted model, and what it drops while it is trained.
 
 use burn::module::Module;
-use burn::tensor::{Tensor, TensorData, backend::Backend};
+use burn::tensor::{Int, Tensor, TensorData, backend::Backend};
 use model::linear::Projection;
 use rayon::prelude::*;
 
@@ -22,6 +22,13 @@ impl<B: AdaptedBackend> Projection<B> for AdaptedLinear<B> {
         match &self.update {
             None => self.base.forward(x),
             Some(update) => update.forward(x, &self.base),
+        }
+    }
+
+    fn embed(&self, ids: Tensor<B, 1, Int>) -> Tensor<B, 2> {
+        match &self.update {
+            None => self.base.embed(ids),
+            Some(update) => update.embed(ids, &self.base),
         }
     }
 }

@@ -24,6 +24,9 @@ use crate::weight::BaseWeight;
 pub struct Llama<B: Backend, P> {
     /// `[v, d]`.
     pub embed_tokens: BaseWeight<B, 2>,
+    /// The embeddings as a linear layer `[d, v]`, if something is trained beside them; the output
+    /// layer, if that is the embeddings, too, knows nothing of it.
+    pub adapted_embeddings: Option<P>,
     /// The decoder layers, first to last.
     pub layers: Vec<DecoderLayer<B, P>>,
     /// The norm before `lm_head`.
@@ -145,7 +148,10 @@ impl<B: ModelBackend, P: Projection<B>> Llama<B, P> {
 
     /// Token ids `[n]` to their embeddings `[n, d]`.
     fn embed(&self, ids: Tensor<B, 1, Int>) -> Tensor<B, 2> {
-        self.embed_tokens.val().select(0, ids)
+        match &self.adapted_embeddings {
+            Some(embeddings) => embeddings.embed(ids),
+            None => self.embed_tokens.val().select(0, ids),
+        }
     }
 
     /// Normed hidden states `[n, d]` to logits `[n, v]`.
@@ -158,8 +164,11 @@ impl<B: ModelBackend, P: Projection<B>> Llama<B, P> {
 }
 
 impl<B: Backend, P> Llama<B, P> {
-    /// Every linear layer with its name in the checkpoint (without `.weight`).
+    /// Every linear layer with its name in the checkpoint (without `.weight`), embeddings among them
+    /// where they are one.
     pub fn projections(&self) -> impl Iterator<Item = (String, &P)> {
+        let embeddings = self.adapted_embeddings.iter();
+        let embeddings = embeddings.map(|p| ("model.embed_tokens".to_owned(), p));
         let layers = self.layers.iter().enumerate();
         let layers = layers.flat_map(|(index, layer)| {
             let (self_attn, mlp) = (&layer.self_attn, &layer.mlp);
@@ -174,12 +183,14 @@ impl<B: Backend, P> Llama<B, P> {
             ];
             all.map(|(name, p)| (format!("model.layers.{index}.{name}"), p))
         });
-        let head = self.lm_head.iter();
-        layers.chain(head.map(|p| ("lm_head".to_owned(), p)))
+        let head = self.lm_head.iter().map(|p| ("lm_head".to_owned(), p));
+        embeddings.chain(layers).chain(head)
     }
 
     /// The same to change them.
     pub fn projections_mut(&mut self) -> impl Iterator<Item = (String, &mut P)> {
+        let embeddings = self.adapted_embeddings.iter_mut();
+        let embeddings = embeddings.map(|p| ("model.embed_tokens".to_owned(), p));
         let layers = self.layers.iter_mut().enumerate();
         let layers = layers.flat_map(|(index, layer)| {
             let (self_attn, mlp) = (&mut layer.self_attn, &mut layer.mlp);
@@ -194,8 +205,8 @@ impl<B: Backend, P> Llama<B, P> {
             ];
             all.map(|(name, p)| (format!("model.layers.{index}.{name}"), p))
         });
-        let head = self.lm_head.iter_mut();
-        layers.chain(head.map(|p| ("lm_head".to_owned(), p)))
+        let head = self.lm_head.iter_mut().map(|p| ("lm_head".to_owned(), p));
+        embeddings.chain(layers).chain(head)
     }
 }
 
