@@ -24,7 +24,7 @@ use super::{
 };
 use crate::base::{AdaptedBackend, BaseLinear};
 use crate::config::{EMBED_TOKENS, Layer, Pattern, number};
-use crate::linear::{Dropout, dropped};
+use crate::linear::{Dropout, DropoutBackend, dropped};
 pub use init::LoraInit;
 pub use linear::{LoraBackend, lora_linear, reference};
 
@@ -512,7 +512,7 @@ impl<B: Backend> Lora<B> {
     }
 }
 
-impl<B: MatmulBackend> Lora<B> {
+impl<B: MatmulBackend + DropoutBackend> Lora<B> {
     /// `x` `[n, in]` to the update `[n, out]`, in plain tensor operations.
     pub fn addition(&self, x: Tensor<B, 2>) -> Tensor<B, 2> {
         self.addition_to(dropped(x, self.drops()))

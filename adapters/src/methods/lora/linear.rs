@@ -21,7 +21,7 @@ use quant::QuantBackend;
 
 use super::Lora;
 use crate::base::BaseLinear;
-use crate::linear::{Dropout, dropped};
+use crate::linear::{Dropout, DropoutBackend, dropped};
 
 /// `x` `[n, in]` through a base layer and the low-rank update beside it: `[n, out]`.
 pub fn lora_linear<B: LoraBackend>(
@@ -33,7 +33,7 @@ pub fn lora_linear<B: LoraBackend>(
 }
 
 /// The operation on a backend's own tensors.
-pub trait LoraBackend: QuantBackend + MatmulBackend {
+pub trait LoraBackend: QuantBackend + MatmulBackend + DropoutBackend {
     /// See [`lora_linear`].
     fn lora_linear(
         x: FloatTensor<Self>,
@@ -46,7 +46,7 @@ pub trait LoraBackend: QuantBackend + MatmulBackend {
 }
 
 /// [`lora_linear`] in plain tensor operations.
-pub fn reference<B: QuantBackend + MatmulBackend>(
+pub fn reference<B: LoraBackend>(
     x: Tensor<B, 2>,
     base: &BaseLinear<B>,
     lora: &Lora<B>,
