@@ -36,7 +36,7 @@ impl Merge<'_> {
             scales: None,
         };
         adapted.scales = adapted.column_scales(self.config.vocab_size)?;
-        Ok(Weight::Adapted(adapted))
+        Ok(Weight::Adapted(Box::new(adapted)))
     }
 }
 
