@@ -55,7 +55,7 @@ pub(crate) enum Weight<'a> {
     /// In 4 bits.
     Decoded(Quantized),
     /// Embeddings with an update in them.
-    Adapted(embeddings::Adapted<'a>),
+    Adapted(Box<embeddings::Adapted<'a>>),
 }
 
 impl<'a> Merge<'a> {
