@@ -1,7 +1,7 @@
 //! The base model under the adapters: its linear layers dense or in 4 bits.
 
 use burn::module::Module;
-use burn::tensor::{Tensor, backend::AutodiffBackend, backend::Backend};
+use burn::tensor::{Int, Tensor, backend::AutodiffBackend, backend::Backend};
 use model::checkpoint::Checkpoint;
 use model::config::LlamaConfig;
 use model::folder::ModelFolder;
@@ -50,6 +50,19 @@ impl<B: QuantBackend + MatmulBackend> Projection<B> for BaseLinear<B> {
         match self {
             Self::Dense(linear) => linear.forward(x),
             Self::Quantized(linear) => linear.forward(x),
+        }
+    }
+
+    fn embed(&self, ids: Tensor<B, 1, Int>) -> Tensor<B, 2> {
+        match self {
+            Self::Dense(linear) => linear.embed(ids),
+            Self::Quantized(_) => {
+                let dense = Linear {
+                    weight: BaseWeight::Frozen(self.weight()),
+                    bias: self.bias().map(BaseWeight::Frozen),
+                };
+                dense.embed(ids)
+            }
         }
     }
 }
@@ -306,13 +319,7 @@ pub fn init<B: Backend>(config: &LlamaConfig, seed: u64, device: &B::Device) -> 
 /// [`Error::Quantization`] if the checkpoint is quantised in a way that is not supported.
 pub fn base_bytes(base: &ModelFolder, scheme: Option<Scheme>) -> Result<u64> {
     let config = &base.config;
-    let stored = config.quantization_config.as_ref().map(|quantization| {
-        bitsandbytes::check_config(quantization).map_err(|source| Error::Quantization {
-            path: base.path.clone(),
-            source,
-        })
-    });
-    let scheme = stored.transpose()?.or(scheme);
+    let scheme = stored_scheme(base, scheme)?;
     let f32s = |len: u64| len * size_of::<f32>() as u64;
     let linear = config.projections();
     let layer: u64 = linear
@@ -324,6 +331,45 @@ pub fn base_bytes(base: &ModelFolder, scheme: Option<Scheme>) -> Result<u64> {
     Ok(rest + scheme.map_or(f32s(all), |scheme| scheme.bytes(all)))
 }
 
+/// The largest tensor of a base model in memory, by its name in the checkpoint, and its bytes.
+///
+/// # Errors
+/// As [`base_bytes`].
+pub fn largest_tensor(base: &ModelFolder, scheme: Option<Scheme>) -> Result<(String, u64)> {
+    let scheme = stored_scheme(base, scheme)?;
+    let linear = base.config.projections();
+    let is_linear = |name: &str| {
+        let name = name.strip_suffix(".weight").unwrap_or(name);
+        linear.iter().any(|(linear, ..)| name.ends_with(linear))
+    };
+    let bytes = |name: &str, shape: &[usize]| {
+        let len: u64 = shape.iter().map(|&n| n as u64).product();
+        match scheme {
+            Some(_) if is_linear(name) => len / 2, // the codes
+            _ => len * size_of::<f32>() as u64,
+        }
+    };
+    let tensors = base.config.tensors().into_iter();
+    let sized = tensors.map(|(name, shape)| (bytes(&name, &shape), name));
+    let (bytes, name) = sized.max().unwrap_or_default();
+    Ok((name, bytes))
+}
+
+/// What a checkpoint is quantised by, else what it is to be.
+fn stored_scheme(base: &ModelFolder, scheme: Option<Scheme>) -> Result<Option<Scheme>> {
+    let stored = base
+        .config
+        .quantization_config
+        .as_ref()
+        .map(|quantization| {
+            bitsandbytes::check_config(quantization).map_err(|source| Error::Quantization {
+                path: base.path.clone(),
+                source,
+            })
+        });
+    Ok(stored.transpose()?.or(scheme))
+}
+
 /// How the linear layers of a model are quantised, if they are.
 pub fn scheme<B: Backend>(model: &AdaptedLlama<B>) -> Option<Scheme> {
     let mut schemes = model
@@ -333,4 +379,29 @@ pub fn scheme<B: Backend>(model: &AdaptedLlama<B>) -> Option<Scheme> {
             BaseLinear::Quantized(linear) => Some(linear.weight.layout.scheme),
         });
     schemes.next()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use quant::Format;
+
+    use super::*;
+
+    #[test]
+    fn the_largest_tensor_is_one_that_stays_dense() {
+        let folder =
+            Path::new(env!("CARGO_MANIFEST_DIR")).join("../model/tests/fixtures/models/gqa");
+        let mut base = ModelFolder::open(&folder).unwrap();
+        (base.config.vocab_size, base.config.hidden_size) = (1000, 8);
+        base.config.intermediate_size = 2000;
+        let (name, bytes) = largest_tensor(&base, None).unwrap();
+        assert!(name.contains(".mlp."), "{name}");
+        assert_eq!(bytes, 4 * 2000 * 8);
+        let nf4 = Some(Scheme::new(Format::Nf4, 64, false));
+        let (name, bytes) = largest_tensor(&base, nf4).unwrap();
+        assert!([EMBEDDINGS, HEAD].contains(&name.as_str()), "{name}");
+        assert_eq!(bytes, 4 * 1000 * 8);
+    }
 }

@@ -1,7 +1,13 @@
 //! The linear layer of an adapted model, and what it drops while it is trained.
 
+#[cfg(feature = "gpu")]
+mod gpu;
+
+use burn::backend::autodiff::checkpoint::strategy::CheckpointStrategy;
+use burn::backend::{Autodiff, Flex};
 use burn::module::Module;
-use burn::tensor::{Tensor, TensorData, backend::Backend};
+use burn::tensor::ops::FloatTensor;
+use burn::tensor::{Int, Tensor, TensorData, TensorPrimitive, backend::Backend};
 use model::linear::Projection;
 use rayon::prelude::*;
 
@@ -24,6 +30,13 @@ impl<B: AdaptedBackend> Projection<B> for AdaptedLinear<B> {
             Some(update) => update.forward(x, &self.base),
         }
     }
+
+    fn embed(&self, ids: Tensor<B, 1, Int>) -> Tensor<B, 2> {
+        match &self.update {
+            None => self.base.embed(ids),
+            Some(update) => update.embed(ids, &self.base),
+        }
+    }
 }
 
 /// Which elements are dropped: a function of the seed, so that a block computed again drops the
@@ -37,7 +50,10 @@ pub struct Dropout {
 }
 
 /// `x` `[n, d]` with the elements set to 0 that are dropped, and the others grown for it.
-pub(crate) fn dropped<B: Backend>(x: Tensor<B, 2>, dropout: Option<Dropout>) -> Tensor<B, 2> {
+pub(crate) fn dropped<B: DropoutBackend>(
+    x: Tensor<B, 2>,
+    dropout: Option<Dropout>,
+) -> Tensor<B, 2> {
     match dropout {
         Some(dropout) => {
             let mask = dropout.mask(x.dims(), &x.device());
@@ -47,21 +63,67 @@ pub(crate) fn dropped<B: Backend>(x: Tensor<B, 2>, dropout: Option<Dropout>) -> 
     }
 }
 
+/// A backend that knows what is dropped: the same on every one.
+pub trait DropoutBackend: Backend {
+    /// See [`Dropout::mask`].
+    fn dropout_mask(
+        dropout: Dropout,
+        shape: [usize; 2],
+        device: &Self::Device,
+    ) -> FloatTensor<Self> {
+        let mask = TensorData::new(dropout.elements(shape), shape);
+        let mask = Tensor::<Self, 2>::from_data(mask, device);
+        mask.into_primitive().tensor()
+    }
+}
+
+impl DropoutBackend for Flex {}
+
+impl<B: DropoutBackend, C: CheckpointStrategy> DropoutBackend for Autodiff<B, C> {
+    fn dropout_mask(
+        dropout: Dropout,
+        shape: [usize; 2],
+        device: &Self::Device,
+    ) -> FloatTensor<Self> {
+        let mask = TensorPrimitive::Float(B::dropout_mask(dropout, shape, device));
+        let mask = Tensor::<Self, 2>::from_inner(Tensor::from_primitive(mask));
+        mask.into_primitive().tensor()
+    }
+}
+
 impl Dropout {
+    /// What stays of the others is grown by this.
+    fn kept(&self) -> f32 {
+        (1.0 / (1.0 - self.probability)) as f32
+    }
+
+    /// An element is dropped if the first half of its number is below this.
+    fn threshold(&self) -> u32 {
+        (self.probability * u32::MAX as f64) as u32
+    }
+
     /// `[n, d]` of 0 and `1 / (1 - probability)`.
-    pub(crate) fn mask<B: Backend>(&self, [n, d]: [usize; 2], device: &B::Device) -> Tensor<B, 2> {
-        let kept = (1.0 / (1.0 - self.probability)) as f32;
-        let threshold = (self.probability * u32::MAX as f64) as u32;
+    pub(crate) fn mask<B: DropoutBackend>(
+        self,
+        shape: [usize; 2],
+        device: &B::Device,
+    ) -> Tensor<B, 2> {
+        let mask = B::dropout_mask(self, shape, device);
+        Tensor::from_primitive(TensorPrimitive::Float(mask))
+    }
+
+    /// The elements of a mask, made on the host: what kernels are held to.
+    fn elements(&self, [n, d]: [usize; 2]) -> Vec<f32> {
+        let (kept, threshold) = (self.kept(), self.threshold());
         let one = |i: usize| match (mix(self.seed.wrapping_add(i as u64)) >> 32) as u32 {
             bits if bits < threshold => 0.0,
             _ => kept,
         };
-        let values: Vec<f32> = (0..n * d)
+        (0..n * d)
             .into_par_iter()
             .with_min_len(1 << 14)
             .map(one)
-            .collect();
-        Tensor::from_data(TensorData::new(values, [n, d]), device)
+            .collect()
     }
 }
 
@@ -77,7 +139,6 @@ pub(crate) fn mix(x: u64) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use burn::backend::Flex;
 
     #[test]
     fn a_mask_drops_its_share_and_keeps_the_mean() {
@@ -85,14 +146,12 @@ mod tests {
             probability: 0.25,
             seed: 3,
         };
-        let mask: Tensor<Flex, 2> = dropout.mask([200, 500], &Default::default());
-        let values = mask.into_data().to_vec::<f32>().unwrap();
+        let values = dropout.elements([200, 500]);
         let dropped = values.iter().filter(|v| **v == 0.0).count() as f64 / values.len() as f64;
         assert!((dropped - 0.25).abs() < 0.005, "{dropped}");
         let mean = values.iter().sum::<f32>() / values.len() as f32;
         assert!((mean - 1.0).abs() < 0.01, "{mean}");
         let other = Dropout { seed: 4, ..dropout };
-        let other: Tensor<Flex, 2> = other.mask([200, 500], &Default::default());
-        assert_ne!(values, other.into_data().to_vec::<f32>().unwrap());
+        assert_ne!(values, other.elements([200, 500]));
     }
 }

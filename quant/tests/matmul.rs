@@ -110,3 +110,10 @@ fn one_token_is_right_on_this_device() {
     check([40, 1100], Scheme::new(Format::Fp4, 64, false)); // several words a unit, rows within words
     check([1, 7], Scheme::new(Format::Nf4, 4096, false)); // a block larger than the weight
 }
+
+/// Dense it has 133 MiB, more than the 128 MiB that some devices take as one buffer.
+#[test]
+fn a_weight_larger_than_a_buffer_is_right_on_this_device() {
+    let scheme = Scheme::new(Format::Nf4, 64, false);
+    check(2, [8500, 4096], scheme, Precision::F32);
+}

@@ -413,6 +413,14 @@ pub enum Error {
         /// The newest checkpoint whose weights still gave a finite loss.
         checkpoint: Option<PathBuf>,
     },
+    /// The device had no memory left.
+    #[error("the device ran out of memory {when}")]
+    OutOfMemory {
+        /// As "in step 3".
+        when: String,
+        /// Whether layers were computed again to save memory.
+        recompute: bool,
+    },
 }
 
 /// What is wrong with a JSON text, without the place, which the message tells in its own way.

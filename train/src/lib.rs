@@ -10,6 +10,7 @@ pub mod batch;
 pub mod card;
 pub mod checkpoint;
 pub mod data;
+pub mod device_failure;
 mod error;
 pub mod evaluate;
 mod exact;

@@ -36,6 +36,9 @@ const COMPUTING: u64 = 34 << 20;
 /// A tile of a 4-bit weight that is decoded on the CPU, see `quant::matmul`.
 const DECODED_TILE: u64 = 4 << 20;
 
+/// The module of the embeddings.
+const EMBED_TOKENS: &str = "model.embed_tokens";
+
 /// What a run holds when it holds the most, in bytes, by part.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct Memory {
@@ -173,7 +176,7 @@ impl Work<'_> {
             bytes(found.map_or(0, |(_, shape)| product(shape)))
         };
         let method = self.trained.method();
-        let embeddings = whole("model.embed_tokens");
+        let embeddings = whole(EMBED_TOKENS);
         Ok(Updated {
             all: bytes(sizes.clone().sum()),
             largest: bytes(sizes.max().unwrap_or(0)),
@@ -457,7 +460,7 @@ impl<'a> Kept<'a> {
             let start = format!("model.layers.{index}.");
             self.modules.keys().any(|name| name.starts_with(&start))
         };
-        let first = match self.modules.contains_key("model.embed_tokens") || self.in_front {
+        let first = match self.modules.contains_key(EMBED_TOKENS) || self.in_front {
             true => 0,
             false => all.clone().find(trained).unwrap_or(all.end),
         };
@@ -481,7 +484,7 @@ impl<'a> Kept<'a> {
         let adapters = self
             .modules
             .iter()
-            .filter(|(name, _)| name.starts_with(&start));
+            .filter(|(name, _)| name.starts_with(&start) || (index == 0 && *name == EMBED_TOKENS));
         let narrow: usize = adapters.map(|(_, kept)| kept).sum();
         (norms + attention + swiglu + narrow) as u64
     }

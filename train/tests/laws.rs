@@ -533,6 +533,12 @@ fn layers_that_are_computed_again_change_nothing() {
             "adapter.modules_to_save=[norm,post_attention_layernorm]",
         ),
         ("gqa", "lora", "adapter.target_modules=[lm_head]"), // nothing below the output layer
+        ("gqa", "dora", "adapter.target_modules=[embed_tokens]"), // nothing above the embeddings
+        (
+            "tied_llama3",
+            "lora",
+            "adapter.target_modules=[embed_tokens,lm_head,o_proj] quantization.format=nf4",
+        ),
         ("gqa", "adalora", ""),
         ("gqa", "loha", "adapter.module_dropout=0"),
         (

@@ -2,12 +2,12 @@
 //!
 //! Source: `peft/tuners/lycoris_utils.py`.
 
-use burn::tensor::{Tensor, backend::Backend};
+use burn::tensor::Tensor;
 use serde_json::{Map, Value, json};
 
 use super::{alpha_problem, rank_problem, share_problem};
 use crate::config::{Pattern, number};
-use crate::linear::{Dropout, mix};
+use crate::linear::{Dropout, DropoutBackend, mix};
 
 /// The settings that both have.
 pub(super) struct Common<'a> {
@@ -94,7 +94,7 @@ impl Drops {
 
     /// The factors on the rows of the update, `[1, out]`: 0 of those that are dropped, and 1 of the
     /// others, which are `grown` so that the mean stays 1.
-    pub fn rows<B: Backend>(
+    pub fn rows<B: DropoutBackend>(
         &self,
         out: usize,
         grown: bool,
@@ -105,9 +105,7 @@ impl Drops {
             probability: self.rank,
             seed,
         };
-        let mask = dropout
-            .mask::<B>([1, out], device)
-            .mul_scalar(1.0 - self.rank);
+        let mask = dropout.mask([1, out], device).mul_scalar(1.0 - self.rank);
         Some(match grown {
             true => {
                 let mean = mask.clone().mean().clamp_min(f32::MIN_POSITIVE); // of no row at all, too

@@ -142,6 +142,7 @@ fn advice(error: &anyhow::Error) -> (String, u8) {
                 train::Error::NotFinite {
                     saved, checkpoint, ..
                 } => left.after_bad_numbers(saved.as_deref(), checkpoint.as_deref()),
+                train::Error::OutOfMemory { recompute, .. } => left.after_full_memory(*recompute),
                 source => format!("{}; {}", train_advice(source), left.how_to_go_on()),
             };
             return (help, train_code(source));

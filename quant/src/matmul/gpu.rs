@@ -5,8 +5,11 @@
 mod fusion;
 mod kernels;
 
-use burn::tensor::ops::{FloatTensor, FloatTensorOps};
-use burn::tensor::{Shape, Tensor};
+use std::ops::Range;
+
+use burn::tensor::backend::Backend;
+use burn::tensor::ops::FloatTensor;
+use burn::tensor::{Shape, Tensor, TensorPrimitive};
 use burn_cubecl::kernel::into_contiguous;
 use burn_cubecl::ops::numeric::empty_device_contiguous_dtype;
 use burn_cubecl::tensor::CubeTensor;
@@ -27,18 +30,43 @@ impl<R: CubeRuntime, F: FloatElement, I: IntElement, BT: BoolElement> QuantBacke
         side: Side,
     ) -> FloatTensor<Self> {
         let [n, _] = x.meta.shape().dims();
-        match (n, side) {
-            (1, Side::Transposed) => one_row(x, weight),
-            (_, Side::Transposed) => {
-                let dense = dense(&x, weight); // [out, in]
-                Self::float_matmul(x, Self::float_transpose(dense))
-            }
-            (_, Side::Plain) => {
-                let dense = dense(&x, weight);
-                Self::float_matmul(x, dense)
-            }
+        if (n, side) == (1, Side::Transposed) {
+            return one_row(x, weight);
         }
+        let [out, _] = weight.layout.shape;
+        let rows = rows_at_once(weight.layout.shape, &x);
+        let parts = (0..out).step_by(rows);
+        let parts = parts.map(|first| {
+            let rows = first..out.min(first + rows);
+            let dense = floats::<Self>(dense(&x, weight, rows.clone())); // [rows, in]
+            let x = floats::<Self>(x.clone());
+            match side {
+                Side::Transposed => x.matmul(dense.transpose()), // [n, rows]
+                Side::Plain if rows.len() == out => x.matmul(dense),
+                Side::Plain => x.narrow(1, rows.start, rows.len()).matmul(dense), // [n, in]
+            }
+        });
+        let y = match side {
+            Side::Transposed => Tensor::cat(parts.collect(), 1),
+            Side::Plain => parts.reduce(|sum, part| sum + part).expect("rows"),
+        };
+        y.into_primitive().tensor()
     }
+}
+
+/// Rows of a weight that are dense at a time: all of them, unless that is more than one buffer of
+/// the device may hold. They are whole words.
+fn rows_at_once<R: CubeRuntime>([out, r#in]: [usize; 2], like: &CubeTensor<R>) -> usize {
+    let largest = like.client.properties().memory.max_page_size;
+    let rows = largest as usize / (r#in * like.dtype.size());
+    match rows >= out {
+        true => out.max(1),
+        false => (rows / CODES * CODES).max(CODES),
+    }
+}
+
+fn floats<B: Backend>(tensor: FloatTensor<B>) -> Tensor<B, 2> {
+    Tensor::from_primitive(TensorPrimitive::Float(tensor))
 }
 
 /// `x` `[1, in]` times `Wᵀ` is `[1, out]`: reads each code once and writes no value.
@@ -62,17 +90,19 @@ fn one_row<R: CubeRuntime, F: FloatElement, I: IntElement, BT: BoolElement>(
     y
 }
 
-/// The dense weight `[out, in]`, in the type of `like` and on its device.
+/// Some rows of the dense weight, `[rows, in]`, in the type of `like` and on its device.
 fn dense<R: CubeRuntime, F: FloatElement, I: IntElement, BT: BoolElement>(
     like: &CubeTensor<R>,
     weight: &PackedWeight<CubeBackend<R, F, I, BT>>,
+    rows: Range<usize>,
 ) -> CubeTensor<R> {
-    let words = weight.layout.num_values().div_ceil(CODES);
+    let [_, r#in] = weight.layout.shape;
+    let words = (rows.len() * r#in).div_ceil(CODES);
     assert!(
-        u32::try_from(words * CODES).is_ok(),
+        u32::try_from(rows.end * r#in).is_ok(),
         "the kernel counts in 32 bits"
     );
-    let dense = empty(like, weight.layout.shape);
+    let dense = empty(like, [rows.len(), r#in]);
     let cube = CubeDim::new(&like.client, words);
     kernels::dequantize::launch::<R>(
         &like.client,
@@ -80,6 +110,7 @@ fn dense<R: CubeRuntime, F: FloatElement, I: IntElement, BT: BoolElement>(
         cube,
         arguments(weight),
         dense.clone().into_array_arg(),
+        (rows.start * r#in / CODES) as u32,
         like.dtype.into(),
     );
     dense

@@ -8,6 +8,7 @@ use super::Event;
 use super::strategy::{State, StepByStep};
 use crate::card;
 use crate::checkpoint::Snapshot;
+use crate::device_failure::guarded;
 use crate::error::{Error, Result};
 use crate::run_folder::replace_folder;
 use crate::step::CausalLm;
@@ -60,6 +61,27 @@ impl<B: TrainBackend> StepByStep<B> {
             more,
             saved: saved.map(|_| state.folder.path().join(name)),
             checkpoint: self.checkpoints.newest_before(suspect).unwrap_or_default(),
+        }
+    }
+
+    /// Ends a run whose device had no memory left `when` it computed with `model`: a checkpoint is
+    /// saved, for the weights of before are still in the device's memory.
+    pub(super) fn out_of_memory(
+        &self,
+        when: String,
+        model: &CausalLm<B::InnerBackend>,
+        state: &State<B>,
+    ) -> Error {
+        if state.progress.step > 0 {
+            // what cannot be saved now is the lesser failure
+            let _ = guarded(|| match self.names.bad_weight(model) {
+                None => self.save_checkpoint(model, state).is_ok(),
+                Some(_) => false,
+            });
+        }
+        Error::OutOfMemory {
+            when,
+            recompute: model.recompute,
         }
     }
 

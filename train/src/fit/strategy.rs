@@ -6,6 +6,7 @@ use std::time::Instant;
 use adapters::TrainBackend;
 use burn::data::dataloader::{DataLoaderIterator, Progress as Shown};
 use burn::module::AutodiffModule;
+use burn::optim::GradientsParams;
 use burn::tensor::backend::AutodiffBackend;
 use burn::train::{
     EventProcessorTraining, Learner, LearnerEvent, LearningComponentsMarker,
@@ -19,6 +20,7 @@ use super::guard::{MOST_IN_A_ROW, Names};
 use super::{Event, Report, Stopped};
 use crate::batch::{EvalBatches, MicroBatch, Window, Windows};
 use crate::checkpoint::{Best, Checkpoints, Progress};
+use crate::device_failure::{OutOfMemory, guarded};
 use crate::error::{Error, Result};
 use crate::evaluate::{evaluate, sum};
 use crate::optimizer::AdamW;
@@ -169,7 +171,7 @@ impl<B: TrainBackend> StepByStep<B> {
         state: &mut State<B>,
     ) -> Result<()> {
         let window = windows.next().expect("as many windows as steps");
-        let (item, bad) = self.step(window, learner, state);
+        let (item, bad) = self.step(window, learner, state)?;
         state.progress.step += 1;
         let step = state.progress.step;
         let every = self.recipe.train.eval_every;
@@ -187,14 +189,20 @@ impl<B: TrainBackend> StepByStep<B> {
         window: Window,
         learner: &mut Learner<Components<B>>,
         state: &mut State<B>,
-    ) -> (StepItem, Option<String>) {
+    ) -> Result<(StepItem, Option<String>)> {
         let start = Instant::now();
-        let output = learner.train_step(window.clone());
-        let mut gradients = output.grads;
-        let model = learner.model();
         let max_norm = self.recipe.train.max_grad_norm;
-        let grad_norm = clip_gradients::<B, _>(&mut gradients, &model, max_norm);
-        let loss = output.item.loss;
+        let model = learner.model();
+        let computed = guarded(|| {
+            let mut output = learner.train_step(window.clone());
+            let norm = clip_gradients::<B, _>(&mut output.grads, &model, max_norm);
+            (output.item, output.grads, norm)
+        });
+        let (item, gradients, grad_norm) = computed.map_err(|OutOfMemory| {
+            let when = format!("in step {}", state.progress.step + 1);
+            self.out_of_memory(when, &model.valid(), state)
+        })?;
+        let loss = item.loss;
         let bad = self
             .names
             .bad_step::<B, _>(loss, grad_norm, &gradients, &model)
@@ -204,21 +212,43 @@ impl<B: TrainBackend> StepByStep<B> {
             });
         learner.lr_step(); // also of a step that is skipped: the next one is where it would be
         if bad.is_none() {
+            let is_first = state.good.is_none();
             let is_small = matches!(self.trained, Trained::Adapter(_));
             state.good = Some(Good {
                 window,
                 model: is_small.then(|| model.valid()),
             });
             drop(model); // so that its weights can be changed in place
-            learner.optimizer_step(gradients);
+            self.update(learner, gradients, is_first)?;
         }
         let item = StepItem {
             grad_norm,
             lr: learner.lr_current(),
             seconds: start.elapsed().as_secs_f64(),
-            ..output.item
+            ..item
         };
-        (item, bad)
+        Ok((item, bad))
+    }
+
+    /// The optimizer's step. The first one allocates the moments, and is waited for: if they do not
+    /// fit, nothing has been learned yet that could be half written.
+    fn update(
+        &self,
+        learner: &mut Learner<Components<B>>,
+        gradients: GradientsParams,
+        is_first: bool,
+    ) -> Result<()> {
+        let recompute = learner.model().recompute;
+        let done = guarded(|| {
+            learner.optimizer_step(gradients);
+            if is_first {
+                B::sync(&self.device).expect("the device updates the weights");
+            }
+        });
+        done.map_err(|OutOfMemory| Error::OutOfMemory {
+            when: "while it updated the weights".into(),
+            recompute,
+        })
     }
 
     /// Notes a step that was taken.
@@ -335,7 +365,11 @@ impl<B: TrainBackend> StepByStep<B> {
             events.process_valid(LearnerEvent::ProcessedItem(shown));
             Ok::<_, Error>(())
         };
-        let result = evaluate(&model, &self.eval, interrupted, heard)?;
+        let result = guarded(|| evaluate(&model, &self.eval, interrupted, heard));
+        let result = result.map_err(|OutOfMemory| {
+            let when = format!("in the evaluation after step {}", state.progress.step);
+            self.out_of_memory(when, &model, state)
+        })??;
         events.process_valid(LearnerEvent::EndEpoch(1));
         let Some(result) = result else {
             return Ok(());

@@ -21,7 +21,7 @@ use quant::QuantBackend;
 
 use super::Lora;
 use crate::base::BaseLinear;
-use crate::linear::{Dropout, dropped};
+use crate::linear::{Dropout, DropoutBackend, dropped};
 
 /// `x` `[n, in]` through a base layer and the low-rank update beside it: `[n, out]`.
 pub fn lora_linear<B: LoraBackend>(
@@ -33,7 +33,7 @@ pub fn lora_linear<B: LoraBackend>(
 }
 
 /// The operation on a backend's own tensors.
-pub trait LoraBackend: QuantBackend + MatmulBackend {
+pub trait LoraBackend: QuantBackend + MatmulBackend + DropoutBackend {
     /// See [`lora_linear`].
     fn lora_linear(
         x: FloatTensor<Self>,
@@ -46,7 +46,7 @@ pub trait LoraBackend: QuantBackend + MatmulBackend {
 }
 
 /// [`lora_linear`] in plain tensor operations.
-pub fn reference<B: QuantBackend + MatmulBackend>(
+pub fn reference<B: LoraBackend>(
     x: Tensor<B, 2>,
     base: &BaseLinear<B>,
     lora: &Lora<B>,
@@ -84,9 +84,15 @@ fn forward<B: LoraBackend>(
     base: &BaseLinear<B>,
     update: &Update<B>,
 ) -> (Tensor<B, 2>, Tensor<B, 2>) {
-    let y = base.forward(x.clone());
-    let x = dropped(x, update.dropout);
-    let narrow = matmul(x, update.a.clone().transpose()).mul_scalar(update.scaling);
+    let [n, _] = x.dims();
+    let (y, narrow) = B::join(
+        n,
+        || base.forward(x.clone()),
+        || {
+            let x = dropped(x.clone(), update.dropout);
+            matmul(x, update.a.clone().transpose()).mul_scalar(update.scaling)
+        },
+    );
     let y = add_matmul(y, narrow.clone(), update.b.clone().transpose());
     (y, narrow)
 }

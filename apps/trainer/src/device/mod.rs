@@ -15,6 +15,7 @@ use adapters::TrainBackend;
 use anyhow::Result;
 use burn::backend::{Autodiff, Flex};
 use serde::Serialize;
+use train::device_failure::{OutOfMemory, guarded};
 use train::memory::Place;
 
 use crate::failure::Advised;
@@ -114,6 +115,15 @@ impl Device {
         }
     }
 
+    /// The largest tensor that this device takes, where that is less than its memory.
+    pub fn tensor_bytes(&self) -> Option<u64> {
+        match self {
+            #[cfg(any(feature = "wgpu", feature = "vulkan", feature = "metal"))]
+            Self::Graphics(device) => graphics::tensor_bytes(device),
+            _ => None,
+        }
+    }
+
     /// Where a run on this device holds its tensors.
     pub fn place(&self) -> Place {
         match self {
@@ -131,7 +141,18 @@ impl Device {
     }
 
     /// Runs a job on this device.
+    ///
+    /// # Errors
+    /// Those of the job, and a memory that is full.
     pub fn run<J: Job>(self, job: J) -> Result<J::Output> {
+        guarded(|| self.run_unguarded(job)).unwrap_or_else(|OutOfMemory| {
+            let help = "keep the weights in 4 bits (--quant nf4), take less at a time \
+                        (train.micro_batch_size, data.max_length), or use --device cpu";
+            Err(Advised::failed("the device ran out of memory", help).into())
+        })
+    }
+
+    fn run_unguarded<J: Job>(self, job: J) -> Result<J::Output> {
         match self {
             Self::Cpu => job.run::<Autodiff<Flex>>(Default::default()),
             #[cfg(any(feature = "wgpu", feature = "vulkan", feature = "metal"))]

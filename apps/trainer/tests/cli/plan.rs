@@ -101,6 +101,20 @@ fn what_would_keep_a_run_from_starting_is_a_problem() {
     }
 }
 
+/// The same words as of the run itself.
+#[test]
+fn too_few_steps_for_a_method_are_a_problem() {
+    let dir = Dir::with_tokens();
+    let line = "--model model --data rows.jsonl --method adalora --max-steps 3 \
+                --set adapter.tinit=2 --set adapter.tfinal=2";
+    let plan = dir.trainer(&format!("plan --json {line}")).succeeds();
+    let problems = plan.json()["problems"].to_string();
+    let told = "leave none of 3 steps to let the ranks fall";
+    assert!(problems.contains(told), "{plan}");
+    let run = dir.trainer(&format!("train {line} --output run"));
+    run.fails(2, &[told]);
+}
+
 #[test]
 fn the_memory_is_predicted_by_part() {
     let dir = Dir::with_tokens();

@@ -69,20 +69,21 @@ impl Weight {
     }
 }
 
-/// Decodes a word a unit: `values` is the dense weight, row by row.
+/// Decodes a word a unit, from word `first` on: `values` are those of some rows of the dense weight.
 #[cube(launch)]
 pub(super) fn dequantize<F: Float>(
     weight: &Weight,
     values: &mut Array<F>,
+    first: u32,
     #[define(F)] _dtype: StorageType,
 ) {
-    let word = ABSOLUTE_POS;
+    let word = ABSOLUTE_POS + first as usize;
     if word < weight.codes.len() {
         let bits = weight.codes[word];
         let absmax = weight.absmax(word);
         #[unroll]
         for i in 0..CODES {
-            let at = word * CODES + i;
+            let at = ABSOLUTE_POS * CODES + i;
             if at < values.len() {
                 values[at] = F::cast_from(weight.value(bits, absmax, i));
             }
@@ -232,6 +233,7 @@ mod tests {
                         client.clone(),
                         weight(),
                         array(),
+                        (),
                         dtype.into(),
                     );
                     all.push((format!("dequantize, {case}"), source(kernel)));

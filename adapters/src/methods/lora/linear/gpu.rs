@@ -6,10 +6,11 @@ use model::ops::MatmulBackend;
 use quant::QuantBackend;
 
 use super::LoraBackend;
+use crate::linear::DropoutBackend;
 
 impl<R: CubeRuntime, F: FloatElement, I: IntElement, BT: BoolElement> LoraBackend
     for CubeBackend<R, F, I, BT>
 {
 }
 
-impl<B: FusionBackend + QuantBackend + MatmulBackend> LoraBackend for Fusion<B> {}
+impl<B: FusionBackend + QuantBackend + MatmulBackend + DropoutBackend> LoraBackend for Fusion<B> {}

@@ -170,6 +170,25 @@ impl Left {
         }
     }
 
+    /// What to do about a device whose memory was too small.
+    pub fn after_full_memory(&self, recompute: bool) -> String {
+        let again = format!(
+            "begin anew with a lower train.micro_batch_size (and train.gradient_accumulation_steps as \
+             much higher), data.max_length or adapter.rank, or with --quant nf4: {}",
+            self.anew()
+        );
+        let run = word(&self.run);
+        let block = format!("trainer train --resume {run} --set train.recompute=block");
+        let complete = match &self.checkpoint {
+            Some(checkpoint) => format!("{} is complete; ", checkpoint.display()),
+            None => String::new(),
+        };
+        match recompute {
+            false => format!("{complete}go on with less memory: {block}; or {again}"),
+            true => format!("{complete}{again}"),
+        }
+    }
+
     /// Says how a run goes on that is left at once.
     pub fn tell(&self, output: &Output) {
         if !self.run.join(RECIPE_FILE).exists() {
@@ -218,6 +237,26 @@ mod tests {
         );
         let text = left(None, &["best"]).how_to_go_on();
         assert!(text.contains("trainer train 'my runs/one/recipe.toml' --output"));
+    }
+
+    #[test]
+    fn a_full_memory_names_what_would_make_it_fit() {
+        let left = left(Some("c/step-000050"), &[]);
+        let text = left.after_full_memory(false);
+        let block = "--resume 'my runs/one' --set train.recompute=block";
+        assert!(
+            text.starts_with("c/step-000050 is complete; go on"),
+            "{text}"
+        );
+        assert!(
+            text.contains(block) && text.contains("micro_batch_size"),
+            "{text}"
+        );
+        let text = left.after_full_memory(true);
+        assert!(
+            !text.contains("recompute") && text.contains("--quant nf4"),
+            "{text}"
+        );
     }
 
     #[test]
