@@ -3,7 +3,7 @@
 use std::ptr::null_mut;
 use std::sync::atomic::{AtomicBool, AtomicPtr, Ordering};
 
-use libc::{STDERR_FILENO, STDIN_FILENO, STDOUT_FILENO, c_int};
+use libc::{STDERR_FILENO, STDOUT_FILENO, c_int};
 
 use crate::output::Output;
 
@@ -11,7 +11,7 @@ const ERROR: &str = "the program was broken off, most likely for lack of memory"
 const HELP: &str = "`trainer plan` says what takes memory and what saves it; a run goes on from its \
                     newest checkpoint with: trainer train --resume RUN";
 
-/// The terminal's settings from before the dashboard took it; null if it has not.
+/// The settings of stderr's terminal from before the dashboard took it; null if it has not.
 static SETTINGS: AtomicPtr<libc::termios> = AtomicPtr::new(null_mut());
 /// Whether results are JSON.
 static JSON: AtomicBool = AtomicBool::new(false);
@@ -30,7 +30,7 @@ pub fn tell_aborts(output: &Output) {
 pub fn terminal_is_taken() {
     let mut settings = std::mem::MaybeUninit::<libc::termios>::zeroed();
     // SAFETY: `tcgetattr` fills in the structure that it is given.
-    let filled = unsafe { libc::tcgetattr(STDIN_FILENO, settings.as_mut_ptr()) };
+    let filled = unsafe { libc::tcgetattr(STDERR_FILENO, settings.as_mut_ptr()) };
     if filled == 0 {
         // SAFETY: filled in above. Never freed: a handler may be reading it.
         let settings = Box::leak(Box::new(unsafe { settings.assume_init() }));
@@ -47,7 +47,7 @@ extern "C" fn broke_off(_: c_int) {
     let settings = SETTINGS.swap(null_mut(), Ordering::SeqCst);
     if !settings.is_null() {
         // SAFETY: `tcsetattr` may be called in a handler, and only reads the settings.
-        unsafe { libc::tcsetattr(STDIN_FILENO, libc::TCSANOW, settings) };
+        unsafe { libc::tcsetattr(STDERR_FILENO, libc::TCSANOW, settings) };
         put(STDERR_FILENO, &["\x1b[?1049l\x1b[?25h"]);
     }
     put(STDERR_FILENO, &["error: ", ERROR, "\nhelp: ", HELP, "\n"]);
