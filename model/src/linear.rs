@@ -3,7 +3,7 @@
 use burn::module::{Module, ModuleDisplay};
 use burn::tensor::{Tensor, backend::Backend};
 
-use crate::ops::{MatmulBackend, matmul};
+use crate::ops::{MatmulBackend, weight_matmul};
 use crate::weight::BaseWeight;
 
 /// A linear layer of the decoder, adapted or not.
@@ -23,7 +23,7 @@ pub struct Linear<B: Backend> {
 
 impl<B: MatmulBackend> Projection<B> for Linear<B> {
     fn forward(&self, x: Tensor<B, 2>) -> Tensor<B, 2> {
-        let y = matmul(x, self.weight.val().transpose()); // [n, out]
+        let y = weight_matmul(x, self.weight.val().transpose()); // [n, out]
         match &self.bias {
             Some(bias) => y + bias.val().unsqueeze(),
             None => y,

@@ -9,7 +9,7 @@
 use std::marker::PhantomData;
 
 use burn::module::Module;
-use burn::tensor::{Int, Tensor, TensorData, backend::Backend};
+use burn::tensor::{DType, Int, Tensor, TensorData, backend::Backend};
 
 use crate::config::LlamaConfig;
 use crate::kv_cache::{KvCache, LayerCache};
@@ -143,16 +143,16 @@ impl<B: ModelBackend, P: Projection<B>> Llama<B, P> {
         x
     }
 
-    /// Token ids `[n]` to their embeddings `[n, d]`.
+    /// Token ids `[n]` to their embeddings `[n, d]`, in f32.
     fn embed(&self, ids: Tensor<B, 1, Int>) -> Tensor<B, 2> {
-        self.embed_tokens.val().select(0, ids)
+        self.embed_tokens.val().select(0, ids).cast(DType::F32)
     }
 
     /// Normed hidden states `[n, d]` to logits `[n, v]`.
     pub fn logits(&self, hidden: Tensor<B, 2>) -> Tensor<B, 2> {
         match &self.lm_head {
             Some(lm_head) => lm_head.forward(hidden),
-            None => ops::matmul(hidden, self.embed_tokens.val().transpose()),
+            None => ops::weight_matmul(hidden, self.embed_tokens.val().transpose()),
         }
     }
 }
