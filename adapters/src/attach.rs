@@ -1,11 +1,14 @@
 //! From a plain model to one that trains: what a method puts on it, whole modules, or everything.
 
+use std::collections::HashSet;
+
 use burn::tensor::{Tensor, TensorData, backend::Backend};
+use model::linear::Linear;
 use model::llama::Llama;
 use model::weight::{BaseWeight, param_id};
 
 use crate::base::{AdaptedBackend, BaseLinear};
-use crate::config::{AdapterConfig, Layer};
+use crate::config::{AdapterConfig, EMBED_TOKENS, LM_HEAD, Layer};
 use crate::error::{Error, Result};
 use crate::linear::{AdaptedLinear, mix};
 use crate::methods::{Computes, Method, Part, Role, Update, Values};
@@ -45,7 +48,7 @@ pub(crate) fn put<B: AdaptedBackend>(
     let parts = method.model_parts(&layers, &model.config);
     let in_model = |part: &Part| {
         let values = match start {
-            Start::Fresh(seed) => method.fresh_in_model(part, &parts, model, *seed),
+            Start::Fresh(seed) => method.fresh_in_model(part, &parts, model, *seed)?,
             Start::Read(_) if part.role == Role::Derived => method.derived(part, &parts),
             Start::Read(read) => read(part)?,
         };
@@ -53,6 +56,7 @@ pub(crate) fn put<B: AdaptedBackend>(
     };
     let parts: Vec<_> = parts.iter().map(in_model).collect::<Result<_>>()?;
     if method.changes_layers() {
+        open(model, |name| layers.iter().any(|layer| layer.name == name));
         let shared = share(parts, device);
         let mut layers = layers.into_iter().peekable();
         for (name, linear) in model.projections_mut() {
@@ -63,7 +67,34 @@ pub(crate) fn put<B: AdaptedBackend>(
     } else {
         model.virtual_tokens = method.virtual_tokens(Values::new(parts, &[], device));
     }
-    unfreeze(model, |module| config.saves(module))
+    let parts = config.parts(&model.config)?.into_iter();
+    let whole = parts.filter(|part| part.role == Role::Whole);
+    let whole: HashSet<String> = whole.map(|part| part.name).collect();
+    unfreeze(model, |tensor| whole.contains(tensor))
+}
+
+/// Gives a model the layers that only an update tells from what it has: embeddings as a linear layer,
+/// and an output layer that is not the embeddings any more. All share their weights.
+pub(crate) fn open<B: Backend>(model: &mut AdaptedLlama<B>, adapts: impl Fn(&str) -> bool) {
+    if adapts(EMBED_TOKENS) {
+        let table = model.embed_tokens.val().transpose(); // [d, v]
+        model.adapted_embeddings = Some(layer_of(BaseWeight::Frozen(table)));
+    }
+    if model.config.tie_word_embeddings && adapts(LM_HEAD) {
+        untie(model);
+    }
+}
+
+/// Gives a model an output layer of its own, whose weights are still those of the embeddings.
+pub(crate) fn untie<B: Backend>(model: &mut AdaptedLlama<B>) {
+    model.lm_head = Some(layer_of(model.embed_tokens.clone()));
+    model.config.tie_word_embeddings = false;
+}
+
+/// A layer without an update.
+fn layer_of<B: Backend>(weight: BaseWeight<B, 2>) -> AdaptedLinear<B> {
+    let base = BaseLinear::Dense(Linear { weight, bias: None });
+    AdaptedLinear { base, update: None }
 }
 
 /// Tensors that all layers share, on the device.
@@ -116,17 +147,12 @@ pub fn draw<B: AdaptedBackend>(model: &mut AdaptedLlama<B>, seed: u64) {
     }
 }
 
-/// Trains the modules that `chosen` picks by name as a whole.
+/// Trains the tensors that `chosen` picks by name as a whole.
 pub(crate) fn unfreeze<B: Backend>(
     model: &mut AdaptedLlama<B>,
     chosen: impl Fn(&str) -> bool,
 ) -> Result<()> {
-    unfreeze_weight(
-        &mut model.embed_tokens,
-        "model.embed_tokens",
-        "weight",
-        &chosen,
-    );
+    unfreeze_weight(&mut model.embed_tokens, EMBED_TOKENS, "weight", &chosen);
     unfreeze_weight(&mut model.norm.weight, "model.norm", "weight", &chosen);
     for (index, layer) in model.layers.iter_mut().enumerate() {
         let at = |name: &str| format!("model.layers.{index}.{name}");
@@ -156,12 +182,14 @@ pub(crate) fn unfreeze<B: Backend>(
                     unfreeze_weight(bias, &name, "bias", &chosen);
                 }
             }
-            BaseLinear::Quantized(_) if chosen(&name) => {
-                problems.push(format!(
-                    "{name} is in 4 bits and cannot be trained as a whole"
-                ));
+            BaseLinear::Quantized(_) => {
+                let parts = ["weight", "bias"].map(|part| format!("{name}.{part}"));
+                if parts.iter().any(|part| chosen(part)) {
+                    problems.push(format!(
+                        "{name} is in 4 bits and cannot be trained as a whole, nor can its bias"
+                    ));
+                }
             }
-            BaseLinear::Quantized(_) => {}
         }
     }
     match problems.is_empty() {
@@ -176,7 +204,8 @@ fn unfreeze_weight<B: Backend, const D: usize>(
     part: &str,
     chosen: &impl Fn(&str) -> bool,
 ) {
-    if chosen(module) {
-        *weight = weight.clone().trained(&format!("{module}.{part}"));
+    let name = format!("{module}.{part}");
+    if chosen(&name) {
+        *weight = weight.clone().trained(&name);
     }
 }

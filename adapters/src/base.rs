@@ -1,7 +1,7 @@
 //! The base model under the adapters: its linear layers dense or in 4 bits.
 
 use burn::module::Module;
-use burn::tensor::{DType, Tensor, backend::AutodiffBackend, backend::Backend};
+use burn::tensor::{DType, Int, Tensor, backend::AutodiffBackend, backend::Backend};
 use model::checkpoint::Checkpoint;
 use model::config::LlamaConfig;
 use model::folder::ModelFolder;
@@ -50,6 +50,19 @@ impl<B: QuantBackend + MatmulBackend> Projection<B> for BaseLinear<B> {
         match self {
             Self::Dense(linear) => linear.forward(x),
             Self::Quantized(linear) => linear.forward(x),
+        }
+    }
+
+    fn embed(&self, ids: Tensor<B, 1, Int>) -> Tensor<B, 2> {
+        match self {
+            Self::Dense(linear) => linear.embed(ids),
+            Self::Quantized(_) => {
+                let dense = Linear {
+                    weight: BaseWeight::Frozen(self.weight()),
+                    bias: self.bias().map(BaseWeight::Frozen),
+                };
+                dense.embed(ids)
+            }
         }
     }
 }

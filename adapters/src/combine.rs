@@ -12,7 +12,7 @@ use burn::tensor::{Tensor, TensorData, backend::Backend};
 use model::config::LlamaConfig;
 use model::weight::{named_param, param_id};
 
-use crate::attach::{AdaptedLlama, unfreeze};
+use crate::attach::{self, AdaptedLlama, unfreeze};
 use crate::base::AdaptedBackend;
 use crate::config::Layer;
 use crate::error::{Error, Result};
@@ -90,22 +90,22 @@ pub fn combine<B: AdaptedBackend>(
     if !problems.is_empty() {
         return Err(Error::Combine { problems });
     }
-    if model.config.tie_word_embeddings && adapters.touch_embeddings() {
-        peft::untie(&mut model);
+    for adapter in &adapters.all {
+        adapter.opened.check_copies_of(&model)?;
     }
+    if model.config.tie_word_embeddings && adapters.touch_embeddings() {
+        attach::untie(&mut model);
+    }
+    attach::open(&mut model, |name| adapters.adapt(name));
     for (name, linear) in model.projections_mut() {
         linear.update = adapters.update(&name, device)?;
         if let Some(update) = &mut linear.update {
             update.settle(&linear.base);
         }
     }
-    let adapters = adapters.all;
-    unfreeze(&mut model, |module| {
-        let mut all = adapters.iter();
-        all.any(|adapter| adapter.opened.config.saves(module))
-    })?;
+    unfreeze(&mut model, |tensor| adapters.replacement(tensor).is_some())?;
     let mut values = Vec::new();
-    for adapter in &adapters {
+    for adapter in &adapters.all {
         for part in adapter.opened.whole() {
             values.push((param_id(&part.name), adapter.opened.read(part)?));
         }

@@ -8,7 +8,13 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use serde_json::{Map, Value, json};
 
 use crate::error::{Error, Result};
+use crate::methods::lora::Bias;
 use crate::methods::{Method, Part, Role};
+
+/// The module of the embeddings.
+pub(crate) const EMBED_TOKENS: &str = "model.embed_tokens";
+/// The module of the output layer.
+pub(crate) const LM_HEAD: &str = "lm_head";
 
 /// The largest rank that is believed; above the width of every layer there is.
 pub const MAX_RANK: usize = 1 << 16;
@@ -97,8 +103,15 @@ pub struct Pattern<T>(pub Vec<(String, T)>);
 pub struct Layer {
     /// Name in the checkpoint, without `.weight`.
     pub name: String,
-    /// `[out, in]`.
+    /// `[out, in]`; of the embeddings `[d, vocab]`.
     pub shape: [usize; 2],
+}
+
+impl Layer {
+    /// Whether it is the embeddings.
+    pub fn is_embeddings(&self) -> bool {
+        self.name == EMBED_TOKENS
+    }
 }
 
 impl AdapterConfig {
@@ -112,8 +125,11 @@ impl AdapterConfig {
         let mut problems = self.problems(model);
         let mut layers = Vec::new();
         let changes_layers = self.method.changes_layers();
-        for layer in linear_layers(model).filter(|_| changes_layers) {
+        for layer in all_layers(model).filter(|_| changes_layers) {
             match self.selection.targets(&layer.name) {
+                Ok(true) if layer.is_embeddings() && !self.method.adapts_embeddings() => {
+                    problems.push(self.no_embeddings());
+                }
                 Ok(true) => layers.push(layer),
                 Ok(false) => {}
                 Err(problem) => problems.push(problem),
@@ -139,13 +155,28 @@ impl AdapterConfig {
         let mut all = self.method.model_parts(&layers, model);
         let of_layer = |layer| self.method.layer_parts(layer);
         all.extend(layers.iter().flat_map(of_layer));
-        let whole = model
-            .tensors()
-            .into_iter()
-            .map(|(name, shape)| Part::whole(name, shape));
-        let is_saved = |part: &Part| self.saves(part.module().unwrap_or(&part.name));
-        all.extend(whole.filter(is_saved));
+        let tensors = model.tensors().into_iter();
+        all.extend(tensors.filter_map(|(name, shape)| self.whole(&layers, name, shape)));
         Ok(all)
+    }
+
+    /// A tensor of the model as a part of the adapter, if it is trained as a whole.
+    fn whole(&self, layers: &[Layer], name: String, shape: Vec<usize>) -> Option<Part> {
+        let (module, end) = name.rsplit_once('.')?;
+        if self.selection.saves(module) {
+            return Some(Part::whole(name, shape));
+        }
+        let bias = self.method.bias();
+        let is_adapted = layers.iter().any(|layer| layer.name == module);
+        let is_trained = match bias {
+            Bias::None => false,
+            Bias::All => true,
+            Bias::LoraOnly => is_adapted,
+        };
+        (end == "bias" && is_trained).then(|| match is_adapted {
+            true => Part::bias_of_layer(module, shape),
+            false => Part::whole(name.clone(), shape),
+        })
     }
 
     /// Numbers in the file that is saved.
@@ -180,6 +211,13 @@ impl AdapterConfig {
         Ok(trained.map(|part| (part.name, part.shape)).collect())
     }
 
+    fn no_embeddings(&self) -> String {
+        let title = self.method.title();
+        format!(
+            "target_modules names embed_tokens, and {title} is not on embeddings: use modules_to_save"
+        )
+    }
+
     fn problems(&self, model: &LlamaConfig) -> Vec<String> {
         let settings = self.method.problems().into_iter();
         let mut problems: Vec<_> = settings
@@ -212,16 +250,13 @@ impl AdapterConfig {
     pub fn check_names(&self, model: &LlamaConfig) -> Result<()> {
         let mut problems = Vec::new();
         if let Targets::Names(names) = &self.selection.target_modules {
-            for name in names.iter().filter(|name| !names_a_linear(model, name)) {
-                problems.push(match name.ends_with("embed_tokens") {
-                    true => "embed_tokens cannot be a target: adapters on embeddings are not \
-                             supported, use modules_to_save"
-                        .into(),
-                    false => format!("target_modules names {name}, which the model lacks"),
-                });
+            for name in names.iter().filter(|name| !names_a_layer(model, name)) {
+                problems.push(format!(
+                    "target_modules names {name}, which the model lacks"
+                ));
             }
         }
-        let layers: Vec<_> = linear_layers(model).collect();
+        let layers: Vec<_> = all_layers(model).collect();
         let matches = |key: &str| layers.iter().any(|layer| pattern_matches(key, &layer.name));
         let keys = self.method.patterns().into_iter();
         for key in keys.filter(|key| !matches(key)) {
@@ -263,11 +298,6 @@ impl AdapterConfig {
         all.retain(|key, _| !self.method.free_keys().contains(&key.as_str()));
         all
     }
-
-    /// Whether a module is trained and saved as a whole, see [`Selection::saves`].
-    pub fn saves(&self, name: &str) -> bool {
-        self.selection.saves(name)
-    }
 }
 
 impl Selection {
@@ -299,6 +329,13 @@ impl Selection {
         if self.layers_pattern.is_some() && self.layers_to_transform.is_none() {
             problems.push("layers_pattern needs layers_to_transform".into());
         }
+        if matches!(self.target_modules, Targets::Regex(_)) && self.layers_to_transform.is_some() {
+            problems.push(
+                "layers_to_transform does not go with an expression in target_modules: let that name \
+                 the layers"
+                    .into(), // PEFT loads no such adapter
+            );
+        }
         let last = model.num_hidden_layers;
         let layers = self.layers_to_transform.iter().flatten();
         for index in layers.filter(|index| **index >= last) {
@@ -312,7 +349,7 @@ impl Selection {
         for module in &self.modules_to_save {
             let names = module_names(model);
             let holds = |name: &String| name.split('.').any(|part| part == module);
-            let ends = ["model.embed_tokens", "lm_head"];
+            let ends = [EMBED_TOKENS, LM_HEAD];
             if model.tie_word_embeddings && ends.iter().any(|name| name.ends_with(module)) {
                 problems.push(format!(
                     "modules_to_save names {module}, but embeddings and lm_head are tied: they \
@@ -405,7 +442,7 @@ impl Targets {
 
     pub(crate) fn matches(&self, name: &str) -> std::result::Result<bool, String> {
         Ok(match self {
-            Self::AllLinear => name != "lm_head",
+            Self::AllLinear => ![EMBED_TOKENS, LM_HEAD].contains(&name),
             Self::Names(names) => names.iter().any(|suffix| ends_with(name, suffix)),
             Self::Regex(pattern) => {
                 let bad = |e| format!("{pattern:?} is not a regular expression: {e}");
@@ -495,9 +532,15 @@ fn index_in(name: &str, patterns: &[String]) -> std::result::Result<Option<usize
     Ok(None)
 }
 
-/// Every linear layer, `lm_head` last.
-fn linear_layers(model: &LlamaConfig) -> impl Iterator<Item = Layer> {
-    let mut all = Vec::new();
+/// Every layer that can be adapted: embeddings, linear layers, and `lm_head`, even if its weights are
+/// the embeddings.
+fn all_layers(model: &LlamaConfig) -> impl Iterator<Item = Layer> {
+    let (v, d) = (model.vocab_size, model.hidden_size);
+    let layer = |name: &str, shape| Layer {
+        name: name.into(),
+        shape,
+    };
+    let mut all = vec![layer(EMBED_TOKENS, [d, v])];
     for index in 0..model.num_hidden_layers {
         let at = |(name, shape, _)| Layer {
             name: format!("model.layers.{index}.{name}"),
@@ -505,17 +548,12 @@ fn linear_layers(model: &LlamaConfig) -> impl Iterator<Item = Layer> {
         };
         all.extend(model.projections().map(at));
     }
-    if !model.tie_word_embeddings {
-        all.push(Layer {
-            name: "lm_head".into(),
-            shape: [model.vocab_size, model.hidden_size],
-        });
-    }
+    all.push(layer(LM_HEAD, [v, d]));
     all.into_iter()
 }
 
-fn names_a_linear(model: &LlamaConfig, suffix: &str) -> bool {
-    linear_layers(model).any(|layer| ends_with(&layer.name, suffix))
+fn names_a_layer(model: &LlamaConfig, suffix: &str) -> bool {
+    all_layers(model).any(|layer| ends_with(&layer.name, suffix))
 }
 
 fn module_names(model: &LlamaConfig) -> Vec<String> {
@@ -651,6 +689,30 @@ mod tests {
             names(&lora(Targets::Names(vec!["lm_head".into()]))),
             ["lm_head"]
         );
+    }
+
+    #[test]
+    fn a_tied_lm_head_is_a_layer_of_its_own() {
+        let head = lora(Targets::Names(vec!["lm_head".into()]));
+        assert_eq!(head.layers(&tiny(true)).unwrap()[0].shape, [32, 8]);
+        assert_eq!(
+            lora(Targets::AllLinear).layers(&tiny(true)).unwrap().len(),
+            21
+        );
+    }
+
+    #[test]
+    fn embeddings_are_a_target_of_lora_alone() {
+        let targets = Targets::Names(vec!["v_proj".into(), "embed_tokens".into()]);
+        let mut config = lora(targets);
+        let layers = config.layers(&tiny(false)).unwrap();
+        assert_eq!((layers.len(), layers[0].shape), (4, [8, 32]));
+        config.check_names(&tiny(false)).unwrap();
+        config.method = crate::methods::loha::LohaSettings::default().into();
+        let refusal = config.layers(&tiny(false)).unwrap_err().to_string();
+        assert!(refusal.contains("LoHa is not on embeddings"), "{refusal}");
+        config.selection.exclude_modules = Some(Targets::Names(vec!["embed_tokens".into()]));
+        assert_eq!(config.layers(&tiny(false)).unwrap().len(), 3);
     }
 
     #[test]

@@ -67,6 +67,7 @@ pub fn drift<B: AdaptedBackend>(
         update: merge.update("lm_head", device)?,
     };
     let trained = probe.logits(
+        merge.embeddings()?,
         |name| merge.dense(name),
         |source| merge.trained(source),
         head,
@@ -80,7 +81,7 @@ pub fn drift<B: AdaptedBackend>(
         }),
         update: None,
     };
-    let merged = probe.logits(read, dense, head)?;
+    let merged = probe.logits(read(EMBEDDINGS), read, dense, head)?;
     compare(&trained, &merged, config.vocab_size)
 }
 
@@ -103,12 +104,12 @@ impl<B: AdaptedBackend> Probe<'_, B> {
     /// linear layers, `linear` makes its linear layers.
     fn logits<'m>(
         &self,
+        embeddings: Weight<'m>,
         dense: impl Fn(&str) -> Weight<'m>,
         linear: impl Fn(LinearSource<B>) -> Result<AdaptedLinear<B>>,
         head: Head<B>,
     ) -> Result<Vec<f32>> {
         let (n, d) = (self.ids.len(), self.config.hidden_size);
-        let embeddings = dense(EMBEDDINGS);
         let row = |id: &u32| embeddings.rows(*id as usize..*id as usize + 1);
         let rows = self
             .ids

@@ -7,7 +7,7 @@ use burn::backend::autodiff::checkpoint::strategy::CheckpointStrategy;
 use burn::backend::{Autodiff, Flex};
 use burn::module::Module;
 use burn::tensor::ops::FloatTensor;
-use burn::tensor::{Tensor, TensorData, TensorPrimitive, backend::Backend};
+use burn::tensor::{Int, Tensor, TensorData, TensorPrimitive, backend::Backend};
 use model::linear::Projection;
 use rayon::prelude::*;
 
@@ -28,6 +28,13 @@ impl<B: AdaptedBackend> Projection<B> for AdaptedLinear<B> {
         match &self.update {
             None => self.base.forward(x),
             Some(update) => update.forward(x, &self.base),
+        }
+    }
+
+    fn embed(&self, ids: Tensor<B, 1, Int>) -> Tensor<B, 2> {
+        match &self.update {
+            None => self.base.embed(ids),
+            Some(update) => update.embed(ids, &self.base),
         }
     }
 }

@@ -2,6 +2,8 @@
 //!
 //! Source: `merge_and_unload` in `peft/tuners/lora/model.py`.
 
+mod embeddings;
+
 use std::borrow::Cow;
 use std::ops::Range;
 use std::path::Path;
@@ -17,6 +19,7 @@ use safetensors::Dtype;
 
 use crate::base::{AdaptedBackend, Base, BaseLinear, EMBEDDINGS, HEAD};
 use crate::combine::{Adapter, Adapters, Combination, Weighted};
+use crate::config::EMBED_TOKENS;
 use crate::error::{Error, Result};
 use crate::linear::AdaptedLinear;
 use crate::methods::{Computes, Update};
@@ -51,6 +54,8 @@ pub(crate) enum Weight<'a> {
     Dense(&'a Checkpoint, String),
     /// In 4 bits.
     Decoded(Quantized),
+    /// Embeddings with an update in them.
+    Adapted(embeddings::Adapted<'a>),
 }
 
 impl<'a> Merge<'a> {
@@ -59,7 +64,7 @@ impl<'a> Merge<'a> {
     ///
     /// Adapters on the `lm_head` or the embeddings of a model where the two are one give a model
     /// where they are two. (`merge_and_unload` of PEFT 0.21 does so for `modules_to_save`; LoRA on
-    /// such an `lm_head` it merges into the embeddings as well, which is another model.)
+    /// one of the two it merges into the other as well, which is another model.)
     ///
     /// # Errors
     /// What [`crate::load`] and [`crate::peft::load`] refuse; [`Error::NoOriginal`]; [`Error::Merge`] lists
@@ -106,6 +111,11 @@ impl<'a> Merge<'a> {
         };
         for (name, shape) in merge.config.tensors() {
             merge.dtype(&name, &shape)?;
+        }
+        for adapter in &merge.adapters.all {
+            adapter.opened.check_copies(|copy, rows| {
+                Ok(merge.weight(&copy.name, &copy.shape)?.rows(rows)?)
+            })?;
         }
         Ok(merge)
     }
@@ -243,13 +253,18 @@ impl<'a> Merge<'a> {
     /// The bytes of a tensor of the merged model.
     fn merged(&self, name: &str, shape: &[usize], dtype: Dtype) -> Result<Vec<u8>> {
         let width: usize = shape[1..].iter().product();
-        let weight = self.weight(name, shape)?;
+        let weight = match name {
+            EMBEDDINGS => self.embeddings()?,
+            _ => self.weight(name, shape)?,
+        };
         let update_of = |end| match name.strip_suffix(end) {
+            None | Some(EMBED_TOKENS) => Ok(None),
             Some(layer) => self.update::<Flex>(layer, &Default::default()),
-            None => Ok(None),
         };
         let (update, biased) = (update_of(".weight")?, update_of(".bias")?);
-        let is_changed = update.is_some() || biased.is_some() || self.replaces(name);
+        let has_update = update.is_some() || biased.is_some();
+        let is_adapted = has_update || matches!(weight, Weight::Adapted(_));
+        let is_changed = is_adapted || self.replaces(name);
         let mut bytes = Vec::with_capacity(shape[0] * width * dtype.bitsize() / 8);
         let step = (PART / width).max(1);
         for start in (0..shape[0]).step_by(step) {
@@ -280,6 +295,7 @@ impl Weight<'_> {
                 weight.dequantize_rows(rows, &mut values);
                 Ok(values)
             }
+            Self::Adapted(embeddings) => embeddings.rows(rows),
         }
     }
 }

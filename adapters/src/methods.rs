@@ -20,10 +20,11 @@ mod virtual_tokens;
 
 use std::collections::HashMap;
 use std::ops::Range;
+use std::path::PathBuf;
 
 use burn::module::{Module, Param, ParamId};
 use burn::optim::GradientsParams;
-use burn::tensor::{Tensor, TensorData, backend::Backend};
+use burn::tensor::{Int, Tensor, TensorData, backend::Backend};
 use model::config::LlamaConfig;
 use model::load::uniform;
 use model::virtual_tokens::VirtualTokens;
@@ -35,6 +36,8 @@ use serde_json::{Map, Value};
 use crate::attach::AdaptedLlama;
 use crate::base::{AdaptedBackend, BaseLinear, TrainBackend};
 use crate::config::{Layer, MAX_RANK, Selection, Targets};
+use crate::error::Result;
+use lora::Bias;
 
 /// What PEFT puts before the names of the base model's modules.
 const PREFIX: &str = "base_model.model.";
@@ -53,10 +56,15 @@ pub trait Settings: Clone + PartialEq + Default + Serialize + DeserializeOwned {
     /// Keys that change neither what the tensors are nor what they mean, so that an adapter may be
     /// trained on with other values.
     const FREE: &'static [&'static str] = &[];
+    /// Keys that `adapter_config.json` has another name for: that, and the one here.
+    const PEFT_NAMES: &'static [(&'static str, &'static str)] = &[];
     /// Keys that choose layers and that PEFT's settings of this method lack.
     const NOT_IN_PEFT: &'static [&'static str] = &[];
     /// How many numbers it remembers from step to step for each that is trained.
     const REMEMBERS: usize = 0;
+    /// Whether it adapts embeddings, too: to a method they are a linear layer `[d, vocab]` whose
+    /// input has a one for each token.
+    const EMBEDDINGS: bool = false;
 
     /// Its keys of `adapter_config.json`, of which all others are passed over; keys that are missing
     /// have PEFT's defaults.
@@ -84,6 +92,11 @@ pub trait Settings: Clone + PartialEq + Default + Serialize + DeserializeOwned {
     /// Regular expressions that are to match the ends of layers' names.
     fn patterns(&self) -> Vec<&str> {
         Vec::new()
+    }
+
+    /// Which biases of the model are trained.
+    fn bias(&self) -> Bias {
+        Bias::None
     }
 
     /// Whether anything is dropped while training.
@@ -214,6 +227,12 @@ pub trait Computes<B: AdaptedBackend> {
     /// `x` `[n, in]` through the base layer and the update: `[n, out]`.
     fn forward(&self, x: Tensor<B, 2>, base: &BaseLinear<B>) -> Tensor<B, 2>;
 
+    /// The same of an `x` whose rows are one at `ids` `[n]` and zero elsewhere.
+    fn embed(&self, ids: Tensor<B, 1, Int>, base: &BaseLinear<B>) -> Tensor<B, 2> {
+        let [_, r#in] = base.weight().dims();
+        self.forward(ids.one_hot::<2>(r#in).float(), base)
+    }
+
     /// Rows of the layer's weight with the update in it, from the same rows of the base's,
     /// `[rows, in]`: a layer with these computes the same without an update.
     fn merge(&self, rows: Range<usize>, weight: Tensor<B, 2>) -> Tensor<B, 2>;
@@ -242,7 +261,15 @@ pub trait PromptMethod: Settings {
     fn parts(&self, model: &LlamaConfig) -> Vec<Part>;
 
     /// The values that a tensor starts with.
-    fn fresh<B: Backend>(&self, part: &Part, model: &AdaptedLlama<B>, seed: u64) -> Vec<f32>;
+    ///
+    /// # Errors
+    /// A file that they come from and that has them not.
+    fn fresh<B: Backend>(
+        &self,
+        part: &Part,
+        model: &AdaptedLlama<B>,
+        seed: u64,
+    ) -> Result<Vec<f32>>;
 
     /// The module that makes of the tensors what stands in front of the rows.
     fn virtual_tokens<B: Backend>(&self, values: Values<'_, B>) -> VirtualTokens<B>;
@@ -266,6 +293,11 @@ pub trait PromptMethod: Settings {
 
     /// A text whose tokens are to be known before fresh tensors are made, and where they belong.
     fn text(&mut self) -> Option<(&str, &mut Vec<u32>)> {
+        None
+    }
+
+    /// A file that fresh tensors come from.
+    fn source(&mut self) -> Option<&mut PathBuf> {
         None
     }
 }
@@ -332,13 +364,31 @@ impl Part {
         }
     }
 
-    /// A weight of the model that is trained as a whole.
+    /// The bias of an adapted layer, trained as a whole.
+    pub(crate) fn bias_of_layer(module: &str, shape: Vec<usize>) -> Self {
+        Self {
+            key: format!("{PREFIX}{module}.base_layer.bias"),
+            ..Self::whole(format!("{module}.bias"), shape)
+        }
+    }
+
+    /// A tensor of the model that is trained as a whole.
     pub(crate) fn whole(name: String, shape: Vec<usize>) -> Self {
         Self {
             key: format!("{PREFIX}{name}"),
             name,
             shape,
             role: Role::Whole,
+        }
+    }
+
+    /// A weight of the model that PEFT has put beside the adapter: its end there.
+    pub(crate) fn base_copy(module: &str, end: &str, shape: Vec<usize>) -> Self {
+        Self {
+            name: format!("{module}.weight"),
+            key: format!("{PREFIX}{module}.{end}"),
+            shape,
+            role: Role::Frozen,
         }
     }
 
@@ -410,6 +460,8 @@ impl<'a, B: Backend> Values<'a, B> {
 pub(crate) struct About {
     pub(crate) name: &'static str,
     pub(crate) peft_type: &'static str,
+    embeddings: bool,
+    peft_names: &'static [(&'static str, &'static str)],
     keys: fn() -> Vec<String>,
     default: fn() -> Method,
     pub(crate) unsupported: fn(&Map<String, Value>) -> Vec<String>,
@@ -423,6 +475,8 @@ impl About {
         Self {
             name: S::NAME,
             peft_type: S::PEFT_TYPE,
+            embeddings: S::EMBEDDINGS,
+            peft_names: S::PEFT_NAMES,
             keys: keys_of::<S>,
             default: || S::default().into(),
             unsupported: S::unsupported,
@@ -430,6 +484,12 @@ impl About {
             default_targets: S::default_targets,
             peft_targets: S::peft_targets,
         }
+    }
+
+    /// A key of its settings as `adapter_config.json` has it.
+    pub(crate) fn peft_key(&self, key: &'static str) -> &'static str {
+        let name = self.peft_names.iter().find(|(_, ours)| *ours == key);
+        name.map_or(key, |(theirs, _)| theirs)
     }
 
     /// Of a method that adapts no layers.
@@ -443,19 +503,17 @@ impl About {
     }
 }
 
-/// Settings from PEFT's spelling: `names` has PEFT's names where ours are others, `defaults` PEFT's
-/// own defaults where ours are others.
-fn read_peft<S: Settings>(
-    json: &str,
-    names: &[(&str, &str)],
-    defaults: Value,
-) -> serde_json::Result<S> {
+/// Settings from PEFT's spelling: `defaults` has PEFT's own defaults where ours are others.
+fn read_peft<S: Settings>(json: &str, defaults: Value) -> serde_json::Result<S> {
     let mut known = defaults.as_object().cloned().unwrap_or_default();
     let ours = keys_of::<S>();
     for (key, value) in serde_json::from_str::<Map<String, Value>>(json)? {
-        let name = names.iter().find(|(theirs, _)| *theirs == key);
+        let name = S::PEFT_NAMES.iter().find(|(theirs, _)| *theirs == key);
         let name = name.map_or(key.as_str(), |(_, ours)| *ours);
         if ours.iter().any(|known| known == name) && !value.is_null() {
+            let alone = Map::from_iter([(name.to_owned(), value.clone())]);
+            serde_json::from_value::<S>(Value::Object(alone))
+                .map_err(|error| serde::de::Error::custom(format_args!("{key}: {error}")))?;
             known.insert(name.to_owned(), value);
         }
     }
@@ -597,6 +655,14 @@ macro_rules! methods {
                 }
             }
 
+            /// Which biases of the model are trained.
+            pub(crate) fn bias(&self) -> Bias {
+                match self {
+                    $(Self::$Layer(settings) => settings.bias(),)*
+                    $(Self::$Prompt(settings) => settings.bias(),)*
+                }
+            }
+
             /// Whether anything is dropped while training.
             pub fn is_random(&self) -> bool {
                 match self {
@@ -656,9 +722,9 @@ macro_rules! methods {
                 all: &[Part],
                 model: &AdaptedLlama<B>,
                 seed: u64,
-            ) -> Vec<f32> {
+            ) -> Result<Vec<f32>> {
                 match self {
-                    $(Self::$Layer(settings) => settings.fresh_shared(part, all),)*
+                    $(Self::$Layer(settings) => Ok(settings.fresh_shared(part, all)),)*
                     $(Self::$Prompt(settings) => settings.fresh(part, model, seed),)*
                 }
             }
@@ -745,6 +811,14 @@ macro_rules! methods {
                 match self {
                     $(Self::$Layer(_) => None,)*
                     $(Self::$Prompt(settings) => settings.text(),)*
+                }
+            }
+
+            /// A file that fresh tensors come from.
+            pub fn source(&mut self) -> Option<&mut PathBuf> {
+                match self {
+                    $(Self::$Layer(_) => None,)*
+                    $(Self::$Prompt(settings) => settings.source(),)*
                 }
             }
 
@@ -876,6 +950,12 @@ macro_rules! methods {
                 }
             }
 
+            fn embed(&self, ids: Tensor<B, 1, Int>, base: &BaseLinear<B>) -> Tensor<B, 2> {
+                match self {
+                    $(Self::$Layer(update) => update.embed(ids, base),)*
+                }
+            }
+
             fn merge(&self, rows: Range<usize>, weight: Tensor<B, 2>) -> Tensor<B, 2> {
                 match self {
                     $(Self::$Layer(update) => update.merge(rows, weight),)*
@@ -945,6 +1025,11 @@ impl Method {
     /// The layers that a recipe means which does not say.
     pub fn default_targets(&self) -> Targets {
         (self.about().default_targets)()
+    }
+
+    /// See [`Settings::EMBEDDINGS`].
+    pub(crate) fn adapts_embeddings(&self) -> bool {
+        self.about().embeddings
     }
 
     pub(crate) fn peft_type(&self) -> &'static str {

@@ -3,22 +3,21 @@
 //! Source: `peft/config.py`, `peft/utils/save_and_load.py`.
 
 use std::collections::HashMap;
+use std::ops::Range;
 use std::path::Path;
 
 use burn::tensor::backend::Backend;
 use model::checkpoint::{Checkpoint, NamedTensor, write_file, write_safetensors};
 use model::config::LlamaConfig;
-use model::linear::Linear;
 use model::weight::param_id;
 use quant::Scheme;
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
-use crate::attach::{AdaptedLlama, Start, put};
-use crate::base::{AdaptedBackend, BaseLinear, scheme};
-use crate::config::{AdapterConfig, OneOrMany, Selection, Targets};
+use crate::attach::{AdaptedLlama, Start, put, untie};
+use crate::base::{AdaptedBackend, HEAD, scheme};
+use crate::config::{AdapterConfig, EMBED_TOKENS, LM_HEAD, OneOrMany, Selection, Targets};
 use crate::error::{Error, Result};
-use crate::linear::AdaptedLinear;
 use crate::methods::{Computes, Method, Part, Role};
 use crate::parameters::{read_parameters, write_parameters};
 
@@ -28,6 +27,8 @@ pub const CONFIG_FILE: &str = "adapter_config.json";
 pub const MODEL_FILE: &str = "adapter_model.safetensors";
 /// The version of PEFT whose format this is.
 pub const PEFT_VERSION: &str = "0.21.2";
+/// How many elements of a weight are compared at a time.
+const ROWS_AT_A_TIME: usize = 1 << 22;
 /// What the tensors' file says of the base model that the adapter was trained on; PEFT does not
 /// read it.
 const BASE_QUANTIZATION: &str = "base_quantization";
@@ -84,11 +85,11 @@ pub fn read_config(folder: &Path) -> Result<AdapterConfig> {
     let selection: PeftSelection = serde_json::from_str(&text).map_err(json_error)?;
     let config = AdapterConfig {
         selection: selection.read(about.peft_targets),
-        method: (about.from_peft)(&text).map_err(json_error)?,
+        method: (about.from_peft)(&text).map_err(|error| wrong(vec![error.to_string()]))?,
     };
     let problems = config.method.problems().into_iter();
     let problems: Vec<_> = problems
-        .map(|(key, text)| format!("{key} {text}"))
+        .map(|(key, text)| format!("{} {text}", about.peft_key(key)))
         .collect();
     match problems.is_empty() {
         true => Ok(config),
@@ -116,6 +117,8 @@ pub(crate) struct Opened {
     pub(crate) config: AdapterConfig,
     /// Every tensor that it is made of.
     pub(crate) parts: Vec<Part>,
+    /// Weights of the base model that lie beside it.
+    copies: Vec<Part>,
     /// The tensors, by [`Part::key`].
     pub(crate) file: Checkpoint,
     /// The model that it fits: where embeddings and `lm_head` are one and the adapter changes one of
@@ -127,6 +130,47 @@ impl Opened {
     /// Elements of a tensor, row by row.
     pub(crate) fn read(&self, part: &Part) -> Result<Vec<f32>> {
         Ok(self.file.read(&part.key)?)
+    }
+
+    /// Compares the weights of the base model that lie beside the adapter with the model's own, of
+    /// which `own` reads rows.
+    ///
+    /// # Errors
+    /// [`Error::Tensors`] if some are others, beyond what types round.
+    pub(crate) fn check_copies(
+        &self,
+        own: impl Fn(&Part, Range<usize>) -> Result<Vec<f32>>,
+    ) -> Result<()> {
+        let mut problems = Vec::new();
+        for copy in &self.copies {
+            let (rows, width) = (copy.shape[0], copy.shape[1]);
+            let step = (ROWS_AT_A_TIME / width).max(1);
+            let (mut largest, mut off) = (0f32, 0f32);
+            for start in (0..rows).step_by(step) {
+                let rows = start..rows.min(start + step);
+                let theirs = self.file.read_rows(&copy.key, rows.clone())?;
+                for (x, y) in theirs.iter().zip(own(copy, rows)?) {
+                    largest = largest.max(y.abs());
+                    off = off.max((x - y).abs());
+                }
+            }
+            if off > largest / 100.0 {
+                problems.push(format!(
+                    "{} is not the model's own: the adapter belongs to one with other embeddings",
+                    copy.key
+                ));
+            }
+        }
+        let path = self.file.path().into();
+        match problems.is_empty() {
+            true => Ok(()),
+            false => Err(Error::Tensors { path, problems }),
+        }
+    }
+
+    /// The same of a model that is in memory.
+    pub(crate) fn check_copies_of<B: Backend>(&self, model: &AdaptedLlama<B>) -> Result<()> {
+        self.check_copies(|copy, rows| Ok(rows_of(model, &copy.name, rows)))
     }
 
     /// The tensors that replace weights of the model.
@@ -169,9 +213,10 @@ fn open_on(folder: &Path, model: &LlamaConfig) -> Result<Opened> {
     let mut parts = config.parts(model).map_err(in_config)?;
     parts.retain(|part| part.role != Role::Derived);
     let file = Checkpoint::open_file(&folder.join(MODEL_FILE))?;
+    let copies = base_copies(&file, &parts, model);
     let wanted = |part: &Part| (part.key.clone(), part.shape.clone());
-    let wanted: Vec<_> = parts.iter().map(wanted).collect();
-    file.check(&wanted, is_base_copy)
+    let wanted: Vec<_> = parts.iter().chain(&copies).map(wanted).collect();
+    file.check(&wanted, |_| false)
         .map_err(|error| match error {
             model::Error::Tensors { path, problems } => Error::Tensors { path, problems },
             other => Error::File(other),
@@ -179,6 +224,7 @@ fn open_on(folder: &Path, model: &LlamaConfig) -> Result<Opened> {
     Ok(Opened {
         config,
         parts,
+        copies,
         file,
         model: model.clone(),
     })
@@ -196,6 +242,7 @@ pub fn load<B: AdaptedBackend>(
     device: &B::Device,
 ) -> Result<(AdaptedLlama<B>, AdapterConfig)> {
     let adapter = open(folder, &model.config)?;
+    adapter.check_copies_of(&model)?;
     if model.config.tie_word_embeddings && !adapter.model.tie_word_embeddings {
         untie(&mut model);
     }
@@ -204,16 +251,6 @@ pub fn load<B: AdaptedBackend>(
     let read = |part: &Part| Ok((param_id(&part.name), adapter.read(part)?));
     let values = adapter.whole().map(read).collect::<Result<_>>()?;
     Ok((write_parameters(model, values), adapter.config))
-}
-
-/// Gives a model an output layer of its own, whose weights are still those of the embeddings.
-pub(crate) fn untie<B: Backend>(model: &mut AdaptedLlama<B>) {
-    let base = BaseLinear::Dense(Linear {
-        weight: model.embed_tokens.clone(),
-        bias: None,
-    });
-    model.lm_head = Some(AdaptedLinear { base, update: None });
-    model.config.tie_word_embeddings = false;
 }
 
 /// Writes an adapter folder that `peft.PeftModel.from_pretrained` loads; `base_model` is the name
@@ -368,9 +405,28 @@ pub fn in_words(scheme: Option<Scheme>) -> String {
     scheme.map_or("none".into(), |scheme| scheme.to_string())
 }
 
-/// PEFT adds the base weights of an adapted `lm_head`, unchanged; the model has them already.
-fn is_base_copy(key: &str) -> bool {
-    key == "base_model.model.lm_head.base_layer.weight"
+/// PEFT adds the base weights of adapted embeddings and of an adapted `lm_head`, and with
+/// `save_embedding_layers` of both, adapted or not.
+fn base_copies(file: &Checkpoint, parts: &[Part], model: &LlamaConfig) -> Vec<Part> {
+    let shape = || vec![model.vocab_size, model.hidden_size];
+    let of =
+        |module| ["weight", "base_layer.weight"].map(|end| Part::base_copy(module, end, shape()));
+    let known = |copy: &Part| parts.iter().any(|part| part.key == copy.key);
+    let copies = [EMBED_TOKENS, LM_HEAD].into_iter().flat_map(of);
+    copies
+        .filter(|copy| file.shape(&copy.key).is_some() && !known(copy))
+        .collect()
+}
+
+/// Some rows of the embeddings or of the output layer of a model.
+fn rows_of<B: Backend>(model: &AdaptedLlama<B>, name: &str, rows: Range<usize>) -> Vec<f32> {
+    let head = model.lm_head.as_ref().filter(|_| name == HEAD);
+    let weight = match head {
+        Some(head) => head.base.weight(),
+        None => model.embed_tokens.val(),
+    };
+    let rows = weight.narrow(0, rows.start, rows.len()).into_data();
+    rows.convert::<f32>().into_vec().expect("converted to f32")
 }
 
 /// The settings in PEFT's spelling, keys sorted. Keys that came late to PEFT and hold their

@@ -57,17 +57,16 @@ fn a_weighted_sum_is_that_of_peft() {
     let expected = Expected::read(&fixture("merge/weighted"));
     let off = expected.off("logits", &adapted(&ranks_4_and_9, Cat));
     assert!(off < 1e-4, "off by {off}");
-    let signs = [
-        weighted(fixture("qv"), 0.7),
-        weighted(fixture("head"), -0.4),
-    ];
-    let expected = Expected::read(&fixture("merge/linear"));
-    for (name, combination) in [("cat", Cat), ("logits", Linear)] {
-        let off = expected.off(name, &adapted(&signs, combination));
-        assert!(off < 1e-5, "{name}: off by {off}");
+    for (case, other) in [("linear", "head"), ("embeddings", "embeddings")] {
+        let signs = [weighted(fixture("qv"), 0.7), weighted(fixture(other), -0.4)];
+        let expected = Expected::read(&fixture("merge").join(case));
+        for (name, combination) in [("cat", Cat), ("logits", Linear)] {
+            let off = expected.off(name, &adapted(&signs, combination));
+            assert!(off < 1e-5, "{name}: off by {off}");
+        }
+        let part = largest_difference(&expected.logits("cat"), &expected.logits("logits"));
+        assert!(part > 0.1, "it makes a difference: {part}");
     }
-    let part = largest_difference(&expected.logits("cat"), &expected.logits("logits"));
-    assert!(part > 0.1, "it makes a difference: {part}");
 }
 
 #[test]
@@ -77,7 +76,17 @@ fn combined_is_merged() {
     let each = four.iter().zip(weights);
     let four: Vec<_> = each.map(|(name, w)| weighted(fixture(name), w)).collect();
     let two = [weighted(fixture("qv"), 0.6), weighted(fixture("head"), 0.3)];
-    for (adapters, combination) in [(&four[..], Cat), (&two, Cat), (&two, Linear)] {
+    let rows = [
+        weighted(fixture("embeddings"), 0.6),
+        weighted(fixture("embeddings"), -0.2),
+    ];
+    for (adapters, combination) in [
+        (&four[..], Cat),
+        (&two, Cat),
+        (&two, Linear),
+        (&rows, Cat),
+        (&rows, Linear),
+    ] {
         let source = ModelFolder::open(&base("gqa")).unwrap();
         let checkpoint = source.checkpoint().unwrap();
         let merge = Merge::new(&source, &checkpoint, adapters, combination, None).unwrap();

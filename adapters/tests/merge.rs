@@ -200,14 +200,29 @@ fn tied_embeddings_part_where_an_adapter_parts_them() {
 }
 
 #[test]
-fn an_expression_that_would_name_a_tied_lm_head_parts_nothing() {
-    let config = mixed_lora(Targets::Regex(r".*v_proj|lm_head".into()));
-    let (model, folder) = adapted(&base("tied_llama3"), &config, 3);
-    let merged = merge(&base("tied_llama3"), &[whole(folder.path())], None).unwrap();
+fn one_of_two_tied_weights_is_adapted_and_the_other_stays() {
     let (ids, shape) = Expected::read(&fixture("tied")).ids();
-    let logits = |model| logits(model, &ids, shape);
-    assert!(largest_difference(&logits(&model), &logits(&merged.load())) < 5e-5);
-    assert_eq!(merged.layers, 2);
+    let logits = |model: &AdaptedLlama<B>| logits(model, &ids, shape);
+    for (pattern, layers, use_dora) in [
+        (r".*v_proj|lm_head", 3, false),
+        (r".*v_proj|.*embed_tokens", 3, false),
+        (r".*v_proj|.*embed_tokens", 3, true),
+        (r".*embed_tokens|lm_head", 2, true),
+    ] {
+        let mut config = mixed_lora(Targets::Regex(pattern.into()));
+        config.method = LoraSettings {
+            use_dora,
+            ..mixed()
+        }
+        .into();
+        let (model, folder) = adapted(&base("tied_llama3"), &config, 3);
+        let merged = merge(&base("tied_llama3"), &[whole(folder.path())], None).unwrap();
+        let off = largest_difference(&logits(&model), &logits(&merged.load()));
+        assert!(off < 5e-5, "{pattern}: off by {off}");
+        assert!(merged.drift.max_abs < 5e-5, "{:?}", merged.drift);
+        assert_eq!(merged.layers, layers, "{pattern}");
+        assert_eq!(merged.config()["tie_word_embeddings"], false);
+    }
 }
 
 #[test]

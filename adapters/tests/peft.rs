@@ -11,7 +11,7 @@ use adapters::{AdaptedLlama, AdapterConfig, Pattern, Targets, peft};
 use burn::tensor::{Tensor, TensorData};
 use harness::{B, lora, rank_4, root};
 use logits::{base, base_of, fixture, load};
-use model::checkpoint::Checkpoint;
+use model::checkpoint::{Checkpoint, NamedTensor, write_safetensors};
 use model::config::LlamaConfig;
 use model::load::normal;
 use model::rope::Rope;
@@ -163,6 +163,19 @@ fn fresh_adapters_leave_the_logits_unchanged() {
     }
 }
 
+#[test]
+fn embeddings_start_with_zeros_and_a_normal_factor() {
+    let config = lora(Targets::Names(vec!["embed_tokens".into()]));
+    let mut model = load(&base("gqa"));
+    adapters::attach(&mut model, &config, 1, &Default::default()).unwrap();
+    let values = adapters::read_parameters(&model);
+    let of = |end: &str| &values[&model::weight::param_id(&format!("model.embed_tokens.{end}"))];
+    assert!(of("lora_a").len() == 4 * 96 && of("lora_a").iter().all(|x| *x == 0.0));
+    let squares: f32 = of("lora_b").iter().map(|x| x * x).sum();
+    let variance = squares / of("lora_b").len() as f32;
+    assert!((0.6..1.5).contains(&variance), "{variance}");
+}
+
 /// The logits of a model for a few tokens, one after the other.
 fn some_logits(model: &AdaptedLlama<B>) -> Vec<f32> {
     let device = Default::default();
@@ -206,9 +219,10 @@ fn every_start_is_no_change_and_is_saved_for_the_base_as_it_is() {
             alpha_pattern: Pattern(vec![("v_proj".into(), 3.0)]),
             ..rank_4()
         };
+        let targets = ["embed_tokens", "up_proj", "v_proj", "o_proj"].map(str::to_owned);
         let adapter = AdapterConfig {
             method: settings.into(),
-            ..lora(Targets::AllLinear)
+            ..lora(Targets::Names(targets.into()))
         };
         let mut model = load();
         adapters::attach(&mut model, &adapter, 1, &device).unwrap();
@@ -232,6 +246,45 @@ fn every_start_is_no_change_and_is_saved_for_the_base_as_it_is() {
         let shape = |config: &AdapterConfig| config.parts(&model.config).unwrap()[0].shape.clone();
         assert_eq!(shape(&read)[0], if init.is_taken_out() { 8 } else { 4 });
     }
+}
+
+/// Weights of the base model beside the adapter, as `save_embedding_layers` of PEFT leaves them.
+#[test]
+fn embeddings_beside_an_adapter_are_to_be_the_models_own() {
+    let copy = tempfile::tempdir().unwrap();
+    let config = copy.path().join(peft::CONFIG_FILE);
+    std::fs::copy(fixture("qv").join(peft::CONFIG_FILE), config).unwrap();
+    let adapter = Checkpoint::open_file(&fixture("qv").join(peft::MODEL_FILE)).unwrap();
+    let own = Checkpoint::open_folder(&base("gqa")).unwrap();
+    let write = |factor: f32| {
+        let theirs = |name: &str| NamedTensor {
+            name: format!("base_model.model.{name}"),
+            shape: own.shape(name).unwrap().to_vec(),
+            values: own.read(name).unwrap().iter().map(|x| factor * x).collect(),
+        };
+        let mut all: Vec<_> = adapter
+            .tensors()
+            .map(|(name, shape)| NamedTensor {
+                name: name.to_owned(),
+                shape: shape.to_vec(),
+                values: adapter.read(name).unwrap(),
+            })
+            .collect();
+        all.extend(["model.embed_tokens.weight", "lm_head.weight"].map(theirs));
+        write_safetensors(&copy.path().join(peft::MODEL_FILE), &all, &[]).unwrap();
+    };
+    write(1.0);
+    let (model, _) = peft::load(load(&base("gqa")), copy.path(), &Default::default()).unwrap();
+    assert!(max_off(&model, &fixture("qv")) < 2e-5);
+    write(1.1);
+    let text = error(copy.path(), "gqa");
+    for key in [
+        "model.embed_tokens.weight is not the model's own",
+        "lm_head.weight is not",
+    ] {
+        assert!(text.contains(key), "{text}");
+    }
+    assert!(error(copy.path(), "wide_head").contains("expected"));
 }
 
 fn error(adapter: &Path, base_name: &str) -> String {
@@ -273,10 +326,16 @@ fn missing_and_unexpected_keys_and_unknown_settings_are_errors() {
     assert!(set("r", 5.into()).contains("is [4, 32], expected [5, 32]"));
     assert!(set("use_dora", true.into()).contains("lora_magnitude_vector is missing"));
     assert!(set("init_lora_weights", "pissa_niter_4".into()).contains("pissa_niter_4"));
-    assert!(set("bias", "all".into()).contains("bias is \"all\""));
+    assert!(set("bias", "some".into()).contains("bias: unknown variant `some`"));
+    assert!(set("lora_bias", true.into()).contains("lora_bias is true"));
     assert!(set("peft_type", "OFT".into()).contains("OFT"));
-    assert!(set("r", "four".into()).contains("adapter_config.json"));
-    assert!(set("r", 0.into()).contains("rank"));
+    let text = set("r", "four".into());
+    assert!(
+        text.contains("adapter_config.json") && text.contains("r: invalid type"),
+        "{text}"
+    );
+    assert!(set("r", 0.into()).contains("adapter_config.json: r must be from 1"));
+    assert!(set("lora_dropout", 1.5.into()).contains(": lora_dropout must be from 0"));
     std::fs::remove_file(&tensors).unwrap();
     assert!(set("r", 4.into()).contains("adapter_model.safetensors"));
 }

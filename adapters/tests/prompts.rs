@@ -9,6 +9,7 @@ mod logits;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
+use adapters::methods::mpt::{MptInit, MptSettings};
 use adapters::methods::prefix::{InitWeights, PrefixSettings};
 use adapters::methods::prompt::{PromptInit, PromptSettings};
 use adapters::methods::ptuning::{PTuningSettings, Reparameterization};
@@ -185,14 +186,18 @@ fn encoders_make_what_those_of_peft_make() {
     assert_eq!(encoders, 3);
 }
 
-fn fresh(method: impl Into<Method>) -> (AdaptedLlama<B>, Vec<f32>) {
-    let config = AdapterConfig {
+fn in_front(method: impl Into<Method>) -> AdapterConfig {
+    AdapterConfig {
         selection: Selection {
             target_modules: Targets::Names(Vec::new()),
             ..Selection::default()
         },
         method: method.into(),
-    };
+    }
+}
+
+fn fresh(method: impl Into<Method>) -> (AdaptedLlama<B>, Vec<f32>) {
+    let config = in_front(method);
     let mut model = load(&base("gqa"));
     adapters::attach(&mut model, &config, 1, &Default::default()).unwrap();
     let virtual_tokens = model.virtual_tokens.as_ref().unwrap();
@@ -231,6 +236,66 @@ fn prompts_begin_as_their_settings_say() {
     let (_, values) = fresh(prompt(PromptInit::Random, None));
     let square = values.iter().map(|x| x * x).sum::<f32>() / values.len() as f32;
     assert!((0.5..2.0).contains(&square), "{square}");
+}
+
+/// What PEFT's `MultitaskPromptEmbedding` takes of the file of another adapter.
+#[test]
+fn a_task_begins_with_those_of_another_adapter() {
+    let source = root("tests/fixtures/prompts/mpt");
+    let theirs = floats(&source.join(peft::MODEL_FILE));
+    let (cols, _) = &theirs["prefix_task_cols"];
+    let (tasks, p, r) = (cols[0], cols[1], cols[2]);
+    assert!(tasks > 1);
+    let of = |init, task, num_tasks| MptSettings {
+        num_virtual_tokens: p,
+        num_tasks,
+        num_ranks: r,
+        prompt_tuning_init: init,
+        prompt_tuning_init_state_dict_path: Some(source.clone()),
+        prompt_tuning_init_task: task,
+        ..MptSettings::default()
+    };
+    let attached = |settings: MptSettings| {
+        let config = in_front(settings);
+        let mut model = load(&base("gqa"));
+        adapters::attach(&mut model, &config, 1, &Default::default())?;
+        let values = adapters::read_parameters(&model);
+        let names = ["prompt_embeddings", "prefix_task_cols", "prefix_task_rows"];
+        Ok::<_, adapters::Error>(names.map(|name| values[&param_id(name)].clone()))
+    };
+    let blocks = |name: &str| -> Vec<&[f32]> {
+        let values = &theirs[name].1;
+        values.chunks(values.len() / tasks).collect()
+    };
+    let exact = attached(of(MptInit::ExactSourceTask, 1, 1)).unwrap();
+    let average = attached(of(MptInit::AverageSourceTasks, 0, 1)).unwrap();
+    let shared = attached(of(MptInit::OnlySourceShared, 0, 3)).unwrap();
+    for all in [&exact, &average, &shared] {
+        assert_eq!(all[0], theirs["prompt_embeddings"].1);
+    }
+    for (at, name) in ["prefix_task_cols", "prefix_task_rows"]
+        .into_iter()
+        .enumerate()
+    {
+        assert_eq!(exact[at + 1], blocks(name)[1]);
+        for (i, x) in average[at + 1].iter().enumerate() {
+            let sum: f32 = blocks(name).iter().map(|block| block[i]).sum();
+            assert!((x - sum / tasks as f32).abs() < 1e-6);
+        }
+        assert_eq!(shared[at + 1].len(), 3 * blocks(name)[0].len());
+        assert!(shared[at + 1].iter().all(|x| x.abs() < 0.2)); // as without another adapter
+    }
+    let refused = |settings| attached(settings).unwrap_err().to_string();
+    let text = refused(of(MptInit::ExactSourceTask, tasks, 1));
+    assert!(text.contains(&format!("no task {tasks}")), "{text}");
+    let mut narrow = of(MptInit::AverageSourceTasks, 0, 1);
+    narrow.num_ranks += 1;
+    assert!(refused(narrow).contains("prefix_task_cols is ["));
+    let text = refused(of(MptInit::AverageSourceTasks, 0, 2));
+    assert!(text.contains("num_tasks must be 1"), "{text}");
+    let mut none = of(MptInit::OnlySourceShared, 0, 1);
+    none.prompt_tuning_init_state_dict_path = None;
+    assert!(refused(none).contains("prompt_tuning_init_state_dict_path goes with"));
 }
 
 #[test]

@@ -173,11 +173,14 @@ pub struct ChatTemplate {
     /// The jinja source, as it was read.
     pub source: String,
     compiled: Compiled,
+    /// The template for conversations with tools, where that is another one.
+    for_tools: Option<Box<Self>>,
 }
 
 impl PartialEq for ChatTemplate {
     fn eq(&self, other: &Self) -> bool {
-        (&self.name, &self.source) == (&other.name, &other.source)
+        (&self.name, &self.source, &self.for_tools)
+            == (&other.name, &other.source, &other.for_tools)
     }
 }
 
@@ -186,6 +189,8 @@ impl Eq for ChatTemplate {}
 impl ChatTemplate {
     /// The name of its file in a model or adapter folder.
     pub const FILE: &str = "chat_template.jinja";
+    /// The name of the file of a template for conversations with tools, if that is another one.
+    pub const TOOLS_FILE: &str = "additional_chat_templates/tool_use.jinja";
     /// The names [`ChatTemplate::builtin`] knows.
     pub const BUILTIN: [&str; 4] = ["chatml", "llama2", "llama3", "alpaca"];
 
@@ -200,6 +205,7 @@ impl ChatTemplate {
                 name,
                 source,
                 compiled,
+                for_tools: None,
             }),
             Err(source) => Err(Error::Template { name, source }),
         }
@@ -208,14 +214,20 @@ impl ChatTemplate {
     /// The template of a model folder: `chat_template.jinja`, else the `chat_template` of
     /// `tokenizer_config.json`, else the one of `chat_template.json`.
     ///
-    /// Of a list of named templates the one named `default` is taken.
+    /// Of a list of named templates the one named `default` is taken; as in transformers, the one
+    /// named `tool_use`, or the file [`ChatTemplate::TOOLS_FILE`], is for conversations with tools.
     ///
     /// # Errors
     /// `Io` and `Json` when a file cannot be read, `Template` when the template does not parse.
     pub fn from_folder(folder: &Path) -> Result<Option<Self>> {
         let path = folder.join(Self::FILE);
         if path.is_file() {
-            return Self::from_file(&path).map(Some);
+            let tools = Some(folder.join(Self::TOOLS_FILE)).filter(|tools| tools.is_file());
+            let for_tools = tools.map(|tools| Self::from_file(&tools).map(Box::new));
+            return Ok(Some(Self {
+                for_tools: for_tools.transpose()?,
+                ..Self::from_file(&path)?
+            }));
         }
         for file in ["tokenizer_config.json", "chat_template.json"] {
             let path = folder.join(file);
@@ -224,13 +236,28 @@ impl ChatTemplate {
                 .as_ref()
                 .and_then(|config| config.get("chat_template"));
             if let Some(entry) = entry.filter(|entry| !entry.is_null()) {
-                let Some(source) = default_source(entry) else {
-                    return Err(bad_entry(&path));
-                };
-                return Self::new(path.display().to_string(), source).map(Some);
+                return Self::from_entry(&path, entry).map(Some);
             }
         }
         Ok(None)
+    }
+
+    /// A template from a `chat_template` entry: a string, or a list with one named `default`.
+    fn from_entry(path: &Path, entry: &Value) -> Result<Self> {
+        let named = |name: &str| {
+            let mut all = entry.as_array().into_iter().flatten();
+            let found = all.find(|one| one.get("name").and_then(Value::as_str) == Some(name));
+            found.and_then(|found| found.get("template")?.as_str())
+        };
+        let Some(source) = entry.as_str().or_else(|| named("default")) else {
+            return Err(bad_entry(path));
+        };
+        let name = path.display().to_string();
+        let for_tools = named("tool_use").map(|source| Self::new(&*name, source).map(Box::new));
+        Ok(Self {
+            for_tools: for_tools.transpose()?,
+            ..Self::new(name, source)?
+        })
     }
 
     /// A template from a jinja file.
@@ -249,8 +276,18 @@ impl ChatTemplate {
     /// Writes the template into a folder, where [`ChatTemplate::from_folder`] finds it first.
     ///
     /// # Errors
-    /// `Io`; the file is complete or absent.
+    /// `Io`; each file is complete or absent.
     pub fn save(&self, folder: &Path) -> Result<()> {
+        if let Some(for_tools) = &self.for_tools {
+            let path = folder.join(Self::TOOLS_FILE);
+            let parent = path.parent().unwrap_or(folder);
+            std::fs::create_dir_all(parent).map_err(|source| Error::Io {
+                action: "create",
+                path: parent.to_path_buf(),
+                source,
+            })?;
+            write_file(&path, for_tools.source.as_bytes())?;
+        }
         write_file(&folder.join(Self::FILE), self.source.as_bytes())
     }
 
@@ -321,7 +358,7 @@ impl ChatTemplate {
         let trained = match (train_on, answers.first()) {
             (TrainOn::All, _) => std::iter::once(0..text.len()).collect(),
             (_, None) => Vec::new(),
-            (_, Some(&first)) if self.compiled.has_generation => {
+            (_, Some(&first)) if renderer.chat.compiled.has_generation => {
                 generated(&renderer, &text, first, prompt_turns, train_on)?
             }
             _ => {
@@ -373,8 +410,11 @@ impl<'a> Renderer<'a> {
         };
         context.insert("tools", tools);
         context.insert("documents", Value::from(()));
+        let for_tools = chat.for_tools.as_deref();
         Self {
-            chat,
+            chat: for_tools
+                .filter(|_| !conversation.tools.is_empty())
+                .unwrap_or(chat),
             turns: conversation
                 .turns
                 .iter()
@@ -410,16 +450,6 @@ impl<'a> Renderer<'a> {
             name: self.chat.name.clone(),
             source,
         })
-    }
-}
-
-/// The source in a `chat_template` entry: a string, or a list with a template named `default`.
-fn default_source(entry: &Value) -> Option<&str> {
-    let is_default = |entry: &&Value| entry.get("name").and_then(Value::as_str) == Some("default");
-    match entry {
-        Value::String(source) => Some(source),
-        Value::Array(named) => named.iter().find(is_default)?.get("template")?.as_str(),
-        _ => None,
     }
 }
 

@@ -134,7 +134,14 @@ impl ModelFolder {
     /// `Io`; each file is complete or absent.
     pub fn copy_tokenizer(&self, to: &Path) -> Result<()> {
         self.copy(&TOKENIZER, to)?;
-        self.template.iter().try_for_each(|own| own.save(to))
+        match &self.template {
+            Some(own) => own.save(to),
+            None if self.path.join(ChatTemplate::TOOLS_FILE).is_file() => {
+                let own = self.chat_template()?;
+                own.iter().try_for_each(|own| own.save(to))
+            }
+            None => Ok(()),
+        }
     }
 
     fn copy(&self, names: &[&str], to: &Path) -> Result<()> {

@@ -125,7 +125,7 @@ impl Generation {
 ///
 /// # Errors
 /// As there.
-pub fn generate<B: ModelBackend, P: Projection<B> + Sync>(
+pub fn generate<B: ModelBackend, P: Projection<B>>(
     model: &Llama<B, P>,
     prompt_ids: &[u32],
     max_new_tokens: usize,
@@ -149,7 +149,7 @@ pub struct Generator<'a, B: ModelBackend, P> {
     task: usize,
 }
 
-impl<'a, B: ModelBackend, P: Projection<B> + Sync> Generator<'a, B, P> {
+impl<'a, B: ModelBackend, P: Projection<B>> Generator<'a, B, P> {
     /// A model that has read nothing yet.
     ///
     /// Of a model that is being trained, pass the valid one, or every step is kept for a backward

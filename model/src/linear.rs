@@ -1,15 +1,18 @@
 //! Linear layers: what the network asks of them, and the plain one.
 
 use burn::module::{Module, ModuleDisplay};
-use burn::tensor::{Tensor, backend::Backend};
+use burn::tensor::{DType, Int, Tensor, backend::Backend};
 
 use crate::ops::{MatmulBackend, weight_matmul};
 use crate::weight::BaseWeight;
 
 /// A linear layer of the decoder, adapted or not.
-pub trait Projection<B: Backend>: Module<B> + ModuleDisplay {
+pub trait Projection<B: Backend>: Module<B> + ModuleDisplay + Sync {
     /// `x` `[n, in]` to `[n, out]`.
     fn forward(&self, x: Tensor<B, 2>) -> Tensor<B, 2>;
+
+    /// The same of an `x` whose rows are one at `ids` `[n]` and zero elsewhere.
+    fn embed(&self, ids: Tensor<B, 1, Int>) -> Tensor<B, 2>;
 }
 
 /// `y = x Wᵀ + b`.
@@ -27,6 +30,15 @@ impl<B: MatmulBackend> Projection<B> for Linear<B> {
         match &self.bias {
             Some(bias) => y + bias.val().unsqueeze(),
             None => y,
+        }
+    }
+
+    fn embed(&self, ids: Tensor<B, 1, Int>) -> Tensor<B, 2> {
+        let columns = self.weight.val().transpose().select(0, ids); // [n, out]
+        let columns = columns.cast(DType::F32);
+        match &self.bias {
+            Some(bias) => columns + bias.val().unsqueeze(),
+            None => columns,
         }
     }
 }

@@ -24,6 +24,9 @@ use crate::weight::BaseWeight;
 pub struct Llama<B: Backend, P> {
     /// `[v, d]`.
     pub embed_tokens: BaseWeight<B, 2>,
+    /// The embeddings as a linear layer `[d, v]`, if something is trained beside them; the output
+    /// layer, if that is the embeddings, too, knows nothing of it.
+    pub adapted_embeddings: Option<P>,
     /// The decoder layers, first to last.
     pub layers: Vec<DecoderLayer<B, P>>,
     /// The norm before `lm_head`.
@@ -145,7 +148,10 @@ impl<B: ModelBackend, P: Projection<B>> Llama<B, P> {
 
     /// Token ids `[n]` to their embeddings `[n, d]`, in f32.
     fn embed(&self, ids: Tensor<B, 1, Int>) -> Tensor<B, 2> {
-        self.embed_tokens.val().select(0, ids).cast(DType::F32)
+        match &self.adapted_embeddings {
+            Some(embeddings) => embeddings.embed(ids),
+            None => self.embed_tokens.val().select(0, ids).cast(DType::F32),
+        }
     }
 
     /// Normed hidden states `[n, d]` to logits `[n, v]`.
@@ -158,8 +164,11 @@ impl<B: ModelBackend, P: Projection<B>> Llama<B, P> {
 }
 
 impl<B: Backend, P> Llama<B, P> {
-    /// Every linear layer with its name in the checkpoint (without `.weight`).
+    /// Every linear layer with its name in the checkpoint (without `.weight`), embeddings among them
+    /// where they are one.
     pub fn projections(&self) -> impl Iterator<Item = (String, &P)> {
+        let embeddings = self.adapted_embeddings.iter();
+        let embeddings = embeddings.map(|p| ("model.embed_tokens".to_owned(), p));
         let layers = self.layers.iter().enumerate();
         let layers = layers.flat_map(|(index, layer)| {
             let (self_attn, mlp) = (&layer.self_attn, &layer.mlp);
@@ -174,12 +183,14 @@ impl<B: Backend, P> Llama<B, P> {
             ];
             all.map(|(name, p)| (format!("model.layers.{index}.{name}"), p))
         });
-        let head = self.lm_head.iter();
-        layers.chain(head.map(|p| ("lm_head".to_owned(), p)))
+        let head = self.lm_head.iter().map(|p| ("lm_head".to_owned(), p));
+        embeddings.chain(layers).chain(head)
     }
 
     /// The same to change them.
     pub fn projections_mut(&mut self) -> impl Iterator<Item = (String, &mut P)> {
+        let embeddings = self.adapted_embeddings.iter_mut();
+        let embeddings = embeddings.map(|p| ("model.embed_tokens".to_owned(), p));
         let layers = self.layers.iter_mut().enumerate();
         let layers = layers.flat_map(|(index, layer)| {
             let (self_attn, mlp) = (&mut layer.self_attn, &mut layer.mlp);
@@ -194,8 +205,8 @@ impl<B: Backend, P> Llama<B, P> {
             ];
             all.map(|(name, p)| (format!("model.layers.{index}.{name}"), p))
         });
-        let head = self.lm_head.iter_mut();
-        layers.chain(head.map(|p| ("lm_head".to_owned(), p)))
+        let head = self.lm_head.iter_mut().map(|p| ("lm_head".to_owned(), p));
+        embeddings.chain(layers).chain(head)
     }
 }
 
@@ -288,9 +299,15 @@ impl<B: ModelBackend, P: Projection<B>> SelfAttention<B, P> {
             y.reshape([n, width / self.head_dim, self.head_dim])
         };
         let turned = |y| ops::rotary(heads(y), rope.cos.clone(), rope.sin.clone());
-        let q = turned(self.q_proj.forward(x.clone())); // [n, n_h, h_d]
-        let k = turned(self.k_proj.forward(x.clone())); // [n, n_kv, h_d]
-        let v = heads(self.v_proj.forward(x)); // [n, n_kv, h_d]
+        let [n, _] = x.dims();
+        let (q, (k, v)) = B::join(
+            n,
+            || turned(self.q_proj.forward(x.clone())), // [n, n_h, h_d]
+            || {
+                let k = turned(self.k_proj.forward(x.clone())); // [n, n_kv, h_d]
+                (k, heads(self.v_proj.forward(x.clone()))) // [n, n_kv, h_d]
+            },
+        );
         let (k, v) = match past {
             Past::Nothing => (k, v),
             Past::Prefix(prefix) => prefix.before(k, v), // [m, n_kv, h_d]
@@ -318,8 +335,12 @@ pub struct Mlp<B: Backend, P> {
 impl<B: ModelBackend, P: Projection<B>> Mlp<B, P> {
     /// `[n, d]` to `[n, d]`.
     pub fn forward(&self, x: Tensor<B, 2>) -> Tensor<B, 2> {
-        let gate = self.gate_proj.forward(x.clone()); // [n, i]
-        let up = self.up_proj.forward(x); // [n, i]
+        let [n, _] = x.dims();
+        let (gate, up) = B::join(
+            n,
+            || self.gate_proj.forward(x.clone()), // [n, i]
+            || self.up_proj.forward(x.clone()),   // [n, i]
+        );
         self.down_proj.forward(ops::swiglu(gate, up))
     }
 }

@@ -260,6 +260,7 @@ where
                 false => Some(self.linear("lm_head", vocab, false)?),
             },
             virtual_tokens: None,
+            adapted_embeddings: None,
             config: self.config.clone(),
         })
     }

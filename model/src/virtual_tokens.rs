@@ -11,7 +11,7 @@
 use burn::module::{Module, Param};
 use burn::tensor::{Int, Tensor, TensorData, activation, backend::Backend};
 
-use crate::ops::{MatmulBackend, matmul};
+use crate::ops::{MatmulBackend, cat, matmul};
 use crate::segments::Segments;
 
 /// Virtual tokens in front of every row.
@@ -184,7 +184,7 @@ impl<B: MatmulBackend> Lstm<B> {
         let ahead = self.ahead.forward(x.clone(), 0..p);
         let mut reverse = self.reverse.forward(x, (0..p).rev());
         reverse.reverse();
-        Tensor::cat(vec![Tensor::cat(ahead, 0), Tensor::cat(reverse, 0)], 1)
+        cat(vec![cat(ahead, 0), cat(reverse, 0)], 1)
     }
 }
 
@@ -267,7 +267,7 @@ pub(crate) fn in_front<B: Backend>(
     own: Tensor<B, 2>,
     places: Tensor<B, 1, Int>,
 ) -> Tensor<B, 2> {
-    Tensor::cat(vec![blocks, own], 0).select(0, places)
+    cat(vec![blocks, own], 0).select(0, places)
 }
 
 /// The places for [`in_front`], when the row's block is that of `blocks`, of `count` blocks of `p`.

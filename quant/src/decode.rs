@@ -68,32 +68,55 @@ macro_rules! kernels {
     };
 }
 
-/// Defines `dot_blocks` of a module from `Book::choose`, `Sum` and `bytes_to_lanes`: the even and
+/// Defines `dot_rows` of a module from `Book::choose`, `Sum` and `bytes_to_lanes`: the even and
 /// the odd codes of bytes are looked up apart, so that no code has to move to another lane.
 #[cfg(target_arch = "x86_64")]
 macro_rules! block_kernels {
     ($features:literal) => {
-        /// The scalar product of whole blocks from `block` on and `x`, see [`Operand`].
+        /// Fills `y` with the scalar products of `x`, see [`Operand`], and rows of whole blocks.
         #[target_feature(enable = $features)]
-        pub(super) fn dot_blocks(view: &View, block: usize, x: &[f32]) -> f32 {
+        pub(super) fn dot_rows(view: &View, first: usize, x: &[f32], y: &mut [f32]) {
+            let dot = match (view.block_size, view.precision) {
+                (32, Precision::F32) => dot_stretches::<32, false>,
+                (32, _) => dot_stretches::<32, true>,
+                (_, Precision::F32) => dot_stretches::<64, false>,
+                (_, _) => dot_stretches::<64, true>,
+            };
+            let mut absmax = Vec::new();
+            for (row, y) in (first..).zip(y) {
+                let start = row * x.len();
+                let codes = &view.codes[start / 2..][..x.len() / 2];
+                *y = dot(view, codes, view.stretches(start, x.len(), &mut absmax), x);
+            }
+        }
+
+        /// The scalar product of `x` and codes of stretches that are `LEN` long.
+        #[target_feature(enable = $features)]
+        fn dot_stretches<const LEN: usize, const ROUNDED: bool>(
+            view: &View,
+            codes: &[u8],
+            absmax: &[f32],
+            x: &[f32],
+        ) -> f32 {
             let code_book = Book::load(view.code_book);
             let mut sums = [Sum::zero(); 4]; // their latencies hide each other
-            let size = view.block_size;
-            let codes = &view.codes[block * size / 2..][..x.len() / 2];
-            let blocks = x.chunks_exact(size).zip(codes.chunks_exact(size / 2));
-            for (i, (x, codes)) in blocks.enumerate() {
-                let absmax = view.absmax.get(block + i);
-                let book = match view.precision {
-                    Precision::F32 => code_book.scaled(absmax),
-                    precision => Book::load(&view.code_book.map(|x| precision.round(x * absmax))),
+            let stretches = x
+                .as_chunks::<LEN>()
+                .0
+                .iter()
+                .zip(codes.chunks_exact(LEN / 2));
+            for ((x, codes), absmax) in stretches.zip(absmax) {
+                let book = match ROUNDED {
+                    true => Book::load(&view.values(*absmax)),
+                    false => code_book.scaled(*absmax),
                 };
                 let (x, _) = x.as_chunks::<CODES>();
                 let (codes, _) = codes.as_chunks::<CODES>();
-                for (i, (x, codes)) in x.chunks_exact(2).zip(codes).enumerate() {
-                    let [high, low] = bytes_to_lanes(codes);
+                for i in 0..LEN / (2 * CODES) {
+                    let [high, low] = bytes_to_lanes(&codes[i]);
                     let at = 2 * (i % 2);
-                    sums[at] = sums[at].add_values(book.choose(high), &x[0]);
-                    sums[at + 1] = sums[at + 1].add_values(book.choose(low), &x[1]);
+                    sums[at] = sums[at].add_values(book.choose(high), &x[2 * i]);
+                    sums[at + 1] = sums[at + 1].add_values(book.choose(low), &x[2 * i + 1]);
                 }
             }
             let [a, b, c, d] = sums;
@@ -108,6 +131,8 @@ mod avx2;
 mod avx512;
 #[cfg(target_arch = "aarch64")]
 mod neon;
+
+use std::iter::repeat_n;
 
 use crate::{NESTED_BLOCK_SIZE, Precision};
 
@@ -176,6 +201,29 @@ struct Run<'a> {
 }
 
 impl View<'_> {
+    /// The absmax of each stretch of 64 codes, or of a block if that is shorter, of `len` codes from
+    /// `start` on; both are whole numbers of blocks.
+    #[inline(always)]
+    fn stretches<'a>(&'a self, start: usize, len: usize, room: &'a mut Vec<f32>) -> &'a [f32] {
+        let stretches = (self.block_size / 64).max(1); // of a block
+        let blocks = start / self.block_size..(start + len) / self.block_size;
+        match self.absmax {
+            AbsmaxView::Plain(absmax) if stretches == 1 => &absmax[blocks],
+            absmax => {
+                room.clear();
+                room.extend(blocks.flat_map(|block| repeat_n(absmax.get(block), stretches)));
+                room
+            }
+        }
+    }
+
+    /// What each code of a block decodes to.
+    #[inline(always)]
+    fn values(&self, absmax: f32) -> [f32; 16] {
+        self.code_book
+            .map(|value| self.precision.round(value * absmax))
+    }
+
     /// Writes the values from the flat index `start` on, until `out` is full.
     pub fn decode(&self, start: usize, out: &mut [f32]) {
         // SAFETY, of each call: the processor has the features.
@@ -211,28 +259,31 @@ impl View<'_> {
             true => 2 * lanes,
             false => 0,
         };
-        let parts = x.chunks_exact(group.max(1)).filter(|_| group > 0);
-        let parted = parts.flat_map(|x| [0, 1].map(|i| x[i..].iter().step_by(2)));
-        Operand {
-            x,
-            parted: parted.flatten().copied().collect(),
+        let mut parted = vec![0.0; if group > 0 { x.len() } else { 0 }];
+        let groups = x.chunks_exact(group.max(1));
+        for (to, from) in parted.chunks_exact_mut(group.max(1)).zip(groups) {
+            let (even, odd) = to.split_at_mut(lanes);
+            for ((even, odd), pair) in even.iter_mut().zip(odd).zip(from.as_chunks().0) {
+                [*even, *odd] = *pair;
+            }
         }
+        Operand { x, parted }
     }
 
-    /// The scalar product of `x` and a row of the weight.
-    pub fn dot_row(&self, row: usize, x: &Operand) -> f32 {
-        let start = row * x.x.len();
+    /// Fills `y` with the scalar products of `x` and rows of the weight from `first` on.
+    pub fn dot_rows(&self, first: usize, x: &Operand, y: &mut [f32]) {
         #[cfg(target_arch = "x86_64")]
         if !x.parted.is_empty() {
-            let block = start / self.block_size;
             // SAFETY, of each call: the processor has the features.
             match vectors() {
-                Vectors::Avx512 => return unsafe { avx512::dot_blocks(self, block, &x.parted) },
-                Vectors::Avx2 => return unsafe { avx2::dot_blocks(self, block, &x.parted) },
+                Vectors::Avx512 => return unsafe { avx512::dot_rows(self, first, &x.parted, y) },
+                Vectors::Avx2 => return unsafe { avx2::dot_rows(self, first, &x.parted, y) },
                 Vectors::None => {}
             }
         }
-        self.dot(start, x.x)
+        for (row, y) in (first..).zip(y) {
+            *y = self.dot(row * x.x.len(), x.x);
+        }
     }
 
     /// The scalar product of `x` and the values from the flat index `start` on.
@@ -432,19 +483,22 @@ mod tests {
                     let quantized = quantized.with_precision(precision);
                     let view = quantized.view();
                     let x: Vec<f32> = (7000..7000 + columns as u32).map(noise).collect();
+                    let mut found = vec![[0.0; 3]];
+                    view.dot_rows(0, &view.operand(&x), &mut found[0]);
+                    #[cfg(target_arch = "x86_64")]
+                    if !matches!(vectors(), Vectors::None) && columns % block_size == 0 {
+                        let x = view.operand_for(8, &x).parted;
+                        let mut y = [0.0; 3];
+                        // SAFETY: the processor has the features.
+                        unsafe { avx2::dot_rows(&view, 0, &x, &mut y[..1]) };
+                        unsafe { avx2::dot_rows(&view, 1, &x, &mut y[1..]) };
+                        found.push(y);
+                    }
                     for row in 0..3 {
                         let expected = view.dot_portably(row * columns, &x);
-                        let mut all = vec![view.dot_row(row, &view.operand(&x))];
-                        #[cfg(target_arch = "x86_64")]
-                        if !matches!(vectors(), Vectors::None) && columns % block_size == 0 {
-                            let x = view.operand_for(8, &x);
-                            let block = row * columns / block_size;
-                            // SAFETY: the processor has the features.
-                            all.push(unsafe { avx2::dot_blocks(&view, block, &x.parted) });
-                        }
-                        for found in all {
-                            let off = (found - expected).abs() / columns as f32;
-                            assert!(off < 1e-6, "{columns}: {found} for {expected}");
+                        for found in &found {
+                            let off = (found[row] - expected).abs() / columns as f32;
+                            assert!(off < 1e-6, "{columns}: {found:?} for {expected}");
                         }
                     }
                 }

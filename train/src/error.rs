@@ -205,10 +205,15 @@ pub enum Error {
         role: String,
     },
     /// A conversation has nothing to train on.
-    #[error("{place}: there is no assistant turn to train on")]
+    #[error(
+        "{place}: there is no assistant turn to train on, only {}",
+        list(roles)
+    )]
     NoAssistantTurn {
         /// The row.
         place: Place,
+        /// Who speaks instead.
+        roles: Vec<String>,
     },
     /// A row of text, and no tokenizer.
     #[error("{place}: a row of text needs a tokenizer, and there is no {}", tokenizer.display())]

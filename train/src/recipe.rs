@@ -75,6 +75,7 @@ impl Recipe {
             }
         }
         self.adapter.init_from.iter_mut().for_each(absolute);
+        self.adapter.settings.source().map(absolute);
         self.output.dir.iter_mut().for_each(absolute);
         if let Some(template) = &mut self.data.chat_template
             && ChatTemplate::builtin(template).is_none()

@@ -33,7 +33,8 @@ impl<'a, B: TrainBackend> Blocks<'a, B> {
     /// What the layers read to hidden states `[m, d]`, which are tracked if anything that led to
     /// them is trained.
     pub fn forward(model: &'a AdaptedLlama<B>, input: Input<B>) -> (Self, Tensor<B, 2>) {
-        let reads = trains(&model.embed_tokens) || input.tokens.is_some();
+        let embeds = trains(&model.embed_tokens) || trains(&model.adapted_embeddings);
+        let reads = embeds || input.tokens.is_some();
         let begins = reads || input.prefix.is_some();
         let trained = |layer| begins || trains(layer);
         let first = model.layers.iter().position(trained);

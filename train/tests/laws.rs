@@ -8,7 +8,6 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use adapters::{AdaptedLlama, BaseLinear, peft, read_parameters};
 use burn::backend::Flex;
@@ -215,16 +214,8 @@ fn step(run: &mut Run<B>, window: Window) {
     run.model = run.optimizer.step(1e-2, run.model.clone(), output.grads);
 }
 
-/// Lets one law run at a time. A run has a process of its own; where several trained in one at the
-/// same time, the gradients of multitask prompts and of LSTM encoders have not repeated to the bit.
-fn alone() -> MutexGuard<'static, ()> {
-    static ALONE: Mutex<()> = Mutex::new(());
-    ALONE.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
 #[test]
 fn one_batch_of_eight_is_eight_batches_of_one() {
-    let _alone = alone();
     let wide = "data.shuffle=false train.max_steps=3 train.micro_batch_size=8 train.learning_rate=1e-2 \
                 train.lr_schedule=constant train.warmup_steps=0";
     let narrow = wide.replace("size=8", "size=1") + " train.gradient_accumulation_steps=8";
@@ -261,7 +252,6 @@ fn one_batch_of_eight_is_eight_batches_of_one() {
 
 #[test]
 fn the_base_stays_as_it_is() {
-    let _alone = alone();
     fn weights(model: &AdaptedLlama<B>) -> HashMap<String, Vec<f32>> {
         let mut model = model.clone();
         let mut all = HashMap::new();
@@ -360,7 +350,6 @@ fn in_front(method: &str) -> &'static str {
 
 #[test]
 fn a_resumed_run_is_the_uninterrupted_one() {
-    let _alone = alone();
     for (method, result) in [
         ("lora", "adapter"),
         ("packed", "adapter"),
@@ -424,7 +413,6 @@ fn a_resumed_run_is_the_uninterrupted_one() {
 
 #[test]
 fn a_resumed_run_that_parts_tied_weights_is_the_uninterrupted_one() {
-    let _alone = alone();
     let adapter = Path::new(env!("CARGO_MANIFEST_DIR"))
         .join("../adapters/tests/fixtures/merge/tied_head/adapter");
     let begin = |output: &Path| {
@@ -463,7 +451,6 @@ fn cut_evaluation(run: Run<B>, number: usize) -> Outcome {
 
 #[test]
 fn an_evaluation_that_was_cut_short_is_made_again() {
-    let _alone = alone();
     let text = eventful("lora").replace("batch_size=2", "batch_size=1");
     let text = text.replace("steps=2", "steps=4"); // five batches an evaluation
     let (whole, _) = run_gqa(&text);
@@ -527,7 +514,6 @@ fn files(folder: &Path) -> Vec<(PathBuf, Vec<u8>)> {
 
 #[test]
 fn layers_that_are_computed_again_change_nothing() {
-    let _alone = alone();
     let cases = [
         ("gqa", "lora", ""),
         ("gqa", "lora", "quantization.format=nf4"),
@@ -547,6 +533,12 @@ fn layers_that_are_computed_again_change_nothing() {
             "adapter.modules_to_save=[norm,post_attention_layernorm]",
         ),
         ("gqa", "lora", "adapter.target_modules=[lm_head]"), // nothing below the output layer
+        ("gqa", "dora", "adapter.target_modules=[embed_tokens]"), // nothing above the embeddings
+        (
+            "tied_llama3",
+            "lora",
+            "adapter.target_modules=[embed_tokens,lm_head,o_proj] quantization.format=nf4",
+        ),
         ("gqa", "adalora", ""),
         ("gqa", "loha", "adapter.module_dropout=0"),
         (
@@ -600,7 +592,6 @@ fn layers_that_are_computed_again_change_nothing() {
 /// A step in which no layer has an update changes nothing, and the run goes on.
 #[test]
 fn an_update_that_is_always_dropped_is_not_trained() {
-    let _alone = alone();
     for recompute in ["none", "block"] {
         let text = format!(
             "adapter.method=loha adapter.module_dropout=0.999999 train.max_steps=2 adapter.rank=2 \
@@ -625,7 +616,6 @@ fn an_update_that_is_always_dropped_is_not_trained() {
 
 #[test]
 fn the_seed_decides_the_run() {
-    let _alone = alone();
     let text = eventful("lora");
     let (first, _) = run_gqa(&text);
     let (again, _) = run_gqa(&text);
@@ -643,7 +633,6 @@ fn the_seed_decides_the_run() {
 
 #[test]
 fn dropout_acts_while_training_and_not_while_evaluating() {
-    let _alone = alone();
     let text = "train.max_steps=2 train.learning_rate=0 train.eval_every=1";
     let (plain, _) = run_gqa(text);
     let out = tempdir().unwrap();
@@ -679,7 +668,6 @@ fn dropout_acts_while_training_and_not_while_evaluating() {
 
 #[test]
 fn full_fine_tuning_saves_a_model_that_loads_again() {
-    let _alone = alone();
     let text =
         "adapter.method=full train.max_steps=30 train.learning_rate=1e-2 train.eval_every=30";
     for base in ["gqa", "tied_llama3"] {
@@ -719,7 +707,6 @@ fn full_fine_tuning_saves_a_model_that_loads_again() {
 
 #[test]
 fn pre_training_needs_only_a_configuration() {
-    let _alone = alone();
     let base = tempdir().unwrap();
     std::fs::copy(
         tiny_model("gqa").join("config.json"),
@@ -751,7 +738,6 @@ fn pre_training_needs_only_a_configuration() {
 
 #[test]
 fn evaluation_is_the_mean_over_tokens_row_by_row() {
-    let _alone = alone();
     let model = load(&tiny_model("gqa"));
     let rows = rows().train;
     let by_hand: Vec<Vec<f64>> = rows.iter().map(|row| nll_by_hand(&model, &row)).collect();
@@ -794,7 +780,6 @@ fn evaluation_is_the_mean_over_tokens_row_by_row() {
 
 #[test]
 fn rows_beside_a_row_change_nothing() {
-    let _alone = alone();
     let lm = lm(load(&tiny_model("gqa")));
     let rows = rows().train;
     let together = lm.token_nll(&MicroBatch::new(&rows.iter().collect::<Vec<_>>()));
@@ -810,7 +795,6 @@ fn rows_beside_a_row_change_nothing() {
 
 #[test]
 fn packing_changes_neither_loss_nor_gradients() {
-    let _alone = alone();
     for (model, settings_) in [
         ("gqa", ""),
         ("gqa", "train.recompute=block"),
@@ -864,7 +848,6 @@ fn packing_changes_neither_loss_nor_gradients() {
 /// what it saves has the loss that it had.
 #[test]
 fn virtual_tokens_learn_and_are_saved_as_they_are() {
-    let _alone = alone();
     for (method, format) in [
         ("prompt", "none"),
         ("prefix", "nf4"),
@@ -904,7 +887,6 @@ fn virtual_tokens_learn_and_are_saved_as_they_are() {
 /// Training goes on from embeddings that an encoder made, without it.
 #[test]
 fn what_an_encoder_made_is_trained_on_without_it() {
-    let _alone = alone();
     for method in ["projected", "lstm"] {
         let (first, _) = run_gqa(&eventful(method));
         let adapter = first.path().join("adapter");
@@ -932,7 +914,6 @@ fn what_an_encoder_made_is_trained_on_without_it() {
 
 #[test]
 fn a_packed_epoch_has_every_row_once() {
-    let _alone = alone();
     let out = tempdir().unwrap();
     let text = "data.packing=true data.max_length=31 train.epochs=3 train.micro_batch_size=2";
     let run = start_gqa(text, out.path());
@@ -971,7 +952,6 @@ fn a_packed_epoch_has_every_row_once() {
 
 #[test]
 fn only_trained_tokens_make_the_loss() {
-    let _alone = alone();
     let mut long = row(50, 20, 4);
     long.labels[12..].fill(IGNORED);
     let mut other = long.clone();
@@ -1014,7 +994,6 @@ const OVERFIT: &str = "train.max_steps=20 train.learning_rate=3e-2 train.lr_sche
 
 #[test]
 fn the_best_adapter_is_that_of_the_lowest_evaluation_loss() {
-    let _alone = alone();
     let (out, outcome) = run_gqa(&format!(
         "{OVERFIT} train.save_every=1 train.keep_checkpoints=3"
     ));
@@ -1046,7 +1025,6 @@ fn the_best_adapter_is_that_of_the_lowest_evaluation_loss() {
 
 #[test]
 fn a_run_stops_early_when_patience_ends() {
-    let _alone = alone();
     let (out, outcome) = run_gqa(&format!("{OVERFIT} train.early_stopping_patience=2"));
     let best = outcome.best.unwrap();
     assert_eq!(outcome.stopped, Some(Stopped::Early));
@@ -1069,7 +1047,6 @@ fn a_run_stops_early_when_patience_ends() {
 
 #[test]
 fn the_newest_checkpoints_stay() {
-    let _alone = alone();
     let (out, _) = run_gqa("train.max_steps=5 train.save_every=1");
     assert_eq!(checkpoints(out.path()), ["step-000004", "step-000005"]);
     let (out, _) = run_gqa("train.max_steps=5 train.save_every=2 train.keep_checkpoints=9");
@@ -1091,7 +1068,6 @@ fn the_newest_checkpoints_stay() {
 
 #[test]
 fn a_damaged_checkpoint_is_skipped_for_the_one_before() {
-    let _alone = alone();
     let text = "train.max_steps=4 train.save_every=2 train.keep_checkpoints=1 train.eval_every=1";
     let two = text.replace("checkpoints=1", "checkpoints=2");
     let (whole, _) = run_gqa(text);
@@ -1151,7 +1127,6 @@ fn a_damaged_checkpoint_is_skipped_for_the_one_before() {
 
 #[test]
 fn what_a_crash_left_half_written_does_no_harm() {
-    let _alone = alone();
     let text = "train.max_steps=4 train.save_every=2 train.eval_every=2 train.learning_rate=1e-2";
     let (whole, _) = run_gqa(text);
     let out = tempdir().unwrap();
@@ -1186,7 +1161,6 @@ fn what_a_crash_left_half_written_does_no_harm() {
 /// saved, and what it left is not.
 #[test]
 fn weights_that_are_no_numbers_are_never_saved() {
-    let _alone = alone();
     for (text, told, good) in [
         ("train.save_every=9", "the weight model.layers.0.", None),
         ("train.save_every=1", "the weight model.layers.0.", Some(1)),
@@ -1226,7 +1200,6 @@ fn weights_that_are_no_numbers_are_never_saved() {
 /// The same where no copy of the weights is kept.
 #[test]
 fn a_model_that_is_no_numbers_is_never_saved() {
-    let _alone = alone();
     let text = "train.learning_rate=1e30 train.weight_decay=1e30 train.warmup_steps=0 \
                 train.lr_schedule=constant train.save_every=1 train.max_steps=1 adapter.method=full";
     let none = Rows {
@@ -1251,7 +1224,6 @@ fn a_model_that_is_no_numbers_is_never_saved() {
 
 #[test]
 fn one_run_at_a_time_trains_in_a_folder() {
-    let _alone = alone();
     let out = tempdir().unwrap();
     let run = start_gqa("train.max_steps=2 train.save_every=1", out.path());
     let second = || RunFolder::open(out.path()).map(|_| ());
@@ -1264,7 +1236,6 @@ fn one_run_at_a_time_trains_in_a_folder() {
 /// A crash between the two renames that put a folder in the place of another.
 #[test]
 fn what_was_set_aside_is_put_back() {
-    let _alone = alone();
     let text = "train.max_steps=2 train.save_every=1 train.eval_every=1";
     let (out, _) = run_gqa(text);
     let at = |name: &str| out.path().join(name);
@@ -1292,7 +1263,6 @@ fn what_was_set_aside_is_put_back() {
 
 #[test]
 fn a_run_needs_an_empty_folder() {
-    let _alone = alone();
     let out = tempdir().unwrap();
     std::fs::write(out.path().join("notes.txt"), "mine").unwrap();
     let mut recipe = recipe(&tiny_model("gqa"), &[]);
@@ -1309,7 +1279,6 @@ fn a_run_needs_an_empty_folder() {
 
 #[test]
 fn clipping_scales_all_gradients_together() {
-    let _alone = alone();
     let out = tempdir().unwrap();
     let run = start_gqa("train.max_steps=1 adapter.method=full", out.path());
     let output = run.model.step(windows(&run.windows).remove(0));
@@ -1331,7 +1300,6 @@ fn clipping_scales_all_gradients_together() {
 
 #[test]
 fn runs_report_what_they_do() {
-    let _alone = alone();
     let (saved, evaluated) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicUsize::new(0)));
     let counts = (saved.clone(), evaluated.clone());
     let out = tempdir().unwrap();

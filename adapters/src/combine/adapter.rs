@@ -8,7 +8,7 @@ use model::config::LlamaConfig;
 use super::{Combination, Factors, Weighted};
 use crate::attach::share;
 use crate::base::{EMBEDDINGS, HEAD};
-use crate::config::Layer;
+use crate::config::{EMBED_TOKENS, LM_HEAD, Layer};
 use crate::error::Result;
 use crate::methods::lora::LoraSettings;
 use crate::methods::{Method, Part, Role, Update, Values};
@@ -104,7 +104,9 @@ impl Adapter {
 
     /// Whether a model where embeddings and `lm_head` are one has them apart afterwards.
     pub(super) fn touches_embeddings(&self) -> bool {
-        self.layer("lm_head").is_some() || self.replaces(EMBEDDINGS) || self.replaces(HEAD)
+        let adapts = [EMBED_TOKENS, LM_HEAD].map(|name| self.layer(name).is_some());
+        let replaces = [EMBEDDINGS, HEAD].map(|name| self.replaces(name));
+        adapts.contains(&true) || replaces.contains(&true)
     }
 
     /// Why it cannot be used in the company of the others, or with its weight.

@@ -100,12 +100,13 @@ impl Settings for AdaloraSettings {
         "orth_reg_weight",
         "total_step",
     ];
+    const PEFT_NAMES: &'static [(&'static str, &'static str)] =
+        &[("lora_alpha", "alpha"), ("lora_dropout", "dropout")];
     /// Importance and uncertainty.
     const REMEMBERS: usize = 2;
 
     fn from_peft(json: &str) -> serde_json::Result<Self> {
-        let names = [("lora_alpha", "alpha"), ("lora_dropout", "dropout")];
-        let mut settings: Self = read_peft(json, &names, json!({"alpha": 8}))?;
+        let mut settings: Self = read_peft(json, json!({"alpha": 8}))?;
         let pattern = serde_json::from_str::<PeftPattern>(json)?.rank_pattern;
         let by_layer = |(key, kept): (String, Vec<bool>)| {
             let key = key.strip_suffix(".default").unwrap_or(&key);
@@ -151,6 +152,7 @@ impl Settings for AdaloraSettings {
     fn unsupported(json: &Map<String, Value>) -> Vec<String> {
         let mut problems = LoraSettings::unsupported(json);
         problems.extend(unless_neutral(json, "use_dora", &json!(false)));
+        problems.extend(unless_neutral(json, "bias", &json!("none")));
         problems
     }
 

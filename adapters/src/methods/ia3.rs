@@ -44,7 +44,7 @@ impl Settings for Ia3Settings {
     const NOT_IN_PEFT: &'static [&'static str] = &["layers_to_transform", "layers_pattern"];
 
     fn from_peft(json: &str) -> serde_json::Result<Self> {
-        read_peft(json, &[], json!({}))
+        read_peft(json, json!({}))
     }
 
     fn to_peft(&self) -> Map<String, Value> {

@@ -73,9 +73,10 @@ impl Settings for LohaSettings {
     const TITLE: &'static str = "LoHa";
     const PEFT_TYPE: &'static str = "LOHA";
     const FREE: &'static [&'static str] = &["rank_dropout", "module_dropout", "init_weights"];
+    const PEFT_NAMES: &'static [(&'static str, &'static str)] = &[("r", "rank")];
 
     fn from_peft(json: &str) -> serde_json::Result<Self> {
-        read_peft(json, &[("r", "rank")], json!({"rank": 8, "alpha": 8}))
+        read_peft(json, json!({"rank": 8, "alpha": 8}))
     }
 
     fn to_peft(&self) -> Map<String, Value> {

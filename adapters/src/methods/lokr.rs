@@ -140,9 +140,10 @@ impl Settings for LokrSettings {
         "module_dropout",
         "init_weights",
     ];
+    const PEFT_NAMES: &'static [(&'static str, &'static str)] = &[("r", "rank")];
 
     fn from_peft(json: &str) -> serde_json::Result<Self> {
-        read_peft(json, &[("r", "rank")], json!({"rank": 8, "alpha": 8}))
+        read_peft(json, json!({"rank": 8, "alpha": 8}))
     }
 
     fn to_peft(&self) -> Map<String, Value> {

@@ -4,6 +4,7 @@
 
 mod decompose;
 mod dora;
+mod embedding;
 mod init;
 mod linear;
 
@@ -11,23 +12,22 @@ use std::collections::HashMap;
 use std::ops::Range;
 
 use burn::module::{Module, Param, ParamId};
-use burn::tensor::{Tensor, backend::Backend};
+use burn::tensor::{Int, Tensor, backend::Backend};
 use model::ops::{MatmulBackend, matmul};
 use model::weight::BaseWeight;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
 use super::{
-    Computes, LayerMethod, Part, Role, Settings, Values, alpha_problem, rank_problem, share_problem,
+    Computes, LayerMethod, Part, Role, Settings, Values, alpha_problem, rank_problem, read_peft,
+    share_problem,
 };
 use crate::base::{AdaptedBackend, BaseLinear};
-use crate::config::{Layer, Pattern, number};
+use crate::config::{EMBED_TOKENS, Layer, Pattern, number};
 use crate::linear::{Dropout, DropoutBackend, dropped};
 pub use init::LoraInit;
 pub use linear::{LoraBackend, lora_linear, reference};
 
-/// The module of the embeddings.
-const EMBEDDINGS: &str = "model.embed_tokens";
 /// The tensor of DoRA's lengths.
 const MAGNITUDE: &str = "lora_magnitude_vector";
 
@@ -51,6 +51,8 @@ pub struct LoraSettings {
     pub use_dora: bool,
     /// How `lora_a` and `lora_b` start.
     pub init: LoraInit,
+    /// Which biases of the model are trained as well.
+    pub bias: Bias,
     /// LoRA+: how many times the learning rate of `lora_a` that of `lora_b` and of vectors is
     /// (<https://arxiv.org/abs/2402.12354>).
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -73,6 +75,7 @@ impl Default for LoraSettings {
             use_rslora: false,
             use_dora: false,
             init: LoraInit::Default,
+            bias: Bias::None,
             loraplus_lr_ratio: None,
             loraplus_lr_embedding: None,
             rank_pattern: Pattern::default(),
@@ -81,31 +84,17 @@ impl Default for LoraSettings {
     }
 }
 
-/// The keys of `adapter_config.json` that are read.
-#[derive(Deserialize)]
-#[serde(default)]
-struct PeftLora {
-    r: usize,
-    lora_alpha: f64,
-    lora_dropout: f64,
-    use_rslora: bool,
-    use_dora: bool,
-    rank_pattern: Pattern<usize>,
-    alpha_pattern: Pattern<f64>,
-}
-
-impl Default for PeftLora {
-    fn default() -> Self {
-        Self {
-            r: 8,
-            lora_alpha: 8.0,
-            lora_dropout: 0.0,
-            use_rslora: false,
-            use_dora: false,
-            rank_pattern: Pattern::default(),
-            alpha_pattern: Pattern::default(),
-        }
-    }
+/// Which biases of the model are trained; in PEFT's spelling.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Bias {
+    /// None.
+    #[default]
+    None,
+    /// All that there are.
+    All,
+    /// Those of adapted layers.
+    LoraOnly,
 }
 
 impl Settings for LoraSettings {
@@ -115,7 +104,6 @@ impl Settings for LoraSettings {
     const MUST_BE: &'static [(&'static str, Value)] = &[
         ("alora_invocation_tokens", Value::Null),
         ("arrow_config", Value::Null),
-        ("bias", Value::Null), // "none" is let through, see `unsupported`
         ("corda_config", Value::Null),
         ("eva_config", Value::Null),
         ("fan_in_fan_out", Value::Bool(false)),
@@ -139,25 +127,21 @@ impl Settings for LoraSettings {
         "loraplus_lr_ratio",
         "loraplus_lr_embedding",
     ];
+    const PEFT_NAMES: &'static [(&'static str, &'static str)] = &[
+        ("r", "rank"),
+        ("lora_alpha", "alpha"),
+        ("lora_dropout", "dropout"),
+    ];
+    const EMBEDDINGS: bool = true;
 
     fn from_peft(json: &str) -> serde_json::Result<Self> {
-        let peft: PeftLora = serde_json::from_str(json)?;
-        Ok(Self {
-            rank: peft.r,
-            alpha: peft.lora_alpha,
-            dropout: peft.lora_dropout,
-            use_rslora: peft.use_rslora,
-            use_dora: peft.use_dora,
-            rank_pattern: peft.rank_pattern,
-            alpha_pattern: peft.alpha_pattern,
-            ..Self::default()
-        })
+        read_peft(json, json!({"rank": 8, "alpha": 8}))
     }
 
     fn to_peft(&self) -> Map<String, Value> {
         let settings = json!({
             "alpha_pattern": self.alpha_pattern.to_peft(),
-            "bias": "none",
+            "bias": self.bias,
             "fan_in_fan_out": false,
             "init_lora_weights": self.init.to_peft(),
             "lora_alpha": number(self.alpha),
@@ -171,9 +155,8 @@ impl Settings for LoraSettings {
     }
 
     fn unsupported(json: &Map<String, Value>) -> Vec<String> {
-        let set = Self::MUST_BE.iter().filter_map(|(key, wanted)| {
-            super::unless_neutral(json, key, wanted).filter(|_| json[*key] != "none")
-        });
+        let set = Self::MUST_BE.iter();
+        let set = set.filter_map(|(key, wanted)| super::unless_neutral(json, key, wanted));
         let mut problems: Vec<String> = set.collect();
         // the others change the base weights, too, and such an adapter is no use on the original base
         let init = json.get("init_lora_weights").unwrap_or(&Value::Null);
@@ -243,6 +226,10 @@ impl Settings for LoraSettings {
         keys.collect()
     }
 
+    fn bias(&self) -> Bias {
+        self.bias
+    }
+
     fn is_random(&self) -> bool {
         self.dropout > 0.0
     }
@@ -259,10 +246,11 @@ impl Settings for LoraSettings {
     fn rate(&self, part: &Part, learning_rate: f64) -> f64 {
         match self.loraplus_lr_ratio {
             None => 1.0,
-            Some(_) if part.module() == Some(EMBEDDINGS) && part.role == Role::Trained => {
+            Some(ratio) if part.shape.len() == 1 => ratio,
+            Some(_) if part.module() == Some(EMBED_TOKENS) && part.role == Role::Trained => {
                 self.loraplus_lr_embedding.unwrap_or(1e-6) / learning_rate
             }
-            Some(ratio) if part.end() == "lora_b" || part.shape.len() == 1 => ratio,
+            Some(ratio) if part.end() == "lora_b" => ratio,
             Some(_) => 1.0,
         }
     }
@@ -297,9 +285,13 @@ impl LayerMethod for LoraSettings {
     fn parts(&self, layer: &Layer) -> Vec<Part> {
         let [out, r#in] = layer.shape;
         let (rank, _) = self.rank_and_scaling(&layer.name);
+        let [a, b] = match layer.is_embeddings() {
+            true => ["lora_embedding_A", "lora_embedding_B"],
+            false => ["lora_A.weight", "lora_B.weight"],
+        };
         let mut parts = vec![
-            Part::of_layer(layer, "lora_a", "lora_A.weight", &[rank, r#in]),
-            Part::of_layer(layer, "lora_b", "lora_B.weight", &[out, rank]),
+            Part::of_layer(layer, "lora_a", a, &[rank, r#in]),
+            Part::of_layer(layer, "lora_b", b, &[out, rank]),
         ];
         if self.use_dora {
             parts.push(Part::of_layer(layer, MAGNITUDE, MAGNITUDE, &[out]));
@@ -321,9 +313,11 @@ impl LayerMethod for LoraSettings {
     ) -> Vec<Vec<f32>> {
         let sizes = self.rank_and_scaling(&layer.name);
         let weight = || base.weight();
-        let [a, b] = self
-            .init
-            .factors(&layer.name, weight, layer.shape, sizes, seed);
+        let init = self.init;
+        let [a, b] = match layer.is_embeddings() {
+            true => init::of_embeddings(layer, sizes.0, seed),
+            false => init.factors(&layer.name, weight, layer.shape, sizes, seed),
+        };
         let mut values = vec![a.clone(), b.clone()];
         if self.use_dora {
             values.push(numbers(base.row_squares().sqrt()));
@@ -424,6 +418,10 @@ impl<B: AdaptedBackend> Computes<B> for Lora<B> {
             None => self.low_rank(x, base),
             Some(magnitude) => dora::forward(self, magnitude.val(), x, base),
         }
+    }
+
+    fn embed(&self, ids: Tensor<B, 1, Int>, base: &BaseLinear<B>) -> Tensor<B, 2> {
+        embedding::forward(self, ids, base)
     }
 
     fn merge(&self, rows: Range<usize>, weight: Tensor<B, 2>) -> Tensor<B, 2> {

@@ -13,6 +13,7 @@ use super::virtual_tokens::{
 };
 use super::{Part, PromptMethod, Settings, Values, fresh_uniform, rank_problem};
 use crate::attach::AdaptedLlama;
+use crate::error::Result;
 
 /// The settings of prefix tuning.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -133,17 +134,22 @@ impl PromptMethod for PrefixSettings {
         parts
     }
 
-    fn fresh<B: Backend>(&self, part: &Part, model: &AdaptedLlama<B>, seed: u64) -> Vec<f32> {
+    fn fresh<B: Backend>(
+        &self,
+        part: &Part,
+        model: &AdaptedLlama<B>,
+        seed: u64,
+    ) -> Result<Vec<f32>> {
         let (w, h) = (width(&model.config), self.hidden(&model.config));
         let is_last = part.name == EMBEDDINGS || part.name.starts_with("transform.2");
         if is_last && self.init_weights == Some(InitWeights::Zero) {
-            return vec![0.0; part.shape.iter().product()];
+            return Ok(vec![0.0; part.shape.iter().product()]);
         }
-        match part.name.as_str() {
+        Ok(match part.name.as_str() {
             EMBEDDINGS | ENCODED => fresh_embedding(part, 1.0, seed),
             name if name.starts_with("transform.0") => fresh_uniform(part, w, seed),
             _ => fresh_uniform(part, h, seed),
-        }
+        })
     }
 
     fn positions(&self) -> usize {

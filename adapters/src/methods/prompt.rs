@@ -14,6 +14,7 @@ use serde_json::{Map, Value, json};
 use super::virtual_tokens::{EMBEDDINGS, NUM_VIRTUAL_TOKENS, fresh_embedding, of_model};
 use super::{Part, PromptMethod, Settings, Values, rank_problem};
 use crate::attach::AdaptedLlama;
+use crate::error::Result;
 
 /// The settings of prompt tuning.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -157,8 +158,13 @@ impl PromptMethod for PromptSettings {
         vec![Part::of_model(EMBEDDINGS, &shape)]
     }
 
-    fn fresh<B: Backend>(&self, part: &Part, model: &AdaptedLlama<B>, seed: u64) -> Vec<f32> {
-        self.fresh_embeddings(part, model, seed)
+    fn fresh<B: Backend>(
+        &self,
+        part: &Part,
+        model: &AdaptedLlama<B>,
+        seed: u64,
+    ) -> Result<Vec<f32>> {
+        Ok(self.fresh_embeddings(part, model, seed))
     }
 
     fn positions(&self) -> usize {

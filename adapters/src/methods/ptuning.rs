@@ -13,8 +13,9 @@ use super::virtual_tokens::{
     EMBEDDINGS, ENCODED, NUM_VIRTUAL_TOKENS, dense, dense_parts, fresh_embedding, lstm, lstm_parts,
     of_model,
 };
-use super::{Part, PromptMethod, Settings, Values, fresh_uniform, rank_problem};
+use super::{Part, PromptMethod, Settings, Values, fresh_uniform, rank_problem, share_problem};
 use crate::attach::AdaptedLlama;
+use crate::error::Result;
 
 /// The settings of P-tuning.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -29,7 +30,7 @@ pub struct PTuningSettings {
     pub encoder_hidden_size: Option<usize>,
     /// Layers of the LSTM; the other kind always has three.
     pub encoder_num_layers: usize,
-    /// Dropout in the encoder; only 0 is supported.
+    /// Dropout between the layers of the LSTM, where only 0 is supported; the other kind has none.
     pub encoder_dropout: f64,
     /// What they came out of before they were saved.
     #[serde(skip)]
@@ -122,9 +123,12 @@ impl Settings for PTuningSettings {
             ),
         ];
         let mut problems: Vec<_> = counts.into_iter().flatten().collect();
-        if self.encoder_dropout != 0.0 {
-            problems.push(("encoder_dropout", "other than 0 is not supported".into()));
+        let is_lstm = self.encoder_reparameterization_type == Reparameterization::Lstm;
+        if is_lstm && self.encoder_dropout != 0.0 {
+            let text = "other than 0 is not supported in an LSTM";
+            problems.push(("encoder_dropout", text.into()));
         }
+        problems.extend(share_problem("encoder_dropout", self.encoder_dropout));
         problems
     }
 
@@ -186,16 +190,21 @@ impl PromptMethod for PTuningSettings {
         parts
     }
 
-    fn fresh<B: Backend>(&self, part: &Part, model: &AdaptedLlama<B>, seed: u64) -> Vec<f32> {
+    fn fresh<B: Backend>(
+        &self,
+        part: &Part,
+        model: &AdaptedLlama<B>,
+        seed: u64,
+    ) -> Result<Vec<f32>> {
         let (d, h) = (model.config.hidden_size, self.hidden(&model.config));
         let is_lstm = self.encoder_reparameterization_type == Reparameterization::Lstm;
         let wide = if is_lstm { 2 * h } else { h };
-        match part.name.as_str() {
+        Ok(match part.name.as_str() {
             EMBEDDINGS | ENCODED => fresh_embedding(part, 1.0, seed),
             name if name.starts_with("lstm_head") => fresh_uniform(part, h, seed),
             name if name.starts_with("mlp_head.0") && !is_lstm => fresh_uniform(part, d, seed),
             _ => fresh_uniform(part, wide, seed),
-        }
+        })
     }
 
     fn positions(&self) -> usize {

@@ -65,14 +65,12 @@ impl Settings for VeraSettings {
     const PEFT_TYPE: &'static str = "VERA";
     const MUST_BE: &'static [(&'static str, Value)] = &[("fan_in_fan_out", Value::Bool(false))];
     const FREE: &'static [&'static str] = &["dropout", "d_initial", "init_weights"];
+    const PEFT_NAMES: &'static [(&'static str, &'static str)] =
+        &[("r", "rank"), ("vera_dropout", "dropout")];
     const NOT_IN_PEFT: &'static [&'static str] = &["exclude_modules"];
 
     fn from_peft(json: &str) -> serde_json::Result<Self> {
-        read_peft(
-            json,
-            &[("r", "rank"), ("vera_dropout", "dropout")],
-            json!({}),
-        )
+        read_peft(json, json!({}))
     }
 
     fn to_peft(&self) -> Map<String, Value> {

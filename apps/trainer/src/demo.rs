@@ -187,7 +187,7 @@ fn ask(
             output: *output,
         },
         questions,
-        interrupter: signals::interrupter("stopping after this answer (again: at once)"),
+        interrupter: signals::ask_first("stopping after this answer (again: at once)"),
     })
 }
 

@@ -231,6 +231,9 @@ fn train_advice(error: &train::Error) -> &'static str {
             _ => "put rows into the file: one JSON object a line",
         },
         E::NotUtf8 { .. } => "save the file as UTF-8",
+        E::BadJson { cause, .. } if cause.to_string().contains("hex escape") => {
+            "correct the line: \\ud800 to \\udfff are halves of a character, and stand in pairs"
+        }
         E::BadJson { .. } => "correct the line: it must be one JSON object",
         E::NoTokenizer { .. } => "add the model's tokenizer.json, or give rows of input_ids",
         E::NoTemplate { .. } => "set data.chat_template to chatml, llama2, llama3 or a jinja file",

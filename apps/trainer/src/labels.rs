@@ -44,6 +44,13 @@ pub fn warnings(
             labels.double_bos.count, labels.double_bos
         )
     }));
+    add((labels.hidden_tools.count > 0).then(|| {
+        format!(
+            "the chat template does not show the tools or tool calls of {} rows ({}): set \
+             data.chat_template to one that does",
+            labels.hidden_tools.count, labels.hidden_tools
+        )
+    }));
     add((labels.alpaca.count > 0).then(|| {
         "the model has no chat template, so that conversations get the plain alpaca form: set \
          data.chat_template if the model knows another one"

@@ -46,6 +46,7 @@ fn main() -> ExitCode {
 }
 
 fn run(cli: Cli, output: &Output) -> anyhow::Result<ExitCode> {
+    signals::end_and_say_so(output); // until a command knows better
     let device = cli.device;
     device::check_name(&device)?; // also where nothing is computed
     match cli.command {

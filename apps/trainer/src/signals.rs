@@ -30,7 +30,7 @@ static HUNG_UP: AtomicBool = AtomicBool::new(false);
 static FAREWELL: Mutex<Option<Box<dyn FnOnce() + Send>>> = Mutex::new(None);
 
 /// The handle that Ctrl-C sets; `answer` is what it then says.
-pub fn interrupter(answer: &'static str) -> Interrupter {
+fn interrupter(answer: &'static str) -> Interrupter {
     *ANSWER.lock().unwrap_or_else(PoisonError::into_inner) = answer;
     INTERRUPTER.get_or_init(listen).clone()
 }
@@ -40,6 +40,15 @@ pub fn end_at_once() {
     interrupter("");
     ASKED.store(true, Ordering::Relaxed);
     OTHERS_END.store(true, Ordering::Relaxed);
+}
+
+/// From now on every signal ends the program, which says that it was interrupted.
+pub fn end_and_say_so(output: &Output) {
+    let output = *output;
+    at_once(move || {
+        let _ = interrupted(&output); // who is not there any more needs no answer
+    });
+    end_at_once();
 }
 
 /// From now on the first signal only asks for a stop again, and says `answer`.

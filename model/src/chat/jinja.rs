@@ -70,6 +70,7 @@ fn environment() -> Result<Environment<'static>, Error> {
     environment.set_auto_escape_callback(|_| AutoEscape::None);
     environment.set_unknown_method_callback(call_method);
     environment.add_filter("tojson", to_json);
+    environment.add_filter("trim", trim);
     environment.add_filter("truncate", truncate);
     environment.add_filter("mark_generation", |text: &str| {
         format!("{START}{text}{END}")
@@ -188,6 +189,11 @@ fn call_method(
             ];
             pycompat::unknown_method_callback(state, value, method, &by_place)
         }
+        "strip" | "lstrip" | "rstrip" if args.first().is_none_or(Value::is_none) => {
+            Ok(Value::from(strip(text, method)))
+        }
+        "splitlines" if args.is_empty() => Ok(split_lines(text).map(Value::from).collect()),
+        "title" => Ok(Value::from(title(text))),
         "index" => {
             let (part,): (&str,) = from_args(args)?;
             let place = text.find(part).map(|at| text[..at].chars().count());
@@ -210,6 +216,63 @@ fn call_method(
         }
         _ => pycompat::unknown_method_callback(state, value, method, args),
     }
+}
+
+/// White space, as Python's strings see it: four control characters more than Unicode's.
+pub(super) fn is_space(c: char) -> bool {
+    c.is_whitespace() || ('\u{1c}'..='\u{1f}').contains(&c)
+}
+
+fn strip<'a>(text: &'a str, method: &str) -> &'a str {
+    match method {
+        "lstrip" => text.trim_start_matches(is_space),
+        "rstrip" => text.trim_end_matches(is_space),
+        _ => text.trim_matches(is_space),
+    }
+}
+
+/// Jinja's filter `trim`, of anything that can be printed.
+fn trim(value: &Value, chars: Option<&str>) -> String {
+    let text = value.to_string();
+    match chars {
+        Some(chars) => text.trim_matches(|c| chars.contains(c)).to_owned(),
+        None => strip(&text, "strip").to_owned(),
+    }
+}
+
+/// The lines of a text, by all the breaks that Python knows.
+fn split_lines(text: &str) -> impl Iterator<Item = &str> {
+    let is_break =
+        |c| matches!(c, '\n'..='\r' | '\u{1c}'..='\u{1e}' | '\u{85}' | '\u{2028}' | '\u{2029}');
+    let mut rest = text;
+    std::iter::from_fn(move || {
+        if rest.is_empty() {
+            return None;
+        }
+        let end = rest.find(is_break).unwrap_or(rest.len());
+        let (line, after) = rest.split_at(end);
+        let after = after.strip_prefix("\r\n").unwrap_or_else(|| {
+            let mut chars = after.chars();
+            chars.next();
+            chars.as_str()
+        });
+        rest = after;
+        Some(line)
+    })
+}
+
+/// Python's `title`: every letter that follows no letter is a capital, those after an apostrophe, too.
+fn title(text: &str) -> String {
+    let mut is_first = true;
+    let mut out = String::with_capacity(text.len());
+    for c in text.chars() {
+        match is_first {
+            true => out.extend(c.to_uppercase()),
+            false => out.extend(c.to_lowercase()),
+        }
+        is_first = !c.is_alphabetic();
+    }
+    out
 }
 
 /// `tojson` as transformers has it: `json.dumps` with `ensure_ascii=False` and no HTML escapes.

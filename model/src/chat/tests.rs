@@ -416,6 +416,72 @@ fn turns_that_call_tools_are_trained_whole() -> Anything {
 }
 
 #[test]
+fn a_call_is_found_where_tools_are_shown_in_front_of_the_last_question() -> Anything {
+    let template = fixtures().join("../templates/mistral_tools.jinja");
+    let template = ChatTemplate::from_file(&template)?;
+    let tools = [serde_json::json!({"type": "function", "function": {"name": "add"}})];
+    let call = serde_json::json!({"role": "assistant", "tool_calls": [
+        {"type": "function", "id": "abcdefgh1", "function": {"name": "add", "arguments": {}}},
+    ]});
+    let result = serde_json::json!({"role": "tool", "content": "4", "tool_call_id": "abcdefgh1"});
+    let turns = [
+        Message::new("user", "2 + 2?"),
+        serde_json::from_value(call)?,
+        serde_json::from_value(result)?,
+        Message::new("assistant", "4."),
+        Message::new("user", "Sure?"),
+        Message::new("assistant", "Yes."),
+    ];
+    let conversation = Conversation {
+        turns: &turns,
+        tools: &tools,
+    };
+    let markers = ["</s>".to_owned()];
+    let tokens = tokens("<s>", "</s>");
+    let found = template.render_trained(conversation, 0, TrainOn::Assistant, &tokens, &markers)?;
+    let found: Vec<_> = found
+        .trained
+        .iter()
+        .map(|range| &found.text[range.clone()])
+        .collect();
+    let call = r#"[TOOL_CALLS] [{"name": "add", "arguments": {}, "id": "abcdefgh1"}]</s>"#;
+    assert_eq!(found, [call, "4.</s>", "Yes.</s>"]);
+    Ok(())
+}
+
+#[test]
+fn text_methods_are_those_of_python() -> Anything {
+    for (source, expected) in [
+        ("{{ '\x1c a\x1f' | trim }}", "a"),
+        (
+            "{{ ' xax' | trim('x ') }}|{{ 5 | trim }}|{{ missing | trim }}",
+            "a|5|",
+        ),
+        (
+            "{{ '\x1d a ' .strip() }}|{{ ' a'.lstrip() }}|{{ 'a\x1e'.rstrip() }}",
+            "a|a|a",
+        ),
+        ("{{ 'xa'.lstrip('x') }}|{{ ' a '.strip(none) }}", "a|a"),
+        (
+            "{{ 'a\r\nb\x0b\u{2028}c\n'.splitlines() }}",
+            "['a', 'b', '', 'c']",
+        ),
+        ("{{ \"they're BACK\".title() }}", "They'Re Back"),
+    ] {
+        let template = ChatTemplate::new("test", source)?;
+        let found = template.render(&two_turns(), false, &tokens("", ""))?;
+        assert_eq!(found, expected, "{source}");
+    }
+    let messages = [
+        Message::new("user", "a"),
+        Message::new("assistant", "\u{1c}\n"),
+    ];
+    let trimming = "{% for m in messages %}{{ m.content | trim }}</s>{% endfor %}";
+    assert_eq!(trained(trimming, &messages, "</s>")?, ["</s>"]);
+    Ok(())
+}
+
+#[test]
 fn reasoning_that_is_shown_is_trained() -> Anything {
     let reasoned = serde_json::json!({"role": "assistant", "content": "4", "reasoning": "Hm."});
     let messages = [
@@ -504,6 +570,36 @@ fn the_template_of_a_folder_is_found_in_any_of_its_places() -> Anything {
     assert!(matches!(found(), Err(Error::Template { .. })));
     write("chat_template.jinja", "four")?;
     assert_eq!(found()?.as_deref(), Some("four"));
+    Ok(())
+}
+
+#[test]
+fn conversations_with_tools_get_the_template_for_tools() -> Anything {
+    let folder = tempfile::tempdir()?;
+    let write = |name: &str, content: &str| std::fs::write(folder.path().join(name), content);
+    let list = r#"[{"name": "tool_use", "template": "{{ tools | length }}</s>"},
+        {"name": "default", "template": "plain"}]"#;
+    let config = format!(r#"{{"chat_template": {list}}}"#);
+    let tools = [serde_json::json!({"name": "add"})];
+    let check = |folder: &Path| {
+        let found = ChatTemplate::from_folder(folder)?.expect("there is one");
+        let render = |tools| {
+            let turns = &two_turns();
+            found.render(Conversation { turns, tools }, false, &tokens("", ""))
+        };
+        assert_eq!((&*render(&[])?, &*render(&tools)?), ("plain", "1</s>"));
+        Ok::<_, Error>(found)
+    };
+    write("tokenizer_config.json", &config)?;
+    let saved = tempfile::tempdir()?;
+    check(folder.path())?.save(saved.path())?;
+    check(saved.path())?;
+    write(
+        "tokenizer_config.json",
+        &config.replace("{{ tools", "{% if"),
+    )?;
+    let found = ChatTemplate::from_folder(folder.path());
+    assert!(matches!(found, Err(Error::Template { .. })), "{found:?}");
     Ok(())
 }
 

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use super::jinja::{END, MARKED, START};
+use super::jinja::{END, MARKED, START, is_space};
 use super::{Message, Renderer, SPOKEN_KEYS, TrainOn};
 use crate::error::{Error, Result};
 use crate::tokenizer::Encoding;
@@ -135,12 +135,14 @@ impl TurnSearch<'_> {
         let rest = self.text.strip_suffix(&frame.after)?;
         let Some(shown) = rest.strip_prefix(&frame.before) else {
             // without a content, what would stand in front of it can be missing
-            let is_header = content.trim().is_empty() && is_separator(rest, &frame.before);
+            let is_header =
+                content.trim_matches(is_space).is_empty() && is_separator(rest, &frame.before);
             return is_header.then_some(rest.len()..rest.len());
         };
         // A template may trim the content or show a part of it, but what it shows instead of it or
         // adds to it is not what the assistant said.
-        let fits = content.contains(shown) && (!shown.is_empty() || content.trim().is_empty());
+        let fits = content.contains(shown)
+            && (!shown.is_empty() || content.trim_matches(is_space).is_empty());
         fits.then_some(frame.before.len()..rest.len())
     }
 
@@ -156,14 +158,49 @@ impl TurnSearch<'_> {
         let message = self.messages[turn].without_extra(&marker);
         // Without the turns after it, which may not follow a turn that calls no tool.
         let last = self.frame(turn, message, turn + 1, &marker);
-        let start = self.start(turn, own, bare.or(last.as_ref()))?;
-        let end = self.end(turn, start, bare, last.as_ref())?;
-        (start < end).then_some(start..end)
+        let in_frame = || {
+            let start = self.start(turn, own, bare.or(last.as_ref()))?;
+            Some(start..self.end(turn, start, bare, last.as_ref())?)
+        };
+        let found = in_frame().or_else(|| self.missing_without(turn, last.as_ref()?));
+        found.filter(|found| !found.is_empty())
+    }
+
+    /// What the text loses when the turn is left out, without its header: for templates that show
+    /// earlier turns differently when later ones follow, so that no frame fits. It ends with an end
+    /// marker, which tells it from the same text moved by some characters.
+    fn missing_without(&self, turn: usize, last: &Frame) -> Option<Range<usize>> {
+        let mut turns = self.renderer.turns.clone();
+        turns.remove(turn);
+        let without = self.renderer.render(turns.into_iter(), false).ok()?;
+        let lost = self.text.len().checked_sub(without.len())?;
+        let is_lost = |end: &usize| {
+            let around = end
+                .checked_sub(lost)
+                .and_then(|start| self.text.get(..start))
+                .and_then(|before| without.strip_prefix(before));
+            around.is_some_and(|after| self.text.get(*end..) == Some(after))
+        };
+        let ends = self.markers.iter().flat_map(|marker| {
+            let places = self.text.match_indices(marker);
+            places.map(|(at, marker)| at + marker.len())
+        });
+        let mut ends = ends.filter(is_lost);
+        let end = ends.next()?;
+        if ends.any(|other| other != end) {
+            return None;
+        }
+        let turns = self.renderer.turns[..turn].iter().cloned();
+        let before = self.renderer.render(turns, false).ok()?;
+        let header = last.before.strip_prefix(&before)?;
+        let body = &self.text[end - lost..end];
+        let shown = common_prefix(body, header);
+        is_separator(shown, header).then_some(end - lost + shown.len()..end)
     }
 
     fn start(&self, turn: usize, own: Option<&Frame>, bare: Option<&Frame>) -> Option<usize> {
         let content = self.messages[turn].text().unwrap_or_default();
-        let is_blank = content.trim().is_empty();
+        let is_blank = content.trim_matches(is_space).is_empty();
         let fits = |before: &str| self.text.starts_with(before).then_some(before.len());
         if let Some(bare) = bare {
             // the content comes first

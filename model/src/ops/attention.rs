@@ -436,6 +436,7 @@ mod tests {
         compare(Segments::new([1, 1]).after(299), [9, 3], 64, 3.0);
         compare(Segments::new([1]).after(299), [9, 3], 64, 3.0);
         compare(Segments::new([1]).after(1), [2, 2], 24, 3.0);
+        compare(Segments::new([1]).after(1299), [6, 2], 40, 3.0);
         compare(Segments::new([5, 5, 5]), [8, 1], 6, 3.0);
         compare(Segments::new([4]).after(60), [100, 1], 8, 3.0); // a group larger than a tile
         compare(Segments::new([1, 300, 2, 64, 96, 97, 33]), [3, 1], 16, 3.0);

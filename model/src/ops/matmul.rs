@@ -2,6 +2,8 @@
 
 mod one_row;
 
+use std::sync::atomic::{AtomicBool, Ordering};
+
 use burn::backend::autodiff::NodeId;
 use burn::backend::autodiff::checkpoint::{base::Checkpointer, strategy::CheckpointStrategy};
 use burn::backend::autodiff::grads::Gradients;
@@ -48,6 +50,15 @@ pub trait MatmulBackend: Backend {
     /// Runs what consists of many small products.
     fn together<T: Send>(run: impl FnOnce() -> T + Send) -> T {
         run()
+    }
+
+    /// Runs two things about `rows` rows that need nothing of each other.
+    fn join<T: Send, U: Send>(
+        _rows: usize,
+        first: impl FnOnce() -> T + Send,
+        second: impl FnOnce() -> U + Send,
+    ) -> (T, U) {
+        (first(), second())
     }
 
     /// See [`add_matmul`].
@@ -100,10 +111,35 @@ impl MatmulBackend for Flex {
         cpu::from_vec(y, [m, n])
     }
 
-    /// On a thread of the pool: each product that is called from outside of it waits until one has
-    /// woken up.
+    /// On a thread of the pool, whose others stay awake meanwhile: waking them for each product would
+    /// take longer than a small one does.
     fn together<T: Send>(run: impl FnOnce() -> T + Send) -> T {
-        rayon::scope(|_| run())
+        let is_over = &AtomicBool::new(false);
+        rayon::scope(|scope| {
+            let runner = rayon::current_thread_index();
+            scope.spawn_broadcast(move |_, thread| {
+                let is_other = Some(thread.index()) != runner;
+                while is_other && !is_over.load(Ordering::Acquire) {
+                    if rayon::yield_now() != Some(rayon::Yield::Executed) {
+                        std::hint::spin_loop();
+                    }
+                }
+            });
+            let _end = OnDrop(|| is_over.store(true, Ordering::Release)); // also if `run` panics
+            run()
+        })
+    }
+
+    /// One row side by side; more of them keep all cores busy by themselves.
+    fn join<T: Send, U: Send>(
+        rows: usize,
+        first: impl FnOnce() -> T + Send,
+        second: impl FnOnce() -> U + Send,
+    ) -> (T, U) {
+        match rows {
+            1 => rayon::join(first, second),
+            _ => (first(), second()),
+        }
     }
 
     /// In place where nobody else holds `sum`.
@@ -126,6 +162,14 @@ impl MatmulBackend for Flex {
             unsafe { multiply(&a, &b, sum.as_mut_ptr(), true) };
         });
         sum
+    }
+}
+
+struct OnDrop<F: FnMut()>(F);
+
+impl<F: FnMut()> Drop for OnDrop<F> {
+    fn drop(&mut self) {
+        self.0();
     }
 }
 
@@ -309,5 +353,25 @@ mod tests {
             noise([64, 700], 1.0, 3),
         );
         assert_repeats(|| vec![Flex::add_matmul(sum.clone(), a.clone(), b.clone())]);
+    }
+
+    #[test]
+    fn runs_at_the_same_time_end_each_with_its_own_numbers() {
+        let (a, b) = (noise([1, 600], 1.0, 1), noise([700, 600], 1.0, 2));
+        let product = || values(&Flex::product(a.clone(), b.transpose(0, 1)));
+        let expected = product();
+        let twice = || Flex::join(1, product, product);
+        std::thread::scope(|scope| {
+            let run = || (0..20).for_each(|_| assert_eq!(Flex::together(twice).1, expected));
+            (0..3).for_each(|_| drop(scope.spawn(run)));
+        });
+    }
+
+    #[test]
+    fn a_run_that_panics_lets_the_threads_go() {
+        let run = || Flex::together(|| std::panic::resume_unwind(Box::new("over")));
+        let caught: Result<(), _> = std::panic::catch_unwind(run);
+        assert_eq!(caught.unwrap_err().downcast_ref(), Some(&"over"));
+        assert_eq!(Flex::together(|| 3), 3);
     }
 }

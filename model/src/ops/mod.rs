@@ -6,6 +6,7 @@
 
 mod again;
 mod attention;
+mod cat;
 mod cpu;
 mod cross_entropy;
 mod matmul;
@@ -21,6 +22,7 @@ mod test;
 mod gpu;
 
 pub use attention::{AttentionBackend, AttentionState, attention, write_positions};
+pub use cat::cat;
 pub use cross_entropy::{CrossEntropyBackend, cross_entropy};
 pub use matmul::{MatmulBackend, add_matmul, matmul, weight_matmul};
 pub use rms_norm::{RmsNormBackend, rms_norm};

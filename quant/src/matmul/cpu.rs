@@ -96,11 +96,7 @@ fn one_row(x: &[f32], view: &View) -> Vec<f32> {
     let rows = TASK_VALUES.div_ceil(r#in); // of a task
     let mut y = vec![0.0; out];
     let x = view.operand(x);
-    let fill = |(task, y): (usize, &mut [f32])| {
-        for (i, y) in y.iter_mut().enumerate() {
-            *y = view.dot_row(task * rows + i, &x);
-        }
-    };
+    let fill = |(task, y): (usize, &mut [f32])| view.dot_rows(task * rows, &x, y);
     match y.len() <= rows {
         true => fill((0, &mut y)), // no detour through the thread pool
         false => y.par_chunks_mut(rows).enumerate().for_each(fill),

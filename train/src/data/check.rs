@@ -63,6 +63,8 @@ pub struct Labels {
     pub double_bos: Found,
     /// Conversations in the alpaca form, for lack of a chat template.
     pub alpaca: Found,
+    /// Conversations with tools or tool calls that the chat template does not show.
+    pub hidden_tools: Found,
     /// The tokens that end the trained part of rows which have an end marker, and how many rows.
     pub ends: BTreeMap<u32, usize>,
     /// How many rows have so many trained tokens.
@@ -125,6 +127,7 @@ impl Labels {
             (&mut self.endless, encoded.lacks_end_marker),
             (&mut self.double_bos, begins_twice),
             (&mut self.alpaca, encoded.is_alpaca),
+            (&mut self.hidden_tools, encoded.hides_tools),
         ] {
             if is_so {
                 found.add(place);

@@ -1,5 +1,6 @@
 //! From what a row says to token ids and labels.
 
+use std::collections::BTreeSet;
 use std::path::PathBuf;
 use std::sync::LazyLock;
 
@@ -62,6 +63,8 @@ pub(super) struct Encoded {
     pub(super) is_text: bool,
     /// Whether a conversation is in the alpaca form for lack of a template.
     pub(super) is_alpaca: bool,
+    /// Whether the template does not show a tool of the row or a call of one.
+    pub(super) hides_tools: bool,
     /// Whether trained tokens were cut off.
     pub(super) loses_trained: bool,
 }
@@ -102,9 +105,12 @@ impl Encoder {
     ) -> Result<Encoded> {
         let tokenizer = self.tokenizer(place)?;
         let is_answer = |turn: &Message| turn.role == "assistant";
-        if self.train_on != TrainOn::All && !turns[prompt_turns..].iter().any(is_answer) {
+        let answers = &turns[prompt_turns..];
+        if self.train_on != TrainOn::All && !answers.iter().any(is_answer) {
+            let roles: BTreeSet<&str> = answers.iter().map(|turn| turn.role.as_str()).collect();
             return Err(Error::NoAssistantTurn {
                 place: place.clone(),
+                roles: roles.into_iter().map(str::to_owned).collect(),
             });
         }
         let template = self.template(place, turns, tools)?;
@@ -136,6 +142,7 @@ impl Encoder {
         masked.for_each(|(label, _)| *label = IGNORED);
         Ok(Encoded {
             is_alpaca: is_plain,
+            hides_tools: !tool_names(turns, tools).all(|name| rendered.text.contains(name)),
             ..text_sample(ids, labels, rendered.ends_with_marker)
         })
     }
@@ -176,6 +183,7 @@ impl Encoder {
             lacks_end_marker: false,
             is_text: false,
             is_alpaca: false,
+            hides_tools: false,
             loses_trained: false,
         })
     }
@@ -241,6 +249,15 @@ fn failed(place: &Place) -> impl FnOnce(model::Error) -> Error {
     }
 }
 
+/// The names of the tools of a conversation, and of those that are called in it.
+fn tool_names<'a>(turns: &'a [Message], tools: &'a [Value]) -> impl Iterator<Item = &'a str> {
+    let calls = turns
+        .iter()
+        .filter_map(|turn| turn.extra.get("tool_calls")?.as_array());
+    let named = |tool: &'a Value| tool.get("function").unwrap_or(tool).get("name")?.as_str();
+    calls.flatten().chain(tools).filter_map(named)
+}
+
 fn ends_twice_in(ids: &[u32], eos: Option<u32>) -> bool {
     matches!(ids, [.., before, last] if Some(*before) == eos && Some(*last) == eos)
 }
@@ -255,6 +272,7 @@ fn text_sample(input_ids: Vec<u32>, labels: Vec<i32>, ends_with_marker: bool) ->
         lacks_end_marker: !ends_with_marker,
         is_text: true,
         is_alpaca: false,
+        hides_tools: false,
         loses_trained: false,
     }
 }

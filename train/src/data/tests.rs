@@ -253,7 +253,7 @@ fn the_answers_in_a_prompt_are_not_trained() {
     let row = json!({"prompt": turns, "completion": [{"role": "user", "content": "c?"}]});
     assert_eq!(
         refused(row, &smollm2()),
-        "rows.jsonl:1: there is no assistant turn to train on"
+        "rows.jsonl:1: there is no assistant turn to train on, only user"
     );
 }
 
@@ -421,7 +421,7 @@ fn rows_of_the_wrong_shape_are_refused() {
         ),
         (
             turn(json!({"role": "user", "content": "b?"})),
-            "there is no assistant turn to train on",
+            "there is no assistant turn to train on, only user",
         ),
         (
             json!({"conversations": [{"from": "human"}]}),

@@ -13,8 +13,8 @@ use model::generate::{Generator, Sampling};
 use crate::data::{IGNORED, Sample};
 use crate::session::Rows;
 
-/// Longest continuation.
-pub const NEW_TOKENS: usize = 48;
+/// Longest continuation: enough to see how a model answers, and training waits for it.
+pub const NEW_TOKENS: usize = 32;
 /// Longest prompt that is taken.
 const PROMPT_TOKENS: usize = 512;
 /// How much of a plain text is a prompt.
@@ -22,8 +22,10 @@ const PREFIX_TOKENS: usize = 16;
 /// Time for one continuation, and for all of them.
 const EACH: Duration = Duration::from_secs(2);
 const ALL: Duration = Duration::from_secs(5);
-/// Tokens of a prompt that are read before the time is looked at; doubled after each look.
-const FIRST_TOKENS: usize = 8;
+/// Tokens of a prompt that are read before the time is looked at, and by how much the next part is
+/// longer: each part reads all weights.
+const FIRST_TOKENS: usize = 16;
+const GROWTH: usize = 4;
 
 /// What is asked, and what the row goes on with.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -118,8 +120,8 @@ fn continued<B: AdaptedBackend>(
             answer.cut = left.is_zero();
             return answer;
         }
-        part *= 2;
-        if read < prompt.ids.len() && start.elapsed() * 2 > left {
+        part *= GROWTH;
+        if read < prompt.ids.len() && start.elapsed() * GROWTH as u32 > left {
             answer.cut = true;
             return answer;
         }

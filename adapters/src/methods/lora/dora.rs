@@ -35,7 +35,7 @@ pub(super) fn forward<B: AdaptedBackend>(
 
 /// The lengths of the rows of `W + s B A`, `[out]`: by the squares of both parts and their product,
 /// so that a matrix of the weight's size is never made.
-fn lengths<B: AdaptedBackend>(lora: &Lora<B>, plain: &BaseLinear<B>) -> Tensor<B, 1> {
+pub(super) fn lengths<B: AdaptedBackend>(lora: &Lora<B>, plain: &BaseLinear<B>) -> Tensor<B, 1> {
     let (a, b) = (lora.lora_a.val().detach(), lora.lora_b.val().detach());
     let own = match &lora.base_squares {
         Some(squares) => squares.val(),

@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::decompose::{extend, first_columns, leading};
+use crate::config::Layer;
 
 /// How `lora_a` and `lora_b` start.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -114,6 +115,14 @@ impl LoraInit {
             }
         }
     }
+}
+
+/// `lora_a` `[rank, vocab]` and `lora_b` `[d, rank]` of embeddings, however the linear layers start:
+/// zero, and normal.
+pub(super) fn of_embeddings(layer: &Layer, rank: usize, seed: u64) -> [Vec<f32>; 2] {
+    let [out, r#in] = layer.shape;
+    let b = normal(seed, &format!("{}.lora_b", layer.name), out * rank, 1.0);
+    [vec![0.0; rank * r#in], b]
 }
 
 /// Vectors `[k, in]` and `[k, out]`, scaled, as `lora_a` `[rank, in]` and `lora_b` `[out, rank]`;

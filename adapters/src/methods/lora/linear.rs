@@ -84,9 +84,15 @@ fn forward<B: LoraBackend>(
     base: &BaseLinear<B>,
     update: &Update<B>,
 ) -> (Tensor<B, 2>, Tensor<B, 2>) {
-    let y = base.forward(x.clone());
-    let x = dropped(x, update.dropout);
-    let narrow = matmul(x, update.a.clone().transpose()).mul_scalar(update.scaling);
+    let [n, _] = x.dims();
+    let (y, narrow) = B::join(
+        n,
+        || base.forward(x.clone()),
+        || {
+            let x = dropped(x.clone(), update.dropout);
+            matmul(x, update.a.clone().transpose()).mul_scalar(update.scaling)
+        },
+    );
     let y = add_matmul(y, narrow.clone(), update.b.clone().transpose());
     (y, narrow)
 }

@@ -137,7 +137,7 @@ impl Job for EvalJob {
             seed: 0,
             recompute: false,
         };
-        let interrupter = signals::interrupter("stopping after this batch (again: at once)");
+        let interrupter = signals::ask_first("stopping after this batch (again: at once)");
         let rows = self.row_numbers.len();
         let output = self.adapted.output;
         output.note(format_args!("evaluating {}", count(rows, "row")));

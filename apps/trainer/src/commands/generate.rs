@@ -33,7 +33,9 @@ pub fn run(args: GenerateArgs, device: &str, output: &Output) -> Result<ExitCode
     if prompt.is_empty() {
         return Err(model::Error::EmptyPrompt.into()); // before the weights are loaded
     }
-    signals::end_at_once();
+    if !output.json {
+        signals::no_farewell(); // the text so far is on stdout
+    }
     let context = adapted.base.config.max_context();
     let read = prompt.len();
     let mut answer = Answer::new(tokenizer.as_ref(), *output);

@@ -48,7 +48,7 @@ pub fn run(args: MergeArgs, device: &str, output: &Output) -> Result<ExitCode> {
     let merge = Merge::new(&source, &checkpoint, &adapters, combination, onto)?;
     warn(&merge, &adapters, output);
     let ids = probe(&source)?;
-    let interrupter = signals::interrupter("stopping");
+    let interrupter = signals::ask_first("stopping");
     let go_on = || !interrupter.should_stop();
     output.note(format_args!("merging {} tensors", merge.tensors()));
     let drift = write_folder(&args.out, |folder| {

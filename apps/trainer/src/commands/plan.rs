@@ -2,6 +2,7 @@
 
 use std::process::ExitCode;
 
+use ::train::Error;
 use ::train::batch::Windows;
 use ::train::data::check::Spread;
 use ::train::memory::Memory;
@@ -93,6 +94,13 @@ pub fn run(args: RecipeArgs, device: &str, output: &Output) -> Result<ExitCode> 
         .as_ref()
         .and_then(|data| all_warm_up(&recipe, data.steps));
     problems.extend(warm_up);
+    if let Some(data) = &data {
+        problems.extend(match trained.clone().of_run(data.steps) {
+            Ok(()) => Vec::new(),
+            Err(Error::Recipe { problems }) => problems,
+            Err(error) => vec![error.to_string()],
+        });
+    }
     if let Some(folder) = &recipe.output.dir {
         let occupied = check_empty(folder).err();
         problems.extend(occupied.map(|e| e.to_string()));

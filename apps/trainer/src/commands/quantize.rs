@@ -23,7 +23,7 @@ pub fn run(args: QuantizeArgs, device: &str, output: &Output) -> Result<ExitCode
     Device::find(device)?; // computes on the CPU, and no name is taken unread
     check_out(&args.out)?;
     let base = open_model(&args.model, Files::Model, output)?;
-    let interrupter = signals::interrupter("stopping");
+    let interrupter = signals::ask_first("stopping");
     let go_on = || !interrupter.should_stop();
     output.note(format_args!("quantising {} to {scheme}", args.model));
     let start = Instant::now();

@@ -101,6 +101,20 @@ fn what_would_keep_a_run_from_starting_is_a_problem() {
     }
 }
 
+/// The same words as of the run itself.
+#[test]
+fn too_few_steps_for_a_method_are_a_problem() {
+    let dir = Dir::with_tokens();
+    let line = "--model model --data rows.jsonl --method adalora --max-steps 3 \
+                --set adapter.tinit=2 --set adapter.tfinal=2";
+    let plan = dir.trainer(&format!("plan --json {line}")).succeeds();
+    let problems = plan.json()["problems"].to_string();
+    let told = "leave none of 3 steps to let the ranks fall";
+    assert!(problems.contains(told), "{plan}");
+    let run = dir.trainer(&format!("train {line} --output run"));
+    run.fails(2, &[told]);
+}
+
 #[test]
 fn the_memory_is_predicted_by_part() {
     let dir = Dir::with_tokens();
@@ -245,6 +259,9 @@ fn labels_are_checked_before_the_first_step() {
     });
     let bos = json!({"text": "<|im_start|><|im_start|>a"});
     dir.write("bos.jsonl", bos.to_string());
+    let tools = json!([{"name": "add"}]);
+    let tools = json!({"question": "1 + 1?", "answer": "2", "tools": tools});
+    dir.write("tools.jsonl", tools.to_string());
     let long = rows
         .lines()
         .next()
@@ -273,6 +290,10 @@ fn labels_are_checked_before_the_first_step() {
         (
             "--data bos.jsonl",
             &["1 rows begin with two BOS tokens (bos.jsonl:1)"],
+        ),
+        (
+            "--data tools.jsonl",
+            &["does not show the tools or tool calls of 1 rows (tools.jsonl:1)"],
         ),
         (
             "--data rows.jsonl --set data.chat_template=marker.jinja",

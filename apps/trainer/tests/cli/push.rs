@@ -318,3 +318,25 @@ fn ctrl_c_leaves_a_transfer_to_go_on_with() {
     let pulled = Path::new(path.as_str().unwrap()).join(name);
     assert_eq!(fs::read(pulled).unwrap(), weights);
 }
+
+#[cfg(unix)]
+#[test]
+fn ctrl_c_while_a_model_is_downloaded_ends_any_command() {
+    let (dir, hub) = (Dir::with_adapter(), FakeHub::listen(0));
+    run(&dir, &hub, "push model --repo acme/base").succeeds();
+    for line in [
+        "eval --model acme/base --data rows.jsonl",
+        "generate --model acme/base --prompt-ids 1",
+        "merge --model acme/base --adapter run/adapter --out merged",
+        "plan --model acme/base --data rows.jsonl",
+        "quantize --model acme/base --format nf4 --out small",
+        "train --model acme/base --data rows.jsonl --output other",
+    ] {
+        hub.change(|shelf| shelf.faults = vec![("config.json".into(), Fault::Stall)]);
+        let output = interrupted(&dir, &hub, &format!("{line} --json"));
+        assert_eq!(output.status.code(), Some(130), "{line}");
+        assert_eq!(output.stdout, b"{\"interrupted\":true}\n", "{line}");
+    }
+    let names = ["merged", "small", "other"];
+    assert!(!names.iter().any(|name| dir.has(name)));
+}

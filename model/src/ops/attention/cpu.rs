@@ -6,6 +6,7 @@
 //! the gradients over the group.
 
 mod backward;
+mod lone;
 mod matrix;
 
 use std::ops::Range;
@@ -25,11 +26,8 @@ pub(super) use backward::backward;
 const ROWS: usize = 96;
 const KEYS: usize = 64;
 
-/// Up to this many rows, as when generating, scalar products beat `gemm`, which repacks the keys.
+/// Up to this many rows scalar products beat `gemm`, which repacks the keys.
 const FEW_ROWS: usize = 4;
-
-/// Elements of all queries' keys, from which on a lone query is shared out.
-const ALONE: usize = 1 << 18;
 
 /// See [`super::AttentionBackend::write_positions`].
 pub(super) fn write_positions(all: FlexTensor, new: FlexTensor, at: usize) -> FlexTensor {
@@ -61,28 +59,26 @@ pub(super) fn forward(
     let Sizes { n, n_h, h_d, .. } = sizes;
     let (q, k, v) = (cpu::contiguous(q), inner_contiguous(k), inner_contiguous(v));
     let (q, k, v) = (cpu::slice(&q), Heads::of(&k), Heads::of(&v));
+    if n == 1 {
+        let (out, lse) = lone::forward(sizes, q, k, v);
+        return (
+            cpu::from_vec(out, [1, n_h, h_d]),
+            cpu::from_vec(lse, [1, n_h]),
+        );
+    }
 
     let mut out = vec![0.0; n * n_h * h_d];
     let mut lse = vec![0.0; n * n_h];
-    // Tiles of queries are shared out with all their heads, a lone query by KV heads if it is worth
-    // a detour through the thread pool.
-    let kv_heads = match n == 1 && sizes.m * n_h * h_d >= ALONE {
-        true => 1,
-        false => sizes.n_kv,
-    };
     let (mut outs, mut lses) = (&mut out[..], &mut lse[..]);
     let mut tasks = Vec::new();
     let queries = sizes.queries_of_tile();
     for piece in segments.iter().flat_map(|segment| segment.pieces(queries)) {
-        for kv_head in (0..sizes.n_kv).step_by(kv_heads) {
-            let length = piece.queries.len() * kv_heads * sizes.groups;
-            tasks.push(ForwardTask {
-                piece: piece.clone(),
-                kv_heads: kv_head..kv_head + kv_heads,
-                out: take(&mut outs, length * h_d),
-                lse: take(&mut lses, length),
-            });
-        }
+        let length = piece.queries.len() * n_h;
+        tasks.push(ForwardTask {
+            piece,
+            out: take(&mut outs, length * h_d),
+            lse: take(&mut lses, length),
+        });
     }
     cpu::for_each(tasks, |_, task| task.run(sizes, q, k, v));
     (
@@ -100,10 +96,9 @@ fn take<'a>(rest: &mut &'a mut [f32], length: usize) -> &'a mut [f32] {
 struct ForwardTask<'a> {
     /// Part of a segment.
     piece: Segment,
-    kv_heads: Range<usize>,
-    /// `[queries, kv_heads · groups, h_d]`.
+    /// `[queries, n_h, h_d]`.
     out: &'a mut [f32],
-    /// `[queries, kv_heads · groups]`.
+    /// `[queries, n_h]`.
     lse: &'a mut [f32],
 }
 
@@ -115,7 +110,7 @@ impl ForwardTask<'_> {
         let mut q_rows = vec![0.0; rows * h_d];
         let mut scores = vec![0.0; rows * KEYS];
         let mut tile = Tile::new(rows, h_d);
-        for kv_head in self.kv_heads.clone() {
+        for kv_head in 0..sizes.n_kv {
             let at = sizes.places(kv_head, self.piece.queries.clone());
             gather(&mut q_rows, q, at, groups, h_d);
             scale(&mut q_rows, sizes.scale());
@@ -143,10 +138,8 @@ impl ForwardTask<'_> {
                     multiply(&mut tile.out, Matrix::rows(scores, keys), v, Old::Keep);
                 }
             }
-            let heads = self.kv_heads.len() * groups;
-            let first = (kv_head - self.kv_heads.start) * groups;
             for row in 0..rows {
-                let to = row / groups * heads + first + row % groups;
+                let to = row / groups * sizes.n_h + kv_head * groups + row % groups;
                 self.lse[to] = tile.max[row] + tile.sum[row].ln();
                 let from = &tile.out[row * h_d..][..h_d];
                 for (to, from) in self.out[to * h_d..][..h_d].iter_mut().zip(from) {

@@ -117,11 +117,11 @@ vectorized! {
     }
 }
 
-/// Rows that are read side by side: their sums hide each other's latency.
-const ROWS: usize = 4;
-/// A scalar product is summed in so many lanes, whichever rows are read beside its own.
+/// Lanes of a sum, and chains of them: additions that do not wait for each other.
 const LANES: usize = 16;
+const CHAINS: usize = 4;
 
+/// One row after the other: memory is fastest read in the order it lies in.
 #[inline(always)]
 fn add_scalar_products<T: Copy>(
     y: &mut [f32],
@@ -130,47 +130,35 @@ fn add_scalar_products<T: Copy>(
     stride: usize,
     widen: impl Fn(T) -> f32 + Copy,
 ) {
-    let row = |i: usize| &weight[i * stride..][..x.len()];
-    let (whole, rest) = y.as_chunks_mut::<ROWS>();
-    let first = ROWS * whole.len();
-    for (i, y) in whole.iter_mut().enumerate() {
-        let sums = scalar_products(
-            x,
-            std::array::from_fn::<_, ROWS, _>(|r| row(ROWS * i + r)),
-            widen,
-        );
-        for (y, sum) in y.iter_mut().zip(sums) {
-            *y += sum;
-        }
-    }
-    for (i, y) in rest.iter_mut().enumerate() {
-        let [sum] = scalar_products(x, [row(first + i)], widen);
-        *y += sum;
+    for (i, y) in y.iter_mut().enumerate() {
+        *y += scalar_product(x, &weight[i * stride..][..x.len()], widen);
     }
 }
 
 #[inline(always)]
-fn scalar_products<T: Copy, const R: usize>(
-    x: &[f32],
-    rows: [&[T]; R],
-    widen: impl Fn(T) -> f32 + Copy,
-) -> [f32; R] {
-    let mut lanes = [[0.0; LANES]; R];
-    let (blocks, end) = x.as_chunks::<LANES>();
-    let parts = rows.map(|row| row.as_chunks::<LANES>());
-    for (i, x) in blocks.iter().enumerate() {
-        for (lanes, (row, _)) in lanes.iter_mut().zip(&parts) {
-            for ((lane, x), w) in lanes.iter_mut().zip(x).zip(&row[i]) {
-                *lane += x * widen(*w);
-            }
+fn scalar_product<T: Copy>(x: &[f32], row: &[T], widen: impl Fn(T) -> f32 + Copy) -> f32 {
+    let add = |sums: &mut [f32; LANES], x: &[f32], row: &[T]| {
+        for ((sum, x), w) in sums.iter_mut().zip(x).zip(row) {
+            *sum += x * widen(*w);
+        }
+    };
+    let mut sums = [[0.0; LANES]; CHAINS];
+    let (x, x_end) = x.as_chunks::<{ CHAINS * LANES }>();
+    let (row, row_end) = row.as_chunks::<{ CHAINS * LANES }>();
+    for (x, row) in x.iter().zip(row) {
+        for (i, sums) in sums.iter_mut().enumerate() {
+            add(sums, &x[i * LANES..][..LANES], &row[i * LANES..][..LANES]);
         }
     }
-    for (lanes, (_, row)) in lanes.iter_mut().zip(&parts) {
-        for ((lane, x), w) in lanes.iter_mut().zip(end).zip(*row) {
-            *lane += x * widen(*w);
-        }
+    let (x, x_end) = x_end.as_chunks::<LANES>();
+    let (row, row_end) = row_end.as_chunks::<LANES>();
+    for (x, row) in x.iter().zip(row) {
+        add(&mut sums[0], x, row);
     }
-    lanes.map(|lanes| cpu::fold(lanes, |a, b| a + b))
+    add(&mut sums[1], x_end, row_end);
+    let [a, b, c, d] = sums;
+    let lanes = std::array::from_fn(|i| (a[i] + b[i]) + (c[i] + d[i]));
+    cpu::fold(lanes, |a, b| a + b)
 }
 
 #[cfg(test)]

@@ -105,10 +105,8 @@ fn turns_that_nobody_answers_are_shown_and_not_trained() {
     for role in ["system", "user", "tool"] {
         let row = turns(&[(role, json!("Be brief."))]);
         let found = refused(row, &encoder);
-        assert_eq!(
-            found,
-            "rows.jsonl:1: there is no assistant turn to train on"
-        );
+        let expected = format!("there is no assistant turn to train on, only {role}");
+        assert_eq!(found, format!("rows.jsonl:1: {expected}"));
     }
 }
 
@@ -162,6 +160,30 @@ fn tools_are_shown_by_the_template() {
             "{found}"
         );
     }
+}
+
+#[test]
+fn tools_that_the_template_hides_are_told() {
+    let call = json!({"function": {"name": "add", "arguments": {}}});
+    let calls = json!({"messages": [
+        {"role": "user", "content": "a?"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+    ]});
+    let mut tools = turns(&[("user", json!("a?")), ("assistant", json!("A"))]);
+    let plain = tools.clone();
+    tools["tools"] = json!([call]);
+    let rows = [calls, tools, plain];
+    let hidden = |encoder: &Encoder| {
+        let found = prepare_rows(&rows, &settings(), encoder).expect("the rows are good");
+        found.labels.hidden_tools.count
+    };
+    assert_eq!(hidden(&smollm2()), 2);
+    let template = fixtures().join("../templates/qwen_generation.jinja");
+    let showing = Encoder {
+        template: ChatTemplate::from_file(&template).ok(),
+        ..smollm2()
+    };
+    assert_eq!(hidden(&showing), 0);
 }
 
 #[test]

@@ -50,7 +50,7 @@ pub fn run(args: ChatArgs, device: &str, output: &Output) -> Result<ExitCode> {
     adapted.choose_template(args.chat_template.as_deref())?;
     let max_new_tokens = args.max_new_tokens as usize;
     let conversation = Conversation::new(&adapted.base, args.system.as_deref(), max_new_tokens)?;
-    signals::end_at_once();
+    signals::no_farewell();
     device.run(ChatJob {
         name: args.base.model,
         adapted,

@@ -27,6 +27,7 @@ fn lines_that_are_no_rows() {
     for (row, parts) in [
         (r#"{"input_ids": [5, 6"#, &["not valid JSON", "column"][..]),
         ("nonsense", &["not valid JSON"]),
+        (r#"{"text": "\ud83d"}"#, &["hex escape", "stand in pairs"]),
         ("[5, 6]", &["must be an object"]),
         ("null", &["must be an object", "null"]),
         (

@@ -10,7 +10,7 @@ pub(super) struct Heads<'a> {
     data: &'a [f32],
     position_stride: usize,
     head_stride: usize,
-    h_d: usize,
+    pub(super) h_d: usize,
 }
 
 /// Copies only if [`Heads`] cannot stand for the tensor as it is.
@@ -34,6 +34,12 @@ impl<'a> Heads<'a> {
             head_stride: stride(1),
             h_d,
         }
+    }
+
+    /// `[h_d]`, one head of a position.
+    #[inline(always)]
+    pub(super) fn head(&self, position: usize, head: usize) -> &'a [f32] {
+        &self.data[position * self.position_stride + head * self.head_stride..][..self.h_d]
     }
 
     /// `[positions, h_d]`, the positions from `first` on.
