@@ -21,7 +21,8 @@ mod quantize;
 
 pub use attach::{AdaptedLlama, attach, draw, train_all};
 pub use base::{
-    AdaptedBackend, BaseLinear, TrainBackend, base_bytes, check, init, largest_tensor, load, scheme,
+    AdaptedBackend, BaseLinear, TrainBackend, base_bytes, check, init, largest_tensor, load,
+    load_in, scheme,
 };
 pub use combine::{Combination, Weighted, combine};
 pub use config::{AdapterConfig, Layer, MAX_RANK, OneOrMany, Pattern, Selection, Targets};
