@@ -649,6 +649,7 @@ fn dropout_acts_while_training_and_not_while_evaluating() {
             micro_batches: rows.iter().map(|row| MicroBatch::new([*row])).collect(),
             step,
             epoch: 0.0,
+            loss_scale: 1.0,
         };
         run.model.step(window).item.loss
     };
@@ -816,6 +817,7 @@ fn packing_changes_neither_loss_nor_gradients() {
                 micro_batches,
                 step: 0,
                 epoch: 0.0,
+                loss_scale: 1.0,
             };
             let output = run.model.step(window);
             (output.item.loss, gradients(&run.model, &output.grads))
@@ -967,6 +969,7 @@ fn only_trained_tokens_make_the_loss() {
             micro_batches: vec![MicroBatch::new([row])],
             step: 0,
             epoch: 0.0,
+            loss_scale: 1.0,
         };
         let output = run.model.step(window);
         (

@@ -50,12 +50,14 @@ pub fn run(args: TrainArgs, device: &str, no_tui: bool, output: &Output) -> Resu
         let recipe = Recipe::read(Some(&run.join(RECIPE_FILE)), &over)?;
         return launch(recipe, Some(run), device, no_tui, output)?.announce(output);
     }
-    let mut recipe = Recipe::read(args.recipe.recipe.as_deref(), &over)?;
+    let file = args.recipe.recipe.as_deref();
     if args.print_recipe {
+        let mut recipe = Recipe::read_to_show(file, &over)?;
         trained(&mut recipe, output)?;
         output.result(&serde_json::to_value(&recipe)?, recipe.to_toml().trim_end())?;
         return Ok(ExitCode::SUCCESS);
     }
+    let recipe = Recipe::read(file, &over)?;
     launch(recipe, None, device, no_tui, output)?.announce(output)
 }
 
@@ -164,19 +166,36 @@ pub fn launch(
     })
 }
 
-/// What there is to say of a run that ends before its learning rate has risen.
-pub fn all_warm_up(recipe: &Recipe, num_steps: usize) -> Option<String> {
-    let train = &recipe.train;
+/// What there is to say of a run of few steps or few rows: one that ends before its learning rate has
+/// risen, and one whose steps take more than there is.
+pub fn few(recipe: &Recipe, num_steps: usize, num_sequences: usize) -> Vec<String> {
+    let (train, packing) = (&recipe.train, recipe.data.packing);
     let schedule = Schedule::new(train, num_steps, 0);
     let peak = (0..num_steps)
         .map(|step| schedule.at(step))
         .fold(0.0, f64::max);
-    (peak < train.learning_rate / 2.0).then(|| {
+    let step = train.micro_batch_size * train.gradient_accumulation_steps;
+    let unpacked = match packing {
+        true => ", or set data.packing = false",
+        false => "",
+    };
+    let warm_up = (peak < train.learning_rate / 2.0).then(|| {
         format!(
-            "the run is all warm-up: with a learning rate of at most {peak:e} in all ({num_steps}) of its \
-             steps it learns little or nothing; take more steps, or set train.warmup_steps=0"
+            "the run is all warm-up: in its {} the learning rate is {peak:.1e} at most, and it learns \
+             little or nothing; take more epochs, fewer rows a step{unpacked}, or set \
+             train.warmup_steps = 0",
+            count(num_steps, "step"),
         )
-    })
+    });
+    let small = (num_sequences < step).then(|| {
+        format!(
+            "a step takes {step} {}, and there are {num_sequences}: each step computes some of them \
+             more than once; set train.micro_batch_size = {}{unpacked}",
+            if packing { "packed sequences" } else { "rows" },
+            num_sequences.div_ceil(train.gradient_accumulation_steps),
+        )
+    });
+    warm_up.into_iter().chain(small).collect()
 }
 
 /// Refuses what cannot be trained in the memory of a device: weights, gradients and moments, and a
@@ -262,7 +281,8 @@ impl Job for TrainJob {
         if run.progress.step >= run.windows.num_steps() && !run.progress.evaluation_due {
             output.note("the run has taken all its steps; --max-steps makes it longer");
         }
-        if let Some(text) = all_warm_up(&run.recipe, run.windows.num_steps()) {
+        let (steps, sequences) = (run.windows.num_steps(), run.windows.num_sequences());
+        for text in few(&run.recipe, steps, sequences) {
             output.note(format_args!("warning: {text}"));
             known.warnings.push(text);
         }

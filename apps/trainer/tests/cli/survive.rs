@@ -609,6 +609,10 @@ fn a_run_that_is_all_warm_up_is_told() {
         .json();
     let problems = plan["problems"].to_string();
     assert!(problems.contains("all warm-up"), "{problems}");
+    assert!(
+        problems.contains("a step takes 4 packed sequences"),
+        "{problems}"
+    );
     let run = dir
         .trainer(&format!("train {line} --output run"))
         .succeeds();
