@@ -15,7 +15,9 @@ use model::hub::Files;
 use serde::Serialize;
 use serde_json::Value;
 
-use super::train::{ReadRows, all_params, check_training_memory, few, read_rows, settings_of};
+use super::train::{
+    ReadRows, all_params, all_warm_up, check_training_memory, read_rows, settings_of,
+};
 use super::{gib, open_model, trained};
 use crate::cli::RecipeArgs;
 use crate::device::Device;
@@ -89,7 +91,7 @@ pub fn run(args: RecipeArgs, device: &str, output: &Output) -> Result<ExitCode> 
     problems.extend(forecast.problem);
     let data = read.map(|read| plan_data(&recipe, &trained, read));
     if let Some(data) = &data {
-        problems.extend(few(&recipe, data.steps, data.sequences));
+        problems.extend(all_warm_up(&recipe, data.steps));
         problems.extend(match trained.clone().of_run(data.steps) {
             Ok(()) => Vec::new(),
             Err(Error::Recipe { problems }) => problems,

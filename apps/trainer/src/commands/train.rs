@@ -166,36 +166,44 @@ pub fn launch(
     })
 }
 
-/// What there is to say of a run of few steps or few rows: one that ends before its learning rate has
-/// risen, and one whose steps take more than there is.
-pub fn few(recipe: &Recipe, num_steps: usize, num_sequences: usize) -> Vec<String> {
-    let (train, packing) = (&recipe.train, recipe.data.packing);
+/// What there is to say of a run that ends before its learning rate has risen.
+pub fn all_warm_up(recipe: &Recipe, num_steps: usize) -> Option<String> {
+    let train = &recipe.train;
     let schedule = Schedule::new(train, num_steps, 0);
     let peak = (0..num_steps)
         .map(|step| schedule.at(step))
         .fold(0.0, f64::max);
-    let step = train.micro_batch_size * train.gradient_accumulation_steps;
-    let unpacked = match packing {
-        true => ", or set data.packing = false",
-        false => "",
-    };
-    let warm_up = (peak < train.learning_rate / 2.0).then(|| {
+    (peak < train.learning_rate / 2.0).then(|| {
         format!(
-            "the run is all warm-up: in its {} the learning rate is {peak:.1e} at most, and it learns \
-             little or nothing; take more epochs, fewer rows a step{unpacked}, or set \
-             train.warmup_steps = 0",
+            "the run is all warm-up: in its {} the learning rate is {} at most, and it learns little \
+             or nothing; take more epochs, fewer rows a step{}, or set train.warmup_steps = 0",
             count(num_steps, "step"),
+            if peak > 0.0 { format!("{peak:.1e}") } else { "0".into() },
+            or_unpacked(recipe),
         )
-    });
-    let small = (num_sequences < step).then(|| {
+    })
+}
+
+/// What there is to say of a run with fewer rows than a step takes.
+fn few_rows(recipe: &Recipe, num_sequences: usize) -> Option<String> {
+    let train = &recipe.train;
+    let step = train.micro_batch_size * train.gradient_accumulation_steps;
+    (num_sequences < step).then(|| {
         format!(
             "a step takes {step} {}, and there are {num_sequences}: each step computes some of them \
-             more than once; set train.micro_batch_size = {}{unpacked}",
-            if packing { "packed sequences" } else { "rows" },
+             more than once; set train.micro_batch_size = {}{}",
+            if recipe.data.packing { "packed sequences" } else { "rows" },
             num_sequences.div_ceil(train.gradient_accumulation_steps),
+            or_unpacked(recipe),
         )
-    });
-    warm_up.into_iter().chain(small).collect()
+    })
+}
+
+fn or_unpacked(recipe: &Recipe) -> &'static str {
+    match recipe.data.packing {
+        true => ", or data.packing = false",
+        false => "",
+    }
 }
 
 /// Refuses what cannot be trained in the memory of a device: weights, gradients and moments, and a
@@ -281,8 +289,11 @@ impl Job for TrainJob {
         if run.progress.step >= run.windows.num_steps() && !run.progress.evaluation_due {
             output.note("the run has taken all its steps; --max-steps makes it longer");
         }
-        let (steps, sequences) = (run.windows.num_steps(), run.windows.num_sequences());
-        for text in few(&run.recipe, steps, sequences) {
+        let warnings = [
+            all_warm_up(&run.recipe, run.windows.num_steps()),
+            few_rows(&run.recipe, run.windows.num_sequences()),
+        ];
+        for text in warnings.into_iter().flatten() {
             output.note(format_args!("warning: {text}"));
             known.warnings.push(text);
         }
