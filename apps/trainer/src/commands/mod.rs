@@ -22,7 +22,8 @@ use ::train::run_folder::check_empty;
 use ::train::session;
 use ::train::trained::Trained;
 use adapters::{
-    AdaptedBackend, AdaptedLlama, Combination, Weighted, base_bytes, combine, largest_tensor, peft,
+    AdaptedBackend, AdaptedLlama, Combination, Weighted, base_bytes, check_fit, combine,
+    largest_tensor, peft,
 };
 use anyhow::Result;
 use burn::tensor::backend::Backend;
@@ -133,6 +134,16 @@ fn trained(recipe: &mut Recipe, output: &Output) -> Result<Trained> {
     Ok(session::trained(recipe)?)
 }
 
+/// Refuses an adapter to go on from that is not one of the model, before its template reads the rows.
+fn check_init_from(recipe: &Recipe, base: &ModelFolder) -> Result<()> {
+    let each = |folder: &PathBuf| Weighted {
+        folder: folder.clone(),
+        weight: 1.0,
+    };
+    let adapters: Vec<_> = recipe.adapter.init_from.iter().map(each).collect();
+    Ok(check_fit(&adapters, Combination::default(), &base.config)?)
+}
+
 /// An adapter folder, downloaded if it is a Hub id.
 fn open_adapter(name: &str, output: &Output) -> Result<PathBuf> {
     check_is_adapter(Path::new(name))?;
@@ -205,10 +216,17 @@ impl Adapted {
     /// Finds the model and the adapters that the command line names, if the device can hold them.
     pub fn open(args: &ModelArgs, device: &Device, output: &Output) -> Result<Self> {
         let base = Self::open_base(&args.base, device, output)?;
+        let adapters = open_adapters(&args.adapters, output)?;
+        base.with(adapters, weighted::combination(&args.adapters.combine))
+    }
+
+    /// The same with adapters, which fit: their templates decide how rows and prompts read.
+    pub fn with(self, adapters: Vec<Weighted>, combination: Combination) -> Result<Self> {
+        check_fit(&adapters, combination, &self.base.config)?;
         Ok(Self {
-            adapters: open_adapters(&args.adapters, output)?,
-            combination: weighted::combination(&args.adapters.combine),
-            ..base
+            adapters,
+            combination,
+            ..self
         })
     }
 

@@ -28,7 +28,9 @@ use end::Finished;
 pub use end::{Left, Unfinished};
 pub use rows::{ReadRows, problems_of, read_rows};
 
-use super::{check_memory, check_tensors, loaded, open_model, other_base, settings, trained};
+use super::{
+    check_init_from, check_memory, check_tensors, loaded, open_model, other_base, settings, trained,
+};
 use crate::cli::{RecipeArgs, TrainArgs};
 use crate::device::{Device, Job};
 use crate::encoder;
@@ -113,6 +115,9 @@ pub fn launch(
         ModelInit::Pretrained => Files::Model,
     };
     let mut base = open_model(&recipe.model.path, files, output)?;
+    if !matches!(begin, Begin::Checkpoint(..)) {
+        check_init_from(&recipe, &base)?;
+    }
     encoder::choose_template(&mut base, &[], recipe.data.chat_template.as_deref())?;
     encoder::forget_same_template(&mut base, &mut recipe)?;
     // what does not fit is said before anything is loaded

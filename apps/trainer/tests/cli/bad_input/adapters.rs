@@ -23,11 +23,25 @@ fn the_adapter_of_another_model() {
     refused(
         &dir,
         &[
-            "run/adapter/adapter_model.safetensors is not an adapter of this model",
+            "run/adapter/adapter_model.safetensors is not an adapter of this model:\n",
             "q_proj.lora_B.weight is",
             "use the base model",
         ],
     );
+    dir.edit_json("model/config.json", |config| {
+        config["num_hidden_layers"] = json!(20);
+        config["hidden_size"] = json!(64);
+    });
+    let sizes =
+        "it is of a model with 2 layers (this one: 20) and a hidden size of 32 (this one: 64)";
+    let plan = "plan --model model --data rows.jsonl --set adapter.init_from=run/adapter";
+    let plan = dir.trainer(plan);
+    plan.fails(1, &[sizes, "q_proj.lora_A.weight is", " others\nhelp: "]);
+    assert!(plan.stderr.lines().count() < 15, "{plan}");
+    dir.edit_json("model/config.json", |config| {
+        config["num_hidden_layers"] = json!(2);
+        config["hidden_size"] = json!(32);
+    });
     dir.edit_json("run/adapter/adapter_config.json", |config| {
         config["target_modules"] = json!(["c_attn"]);
     });
@@ -35,6 +49,42 @@ fn the_adapter_of_another_model() {
         &dir,
         &["run/adapter/adapter_config.json", "matches no layer"],
     );
+}
+
+/// Its template would read the rows, and what that makes of them is not what is wrong.
+#[test]
+fn the_adapter_of_another_model_is_told_before_rows_and_prompts() {
+    let dir = Dir::with_chat();
+    dir.write(
+        "wordy.jinja",
+        format!("{} {{{{ messages[-1].content }}}}", "so ".repeat(2000)),
+    );
+    let line = "train -q --model model --data rows.jsonl --output run --max-steps 1";
+    dir.trainer(&format!(
+        "{line} --set data.chat_template=wordy.jinja --set data.max_length=9000"
+    ))
+    .succeeds();
+    dir.edit_json("model/config.json", |config| {
+        config["hidden_size"] = json!(32)
+    });
+    let with = "--model model --adapter run/adapter";
+    let init = "--model model --output two --set adapter.init_from=run/adapter";
+    for line in [
+        &format!("eval {with} --data rows.jsonl"),
+        &format!("chat {with}"),
+        &format!("train {init} --data rows.jsonl"),
+        &format!("plan {init} --data rows.jsonl"),
+    ] {
+        let told = dir.trainer(line);
+        told.fails(
+            1,
+            &[
+                "not an adapter of this model",
+                "a hidden size of 16 (this one: 32)",
+            ],
+        );
+        assert!(!told.stderr.contains("warning"), "{told}");
+    }
 }
 
 #[test]
@@ -53,7 +103,7 @@ fn rank_or_targets_that_differ_from_the_tensors() {
     refused(
         &dir,
         &[
-            "v_proj.lora_A.weight is unexpected",
+            "k_proj.lora_A.weight is unexpected",
             "up_proj.lora_B.weight is unexpected",
         ],
     );
