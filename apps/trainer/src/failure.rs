@@ -25,15 +25,24 @@ pub struct Advised {
     message: String,
     help: String,
     code: u8,
+    #[source]
+    cause: Option<Box<model::Error>>,
 }
 
 impl Advised {
+    /// The same with what it came from.
+    pub fn caused_by(mut self, cause: model::Error) -> Self {
+        self.cause = Some(Box::new(cause));
+        self
+    }
+
     /// Something that went wrong.
     pub fn failed(message: impl Into<String>, help: impl Into<String>) -> Self {
         Self {
             message: message.into(),
             help: help.into(),
             code: 1,
+            cause: None,
         }
     }
 
@@ -43,6 +52,7 @@ impl Advised {
             message: message.into(),
             help: help.into(),
             code: 2,
+            cause: None,
         }
     }
 }
@@ -301,7 +311,8 @@ fn push_advice(failure: &PushFailure) -> &'static str {
     }
 }
 
-fn model_advice(error: &model::Error) -> &'static str {
+/// What to do about an error of a model's folder, or of the Hub.
+pub fn model_advice(error: &model::Error) -> &'static str {
     use model::Error as E;
     match error {
         E::Io { .. } => "check the path, its permissions and the free space on its disk",

@@ -16,9 +16,10 @@ mod weighted;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use ::train::checkpoint::Checkpoints;
 use ::train::data::{Split, folder_files};
 use ::train::recipe::{Recipe, parse_setting};
-use ::train::run_folder::check_empty;
+use ::train::run_folder::{RECIPE_FILE, check_empty};
 use ::train::session;
 use ::train::trained::Trained;
 use adapters::{
@@ -36,14 +37,42 @@ use self::weighted::open_adapters;
 use crate::cli::{BaseArgs, ModelArgs};
 use crate::device::Device;
 use crate::encoder::choose_template;
-use crate::failure::Advised;
-use crate::output::Output;
+use crate::failure::{Advised, model_advice};
+use crate::output::{Output, word};
+
+/// What to give in place of an adapter that is not there.
+const NO_ADAPTER: &str = "give the folder of a PEFT adapter, or its id on the Hub";
 
 /// Opens a model folder, or downloads one.
 fn open_model(name: &str, files: Files, output: &Output) -> Result<ModelFolder> {
     check_is_model(Path::new(name))?;
-    let path = hub::resolve(name, files, &mut output.downloads())?;
-    Ok(ModelFolder::open(&path)?)
+    Ok(ModelFolder::open(&find(name, files, output)?)?)
+}
+
+/// The folder of a name, downloaded if it is a Hub id. Most ids that the Hub cannot be asked for are
+/// paths with a slip.
+fn find(name: &str, files: Files, output: &Output) -> Result<PathBuf> {
+    use model::Error as E;
+    let error = match hub::resolve(name, files, &mut output.downloads()) {
+        Ok(folder) => return Ok(folder),
+        Err(error) => error,
+    };
+    let is_unknown = match &error {
+        E::Hub { file, .. } => file == hub::LISTING,
+        E::HubOffline { .. } | E::HubDenied { .. } => true,
+        _ => false,
+    };
+    Err(match error {
+        E::NoSuchFolder { .. } if files == Files::Adapter => {
+            Advised::failed(error.to_string(), NO_ADAPTER).into()
+        }
+        error if is_unknown => {
+            let message = format!("there is no folder {name}, and as a Hub id it cannot be had");
+            let help = format!("correct the path; if it is a Hub id: {}", model_advice(&error));
+            Advised::failed(message, help).caused_by(error).into()
+        }
+        error => error.into(),
+    })
 }
 
 /// The data files that a recipe names; data sets of the Hub are downloaded. What is taken of them,
@@ -123,11 +152,7 @@ fn trained(recipe: &mut Recipe, output: &Output) -> Result<Trained> {
         }
         if !folder.exists() {
             let message = format!("adapter.init_from: there is no folder {}", folder.display());
-            return Err(Advised::failed(
-                message,
-                "give the folder of a PEFT adapter, or its id on the Hub",
-            )
-            .into());
+            return Err(Advised::failed(message, NO_ADAPTER).into());
         }
         check_is_adapter(folder)?;
     }
@@ -147,7 +172,7 @@ fn check_init_from(recipe: &Recipe, base: &ModelFolder) -> Result<()> {
 /// An adapter folder, downloaded if it is a Hub id.
 fn open_adapter(name: &str, output: &Output) -> Result<PathBuf> {
     check_is_adapter(Path::new(name))?;
-    Ok(hub::resolve(name, Files::Adapter, &mut output.downloads())?)
+    find(name, Files::Adapter, output)
 }
 
 /// Refuses the folder of a run, or a model, in place of an adapter.
@@ -176,7 +201,26 @@ fn check_is_adapter(folder: &Path) -> Result<()> {
         )
         .into());
     }
+    if !has(config) && has(RECIPE_FILE) {
+        return Err(unfinished(folder).into());
+    }
     Ok(())
+}
+
+/// What there is to say of a run that has saved no adapter yet.
+fn unfinished(run: &Path) -> Advised {
+    let newest = Checkpoints::new(run, 0).newest_before(usize::MAX);
+    let newest = newest.ok().flatten().map(|folder| folder.join("adapter"));
+    let saved = [Some(run.join("best")), newest].into_iter().flatten();
+    let mut saved = saved.filter(|folder| folder.join(peft::CONFIG_FILE).exists());
+    let resume = format!("go on with: trainer train --resume {}", word(run));
+    Advised::failed(
+        format!("{} is the folder of a run that is unfinished: it has no adapter yet", run.display()),
+        match saved.next() {
+            Some(folder) => format!("give {}, or {resume}", folder.display()),
+            None => resume,
+        },
+    )
 }
 
 /// A folder to be made is new or empty.

@@ -108,7 +108,13 @@ fn a_hub_that_is_not_there_is_a_network_error() {
     command
         .env("HF_ENDPOINT", "http://127.0.0.1:1")
         .env_remove("HF_HUB_OFFLINE");
-    finish(&mut command).fails(1, &["of acme/tiny", "cause: ", "check the network"]);
+    let parts = [
+        "there is no folder acme/tiny, and as a Hub id it cannot be had",
+        "of acme/tiny",
+        "cause: ",
+        "check the network",
+    ];
+    finish(&mut command).fails(1, &parts);
 }
 
 #[test]

@@ -173,9 +173,36 @@ fn an_adapter_that_is_no_folder() {
     let line = "eval --model model --data rows.jsonl --adapter";
     dir.trainer(&format!("{line} rows.jsonl"))
         .fails(1, &["rows.jsonl is neither"]);
-    dir.trainer(&format!("{line} ./gone")).fails(1, &["./gone"]);
+    dir.trainer(&format!("{line} ./gone"))
+        .fails(1, &["there is no folder ./gone", "a PEFT adapter, or its id"]);
+    dir.trainer(&format!("{line} runs/none"))
+        .fails(1, &["there is no folder runs/none, and as a Hub id", "correct the path"]);
     dir.trainer(&format!("{line} model"))
         .fails(1, &["model/adapter_config.json"]);
+}
+
+#[test]
+fn a_run_that_has_no_adapter_yet() {
+    let dir = Dir::with_tokens();
+    let line = "train -q --model model --data rows.jsonl --eval-data rows.jsonl --max-steps 2";
+    dir.trainer(&format!("{line} --output run --set train.save_every=1"))
+        .succeeds();
+    let remove = |name: &str| std::fs::remove_dir_all(dir.path(name)).unwrap();
+    remove("run/adapter");
+    let fails = |parts: &[&str]| {
+        for line in [
+            "eval --model model --data rows.jsonl --adapter run",
+            "train --model model --data rows.jsonl --output two --set adapter.init_from=run",
+        ] {
+            dir.trainer(line).fails(1, parts);
+        }
+    };
+    let resume = "go on with: trainer train --resume run";
+    fails(&["run is the folder of a run that is unfinished", "give run/best, or", resume]);
+    remove("run/best");
+    fails(&["give run/checkpoints/step-000002/adapter, or", resume]);
+    remove("run/checkpoints");
+    fails(&["it has no adapter yet", &format!("help: {resume}")]);
 }
 
 #[test]
