@@ -1,5 +1,6 @@
 //! Errors as a user sees them: `error:`, the causes, and one line that says what to do.
 
+use std::path::Path;
 use std::process::ExitCode;
 
 use clap::error::{ContextKind, ContextValue, ErrorKind};
@@ -270,6 +271,12 @@ fn adapter_advice(error: &adapters::Error) -> &'static str {
         E::File(model::Error::MissingFile { .. }) => {
             "give the folder of a PEFT adapter, or a Hub id"
         }
+        E::File(model::Error::Io { path, source, .. }) if is_missing_weights(path, source) => {
+            "the adapter folder is incomplete: get that file again"
+        }
+        E::File(model::Error::Safetensors { .. }) => {
+            "get the adapter again: that file is damaged or incomplete"
+        }
         E::File(error) => model_advice(error),
         E::Config { .. } => "use an adapter that this version supports, made for this model",
         E::Fit { .. } => "correct the adapter.* keys of the recipe",
@@ -296,6 +303,12 @@ fn adapter_advice(error: &adapters::Error) -> &'static str {
     }
 }
 
+/// Whether what cannot be opened are weights that are not there.
+fn is_missing_weights(path: &Path, source: &std::io::Error) -> bool {
+    let is_weights = path.extension().is_some_and(|end| end == "safetensors");
+    is_weights && source.kind() == std::io::ErrorKind::NotFound
+}
+
 fn push_advice(failure: &PushFailure) -> &'static str {
     match failure {
         PushFailure::Refused { status: 401, .. } => {
@@ -315,6 +328,9 @@ fn push_advice(failure: &PushFailure) -> &'static str {
 pub fn model_advice(error: &model::Error) -> &'static str {
     use model::Error as E;
     match error {
+        E::Io { path, source, .. } if is_missing_weights(path, source) => {
+            "the model folder is incomplete: get that file again"
+        }
         E::Io { .. } => "check the path, its permissions and the free space on its disk",
         E::Json { .. } => "correct the file, or get it again",
         E::Config { .. } => {
@@ -326,9 +342,8 @@ pub fn model_advice(error: &model::Error) -> &'static str {
         E::OtherWeights { .. } => {
             "get the repository's safetensors weights, or save the model with transformers once"
         }
-        E::Safetensors { .. } | E::Tensors { .. } => {
-            "get the weights again; they must belong to this config.json"
-        }
+        E::Safetensors { .. } => "get the weights again: that file is damaged or incomplete",
+        E::Tensors { .. } => "get the weights again; they must belong to this config.json",
         E::Tokenizer { .. } => "get tokenizer.json again",
         E::Tokenize { .. } => "check that tokenizer.json is the model's own",
         E::Template { .. } | E::TurnNotRendered { .. } => {

@@ -161,10 +161,10 @@ fn tensors_that_are_damaged_or_not_there() {
     let whole = std::fs::read(dir.path(file)).unwrap();
     for length in [0, 8, 1000, whole.len() - 1] {
         dir.write(file, &whole[..length]);
-        refused(&dir, &[file, "get"]);
+        refused(&dir, &[file, "get the adapter again"]);
     }
     std::fs::remove_file(dir.path(file)).unwrap();
-    refused(&dir, &[file]);
+    refused(&dir, &[file, "the adapter folder is incomplete: get that file again"]);
 }
 
 #[test]
