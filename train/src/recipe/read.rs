@@ -146,6 +146,10 @@ impl Reader<'_> {
     }
 
     fn set(&mut self, recipe: &mut Recipe, place: Place, section: &str, key: &str, value: Value) {
+        let (key, value) = match section {
+            "adapter" => within_table(&recipe.adapter, key, value),
+            _ => (key, value),
+        };
         let at = format!("{section}.{key}");
         let known = match section {
             "adapter" => recipe.adapter.keys(),
@@ -209,6 +213,18 @@ impl Reader<'_> {
         };
         self.problems.push(format!("{place}: {problem}"));
     }
+}
+
+/// What `rank_pattern.q_proj = 3` sets: the entry of a key that holds a table.
+fn within_table<'a>(adapter: &AdapterSection, key: &'a str, value: Value) -> (&'a str, Value) {
+    let entry = || {
+        let (table, entry) = key.split_once('.')?;
+        let section = Table::try_from(adapter).ok()?;
+        let mut entries = section.get(table)?.as_table()?.clone();
+        entries.insert(entry.to_owned(), value.clone());
+        Some((table, Value::Table(entries)))
+    };
+    entry().unwrap_or((key, value))
 }
 
 /// Sets one key of a section; the section stays as it is when the type is wrong.
