@@ -65,6 +65,7 @@ impl Failure {
         let text = text.strip_prefix("error: ").unwrap_or(&text);
         let (message, rest) = text.split_once("\n\n").unwrap_or((text, ""));
         let message = message.lines().map(str::trim).collect::<Vec<_>>().join(" ");
+        let message = in_words(message);
         let tip = rest
             .lines()
             .find_map(|line| line.trim().strip_prefix("tip: "));
@@ -121,6 +122,23 @@ impl From<anyhow::Error> for Failure {
 /// What to do about a flag that a run that goes on does not take.
 const RESUMED: &str = "leave it out: a run goes on by its own recipe, of which --max-steps, --epochs, --data, \
      --eval-data and --set change what may change";
+
+/// Rust's words for text that is no number.
+fn in_words(message: String) -> String {
+    let whole = match message.contains("'-") {
+        true => "expected a whole number, 0 or above",
+        false => "expected a whole number",
+    };
+    let words = [
+        ("invalid digit found in string", whole),
+        ("cannot parse integer from empty string", whole),
+        ("invalid float literal", "expected a number"),
+        ("cannot parse float from empty string", "expected a number"),
+        ("number too large to fit in target type", "the number is too large"),
+    ];
+    let all = words.iter();
+    all.fold(message, |text, (rust, words)| text.replace(rust, words))
+}
 
 /// What to write for a flag that is none, if a recipe has a key of its name; `usage` shows the
 /// command.
@@ -197,7 +215,7 @@ fn train_advice(error: &train::Error) -> &'static str {
             "correct these keys; `trainer train --print-recipe` shows every key with its value"
         }
         E::NoRecipe { .. } => "give a recipe file, or with --resume the folder of a run",
-        E::Toml { .. } => "correct the recipe; it is a TOML file",
+        E::Toml { .. } => "correct the recipe; it is a TOML file, in which text stands in quotes",
         E::Io { .. } => "check the path, its permissions and the free space on its disk",
         E::OutputNotEmpty { .. } => "choose another --output, or go on with that run by --resume",
         E::InUse { .. } => "wait until it has ended, or stop it; or choose another --output",
