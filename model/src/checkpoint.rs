@@ -487,6 +487,16 @@ pub fn write_file(path: &Path, bytes: &[u8]) -> Result<()> {
     write_parts(path, |file| file(bytes))
 }
 
+/// Why a temporary file cannot be made, without its name, which nobody has given.
+pub(crate) fn without_name(error: std::io::Error) -> std::io::Error {
+    let inner = error.get_ref().and_then(|named| named.source());
+    let inner = inner.and_then(|inner| inner.downcast_ref::<std::io::Error>());
+    match inner.and_then(std::io::Error::raw_os_error) {
+        Some(code) => std::io::Error::from_raw_os_error(code),
+        None => error,
+    }
+}
+
 /// [`write_file`] part by part: `write` gets a function that appends to the file.
 fn write_parts<E: From<Error>>(
     path: &Path,
@@ -508,7 +518,7 @@ fn write_parts<E: From<Error>>(
     }
     let mut file = builder
         .tempfile_in(folder.unwrap_or(Path::new(".")))
-        .map_err(io)?;
+        .map_err(|error| io(without_name(error)))?;
     write(&mut |bytes| file.write_all(bytes).map_err(io))?;
     file.as_file().sync_all().map_err(io)?;
     file.persist(path).map_err(|e| io(e.error))?;

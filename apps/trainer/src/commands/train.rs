@@ -49,7 +49,14 @@ pub fn run(args: TrainArgs, device: &str, no_tui: bool, output: &Output) -> Resu
             let help = "leave output.dir out, or copy the folder first and resume the copy";
             return Err(Advised::usage("--resume goes on in its own folder", help).into());
         }
-        let recipe = Recipe::read(Some(&run.join(RECIPE_FILE)), &over)?;
+        let file = run.join(RECIPE_FILE);
+        if !file.exists() {
+            let (run, file) = (run.display(), file.display());
+            let message = format!("{run} is not the folder of a run: there is no {file}");
+            let help = "give the folder that `trainer train` wrote";
+            return Err(Advised::usage(message, help).into());
+        }
+        let recipe = Recipe::read(Some(&file), &over)?;
         return launch(recipe, Some(run), device, no_tui, output)?.announce(output);
     }
     let mut recipe = Recipe::read(args.recipe.recipe.as_deref(), &over)?;

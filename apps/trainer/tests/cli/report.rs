@@ -309,8 +309,9 @@ fn what_is_no_run_is_said() {
     dir.write("bad/metrics.jsonl", "no\nmetrics\n");
     fails("report bad", "bad/metrics.jsonl is one of metrics: line 1");
     dir.trainer("report").fails(2, &["RUN"]);
-    dir.trainer("report run --out nowhere/x.html")
-        .fails(1, &["nowhere/x.html"]);
+    let nowhere = dir.trainer("report run --out nowhere/x.html");
+    nowhere.fails(1, &["cannot write nowhere/x.html", "cause: No such file"]);
+    assert!(!nowhere.stderr.contains(".part-"), "{nowhere}");
     dir.write(
         "odd/metrics.jsonl",
         "what\n{\"kind\":\"train\",\"step\":1,\"loss\":2.5}\n",
