@@ -84,6 +84,12 @@ pub enum Error {
         /// One sentence a problem.
         problems: Vec<String>,
     },
+    /// Adapters that are no part of a model's weights; every one is listed.
+    #[error("cannot merge these adapters:{}", listed(problems, usize::MAX))]
+    NotInWeights {
+        /// One sentence an adapter.
+        problems: Vec<String>,
+    },
     /// The original weights of a model that has them no more.
     #[error("{} is in 4 bits: there are no original weights to merge onto", path.display())]
     NoOriginal {

@@ -311,9 +311,9 @@ fn adapter_advice(error: &adapters::Error) -> &'static str {
              any ranks"
         }
         E::Merge { .. } => {
-            "merge fewer adapters at a time, leave weights of 1 out, merge --onto original, or give \
-             what cannot be merged to --adapter of eval, generate and chat"
+            "merge fewer adapters at a time, leave their weights out, or merge --onto original"
         }
+        E::NotInWeights { .. } => "give it to --adapter of eval, generate and chat as it is",
         E::NoOriginal { .. } => "give the original model by --model, or leave --onto original out",
         E::NotFinite { .. } => "check the weights of the adapter, and the weight it is given",
         E::Weight { .. } => "use the model without quantization, or get its files again",

@@ -333,7 +333,10 @@ impl Adapted {
             }
             (Some(tasks), Some(task)) => Err(Advised::usage(
                 format!("--task-id {task} is no task of the adapter, which has {tasks}"),
-                format!("give a number from 0 to {}", tasks - 1),
+                match tasks {
+                    1 => "leave it out: there is task 0 alone".to_owned(),
+                    tasks => format!("give a number from 0 to {}", tasks - 1),
+                },
             )
             .into()),
             (None, Some(_)) => Err(Advised::usage(

@@ -282,6 +282,9 @@ fn several_runs_are_drawn_together() {
     dir.write("one/report.html", "old");
     dir.trainer("report one").succeeds();
     check(&dir.read("one/report.html"));
+    let twice = dir.trainer("report one ./one").succeeds();
+    assert_eq!(twice.stdout, "one/report.html\n");
+    assert!(twice.stderr.contains("./one is given twice"), "{twice}");
     // not in the place of a run's own page, wherever the runs lie
     dir.write("one/inside/metrics.jsonl", dir.read("two/metrics.jsonl"));
     dir.trainer("report one/inside two")

@@ -148,6 +148,16 @@ fn values_that_cannot_be() {
 }
 
 #[test]
+fn a_text_to_start_with_that_is_not_given() {
+    let dir = Dir::with_tokens();
+    let line = "train --model model --data rows.jsonl --output run --method prompt --set";
+    dir.trainer(&format!("{line} adapter.prompt_tuning_init=TEXT"))
+        .fails(2, &["adapter.prompt_tuning_init_text is missing"]);
+    dir.trainer(&format!("{line} adapter.prompt_tuning_init_text=Hello"))
+        .fails(2, &["adapter.prompt_tuning_init_text means something only with"]);
+}
+
+#[test]
 fn numbers_on_the_command_line_are_keys_like_any_other() {
     let dir = Dir::with_tokens();
     let line = "train --model model --data rows.jsonl --output run";

@@ -109,6 +109,23 @@ fn numbers_no_token_can_be_chosen_by() {
     }
 }
 
+#[test]
+fn a_task_that_the_adapter_does_not_know() {
+    let dir = Dir::with_tokens();
+    dir.write("rows.jsonl", "{\"input_ids\": [5, 6, 7], \"task_id\": 0}\n".repeat(4));
+    let line = "train -q --model model --data rows.jsonl --max-steps 1 --method mpt --output";
+    dir.trainer(&format!("{line} one")).succeeds();
+    dir.trainer(&format!("{line} two --set adapter.num_tasks=2"))
+        .succeeds();
+    let task = |run: &str, task: usize| {
+        let with = format!("--model model --adapter {run}/adapter --task-id {task}");
+        dir.trainer(&format!("generate {with} --prompt-ids 5 --max-new-tokens 1"))
+    };
+    task("one", 1).fails(2, &["--task-id 1 is no task", "help: leave it out: there is task 0"]);
+    task("two", 2).fails(2, &["--task-id 2 is no task", "from 0 to 1"]);
+    task("two", 1).succeeds();
+}
+
 #[cfg(unix)]
 #[test]
 fn arguments_that_are_no_text() {
