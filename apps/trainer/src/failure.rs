@@ -190,7 +190,7 @@ fn advice(error: &anyhow::Error) -> (String, u8) {
             return (adapter_advice(error).into(), 1);
         }
         if let Some(error) = cause.downcast_ref::<model::Error>() {
-            return (model_advice(error).into(), 1);
+            return (model_advice(error).into(), model_code(error));
         }
     }
     ("check the file or value that is named above".into(), 1)
@@ -202,6 +202,15 @@ fn train_code(error: &train::Error) -> u8 {
     match error {
         E::Recipe { .. } | E::Toml { .. } | E::NoRecipe { .. } | E::EvalFraction { .. } => 2,
         E::Adapter(adapters::Error::Fit { .. }) => 2,
+        _ => 1,
+    }
+}
+
+/// 2 where an address cannot be one, 1 for everything else.
+fn model_code(error: &model::Error) -> u8 {
+    use model::Error as E;
+    match error {
+        E::HubNotARepository { .. } | E::NotADataset { .. } => 2,
         _ => 1,
     }
 }

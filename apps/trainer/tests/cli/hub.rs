@@ -162,17 +162,19 @@ fn a_data_set_is_downloaded_once_and_then_works_offline() {
         dir.read("run/recipe.toml")
             .contains("\"hf://datasets/acme/tiny\"")
     );
-    for (data, parts) in [
+    for (data, code, parts) in [
         (
             "hf://datasets/acme/none",
+            1,
             &["the Hub has no data set acme/none", "spelling"][..],
         ),
         (
             "hf://datasets/acme/tiny/other",
+            1,
             &["acme/tiny has no", "file at other"],
         ),
-        ("hf://datasets/acme", &["is no data set"]),
+        ("hf://datasets/acme", 2, &["is no data set"]),
     ] {
-        finish(online(&mut dir.command(&args(data)), &hub)).fails(1, parts);
+        finish(online(&mut dir.command(&args(data)), &hub)).fails(code, parts);
     }
 }
