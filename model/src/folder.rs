@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use serde_json::{Map, Value};
 
 use crate::chat::ChatTemplate;
-use crate::checkpoint::{Checkpoint, write_file, without_name};
+use crate::checkpoint::{Checkpoint, without_name, write_file};
 use crate::config::LlamaConfig;
 use crate::error::{Error, Result};
 use crate::tokenizer::{Tokenizer, read_json};

@@ -292,9 +292,7 @@ impl Hub {
         if self.offline {
             return cached().map(Source::Cache);
         }
-        let api = self
-            .api()
-            .map_err(|source| repo.failed(LISTING, source))?;
+        let api = self.api().map_err(|source| repo.failed(LISTING, source))?;
         match self.list(&api, repo) {
             Ok(listing) => Ok(Source::Hub(Box::new(api), listing)),
             Err(reason @ Error::Hub { .. }) => {

@@ -104,7 +104,9 @@ impl Settings for PromptSettings {
         let text = self.prompt_tuning_init_text.as_deref();
         let has_text = text.is_some_and(|text| !text.is_empty());
         let problem = match (self.prompt_tuning_init == PromptInit::Text, has_text) {
-            (true, false) => Some("is missing: prompt_tuning_init = \"TEXT\" starts with its words"),
+            (true, false) => {
+                Some("is missing: prompt_tuning_init = \"TEXT\" starts with its words")
+            }
             (false, true) => Some("means something only with prompt_tuning_init = \"TEXT\""),
             _ => None,
         };

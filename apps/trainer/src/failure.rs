@@ -134,7 +134,10 @@ fn in_words(message: String) -> String {
         ("cannot parse integer from empty string", whole),
         ("invalid float literal", "expected a number"),
         ("cannot parse float from empty string", "expected a number"),
-        ("number too large to fit in target type", "the number is too large"),
+        (
+            "number too large to fit in target type",
+            "the number is too large",
+        ),
     ];
     let all = words.iter();
     all.fold(message, |text, (rust, words)| text.replace(rust, words))

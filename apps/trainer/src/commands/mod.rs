@@ -68,7 +68,10 @@ fn find(name: &str, files: Files, output: &Output) -> Result<PathBuf> {
         }
         error if is_unknown => {
             let message = format!("there is no folder {name}, and as a Hub id it cannot be had");
-            let help = format!("correct the path; if it is a Hub id: {}", model_advice(&error));
+            let help = format!(
+                "correct the path; if it is a Hub id: {}",
+                model_advice(&error)
+            );
             Advised::failed(message, help).caused_by(error).into()
         }
         error => error.into(),
@@ -215,7 +218,10 @@ fn unfinished(run: &Path) -> Advised {
     let mut saved = saved.filter(|folder| folder.join(peft::CONFIG_FILE).exists());
     let resume = format!("go on with: trainer train --resume {}", word(run));
     Advised::failed(
-        format!("{} is the folder of a run that is unfinished: it has no adapter yet", run.display()),
+        format!(
+            "{} is the folder of a run that is unfinished: it has no adapter yet",
+            run.display()
+        ),
         match saved.next() {
             Some(folder) => format!("give {}, or {resume}", folder.display()),
             None => resume,

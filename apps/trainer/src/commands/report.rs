@@ -42,7 +42,10 @@ fn each_once(mut folders: Vec<PathBuf>, output: &Output) -> Vec<PathBuf> {
     folders.retain(|folder| {
         let is_new = known.insert(folder.canonicalize().unwrap_or_else(|_| folder.clone()));
         if !is_new {
-            output.note(format_args!("{} is given twice, and drawn once", folder.display()));
+            output.note(format_args!(
+                "{} is given twice, and drawn once",
+                folder.display()
+            ));
         }
         is_new
     });

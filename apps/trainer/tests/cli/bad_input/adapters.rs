@@ -164,7 +164,13 @@ fn tensors_that_are_damaged_or_not_there() {
         refused(&dir, &[file, "get the adapter again"]);
     }
     std::fs::remove_file(dir.path(file)).unwrap();
-    refused(&dir, &[file, "the adapter folder is incomplete: get that file again"]);
+    refused(
+        &dir,
+        &[
+            file,
+            "the adapter folder is incomplete: get that file again",
+        ],
+    );
 }
 
 #[test]
@@ -173,10 +179,17 @@ fn an_adapter_that_is_no_folder() {
     let line = "eval --model model --data rows.jsonl --adapter";
     dir.trainer(&format!("{line} rows.jsonl"))
         .fails(1, &["rows.jsonl is neither"]);
-    dir.trainer(&format!("{line} ./gone"))
-        .fails(1, &["there is no folder ./gone", "a PEFT adapter, or its id"]);
-    dir.trainer(&format!("{line} runs/none"))
-        .fails(1, &["there is no folder runs/none, and as a Hub id", "correct the path"]);
+    dir.trainer(&format!("{line} ./gone")).fails(
+        1,
+        &["there is no folder ./gone", "a PEFT adapter, or its id"],
+    );
+    dir.trainer(&format!("{line} runs/none")).fails(
+        1,
+        &[
+            "there is no folder runs/none, and as a Hub id",
+            "correct the path",
+        ],
+    );
     dir.trainer(&format!("{line} model"))
         .fails(1, &["model/adapter_config.json"]);
 }
@@ -198,7 +211,11 @@ fn a_run_that_has_no_adapter_yet() {
         }
     };
     let resume = "go on with: trainer train --resume run";
-    fails(&["run is the folder of a run that is unfinished", "give run/best, or", resume]);
+    fails(&[
+        "run is the folder of a run that is unfinished",
+        "give run/best, or",
+        resume,
+    ]);
     remove("run/best");
     fails(&["give run/checkpoints/step-000002/adapter, or", resume]);
     remove("run/checkpoints");

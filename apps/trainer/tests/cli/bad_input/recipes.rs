@@ -154,7 +154,10 @@ fn a_text_to_start_with_that_is_not_given() {
     dir.trainer(&format!("{line} adapter.prompt_tuning_init=TEXT"))
         .fails(2, &["adapter.prompt_tuning_init_text is missing"]);
     dir.trainer(&format!("{line} adapter.prompt_tuning_init_text=Hello"))
-        .fails(2, &["adapter.prompt_tuning_init_text means something only with"]);
+        .fails(
+            2,
+            &["adapter.prompt_tuning_init_text means something only with"],
+        );
 }
 
 #[test]
@@ -255,7 +258,10 @@ fn recipes_that_are_no_recipes() {
     dir.write("broken.toml", "[model\npath = 3");
     dir.trainer("train broken.toml --json")
         .fails(2, &["broken.toml is not a recipe", "line 1"]);
-    dir.write("bare.toml", "[train]\nmax_steps = three # or so\nseed = 1\n");
+    dir.write(
+        "bare.toml",
+        "[train]\nmax_steps = three # or so\nseed = 1\n",
+    );
     dir.trainer("train bare.toml").fails(
         2,
         &["bare.toml: train.max_steps: invalid type: string \"three\", expected a whole number"],
