@@ -489,10 +489,8 @@ pub fn write_file(path: &Path, bytes: &[u8]) -> Result<()> {
 
 /// Why a temporary file cannot be made, without its name, which nobody has given.
 pub(crate) fn without_name(error: std::io::Error) -> std::io::Error {
-    let inner = error.get_ref().and_then(|named| named.source());
-    let inner = inner.and_then(|inner| inner.downcast_ref::<std::io::Error>());
-    match inner.and_then(std::io::Error::raw_os_error) {
-        Some(code) => std::io::Error::from_raw_os_error(code),
+    match error.to_string().rsplit_once(" at path ") {
+        Some((reason, _)) => std::io::Error::new(error.kind(), reason),
         None => error,
     }
 }

@@ -314,9 +314,10 @@ pub fn listed(problems: &[String], most: usize) -> String {
         .take(most)
         .map(|p| format!("\n  {p}"))
         .collect();
-    let left = problems.len() - lines.len();
-    if left > 0 {
-        lines.push(format!("\n  and {left} others"));
+    match problems.len() - lines.len() {
+        0 => {}
+        1 => lines.push("\n  and one other".into()),
+        left => lines.push(format!("\n  and {left} others")),
     }
     lines.concat()
 }

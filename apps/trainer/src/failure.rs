@@ -125,7 +125,7 @@ const RESUMED: &str = "leave it out: a run goes on by its own recipe, of which -
 
 /// Rust's words for text that is no number.
 fn in_words(message: String) -> String {
-    let whole = match message.contains("'-") {
+    let whole = match message.contains("value '-") {
         true => "expected a whole number, 0 or above",
         false => "expected a whole number",
     };

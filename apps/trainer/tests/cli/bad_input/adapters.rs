@@ -55,15 +55,10 @@ fn the_adapter_of_another_model() {
 #[test]
 fn the_adapter_of_another_model_is_told_before_rows_and_prompts() {
     let dir = Dir::with_chat();
-    dir.write(
-        "wordy.jinja",
-        format!("{} {{{{ messages[-1].content }}}}", "so ".repeat(2000)),
-    );
     let line = "train -q --model model --data rows.jsonl --output run --max-steps 1";
-    dir.trainer(&format!(
-        "{line} --set data.chat_template=wordy.jinja --set data.max_length=9000"
-    ))
-    .succeeds();
+    dir.trainer(line).succeeds();
+    let wordy = "so ".repeat(2000) + &dir.read("model/chat_template.jinja");
+    dir.write("run/adapter/chat_template.jinja", wordy);
     dir.edit_json("model/config.json", |config| {
         config["hidden_size"] = json!(32)
     });
