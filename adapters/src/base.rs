@@ -1,13 +1,13 @@
 //! The base model under the adapters: its linear layers dense or in 4 bits.
 
 use burn::module::Module;
-use burn::tensor::{Int, Tensor, backend::AutodiffBackend, backend::Backend};
+use burn::tensor::{DType, Int, Tensor, backend::AutodiffBackend, backend::Backend};
 use model::checkpoint::Checkpoint;
 use model::config::LlamaConfig;
 use model::folder::ModelFolder;
 use model::linear::{Linear, Projection};
-use model::load::{LinearSource, build, fresh, is_redundant};
-use model::ops::{MatmulBackend, ModelBackend, matmul};
+use model::load::{LinearSource, Parts, build, fresh, is_redundant};
+use model::ops::{MatmulBackend, ModelBackend, weight_matmul};
 use model::weight::BaseWeight;
 use quant::bitsandbytes::{self, Stored};
 use quant::{PackedWeight, QuantBackend, QuantLinear, Quantized, Scheme, quantize};
@@ -73,10 +73,10 @@ impl<B: Backend> BaseLinear<B> {
         self.num_params() > 0
     }
 
-    /// The weight `[out, in]`, decoded if it is in 4 bits.
+    /// The weight `[out, in]` in f32, decoded if it is in 4 bits.
     pub fn weight(&self) -> Tensor<B, 2> {
         match self {
-            Self::Dense(linear) => linear.weight.val(),
+            Self::Dense(linear) => linear.weight.val().cast(DType::F32),
             Self::Quantized(linear) => linear.weight.dequantize(),
         }
     }
@@ -99,6 +99,7 @@ impl<B: Backend> BaseLinear<B> {
             Self::Quantized(linear) => Self::Quantized(QuantLinear {
                 weight: linear.weight.clone(),
                 bias: None,
+                dtype: linear.dtype,
             }),
         }
     }
@@ -113,7 +114,7 @@ impl<B: QuantBackend + MatmulBackend> BaseLinear<B> {
     /// The gradient `[n, in]` of the input from that of the output, `dy` `[n, out]`: `dy W`.
     pub fn input_gradient(&self, dy: Tensor<B, 2>) -> Tensor<B, 2> {
         match self {
-            Self::Dense(linear) => matmul(dy, linear.weight.val()),
+            Self::Dense(linear) => weight_matmul(dy, linear.weight.val()),
             Self::Quantized(linear) => linear.input_gradient(dy),
         }
     }
@@ -136,9 +137,25 @@ pub fn load<B: Backend>(
     scheme: Option<Scheme>,
     device: &B::Device,
 ) -> Result<AdaptedLlama<B>> {
+    load_in(DType::F32, config, checkpoint, scheme, device)
+}
+
+/// The same with the products of its weights in `dtype`, which is also what embeddings and dense
+/// matrices are stored in; norms and biases stay in f32.
+///
+/// # Errors
+/// Those of [`load`].
+pub fn load_in<B: Backend>(
+    dtype: DType,
+    config: &LlamaConfig,
+    checkpoint: &Checkpoint,
+    scheme: Option<Scheme>,
+    device: &B::Device,
+) -> Result<AdaptedLlama<B>> {
     let base = Base::new(config, checkpoint, scheme)?;
     let values = |name: &str, _: &[usize]| checkpoint.read(name);
-    build(config, device, values, |source| base.linear(source))
+    let parts = Parts::new(config, device, values, |source| base.linear(source));
+    parts.in_dtype(dtype).llama()
 }
 
 /// Checks the weights of a base model by their headers: what [`load`] would refuse.
@@ -213,6 +230,7 @@ impl<'a> Base<'a> {
         let base = BaseLinear::Quantized(QuantLinear {
             bias: source.bias()?,
             weight: PackedWeight::new(weight, source.device),
+            dtype: source.dtype,
         });
         Ok(AdaptedLinear { base, update: None })
     }
@@ -312,30 +330,38 @@ pub fn init<B: Backend>(config: &LlamaConfig, seed: u64, device: &B::Device) -> 
     model.expect("fresh values cannot fail")
 }
 
-/// Bytes of a base model's weights in memory: those that are quantised, by `scheme` or because
-/// their checkpoint is, in 4 bits, the others in f32.
+/// Bytes of a base model's weights in memory: matrices that are quantised, by `scheme` or because
+/// their checkpoint is, in 4 bits, the others in `dtype`, and what is no matrix in f32.
 ///
 /// # Errors
 /// [`Error::Quantization`] if the checkpoint is quantised in a way that is not supported.
-pub fn base_bytes(base: &ModelFolder, scheme: Option<Scheme>) -> Result<u64> {
+pub fn base_bytes(base: &ModelFolder, scheme: Option<Scheme>, dtype: DType) -> Result<u64> {
     let config = &base.config;
     let scheme = stored_scheme(base, scheme)?;
-    let f32s = |len: u64| len * size_of::<f32>() as u64;
+    let product = |shape: [usize; 2]| (shape[0] as u64).saturating_mul(shape[1] as u64);
     let linear = config.projections();
-    let layer: u64 = linear
-        .iter()
-        .map(|(_, [out, r#in], _)| (*out as u64) * (*r#in as u64))
-        .sum();
-    let all = layer * config.num_hidden_layers as u64;
-    let rest = f32s(config.num_params().saturating_sub(all));
-    Ok(rest + scheme.map_or(f32s(all), |scheme| scheme.bytes(all)))
+    let layer: u64 = linear.iter().map(|(_, shape, _)| product(*shape)).sum();
+    let all = layer.saturating_mul(config.num_hidden_layers as u64);
+    let ends = match config.tie_word_embeddings {
+        true => product([config.vocab_size, config.hidden_size]),
+        false => product([config.vocab_size, config.hidden_size]).saturating_mul(2),
+    };
+    let size = dtype.size() as u64;
+    let rest = config.num_params().saturating_sub(all).saturating_sub(ends);
+    let dense = ends.saturating_mul(size) + rest.saturating_mul(DType::F32.size() as u64);
+    let linear = scheme.map_or(all.saturating_mul(size), |scheme| scheme.bytes(all));
+    Ok(dense.saturating_add(linear))
 }
 
 /// The largest tensor of a base model in memory, by its name in the checkpoint, and its bytes.
 ///
 /// # Errors
 /// As [`base_bytes`].
-pub fn largest_tensor(base: &ModelFolder, scheme: Option<Scheme>) -> Result<(String, u64)> {
+pub fn largest_tensor(
+    base: &ModelFolder,
+    scheme: Option<Scheme>,
+    dtype: DType,
+) -> Result<(String, u64)> {
     let scheme = stored_scheme(base, scheme)?;
     let linear = base.config.projections();
     let is_linear = |name: &str| {
@@ -346,7 +372,7 @@ pub fn largest_tensor(base: &ModelFolder, scheme: Option<Scheme>) -> Result<(Str
         let len: u64 = shape.iter().map(|&n| n as u64).product();
         match scheme {
             Some(_) if is_linear(name) => len / 2, // the codes
-            _ => len * size_of::<f32>() as u64,
+            _ => len * dtype.size() as u64,
         }
     };
     let tensors = base.config.tensors().into_iter();
@@ -396,12 +422,27 @@ mod tests {
         let mut base = ModelFolder::open(&folder).unwrap();
         (base.config.vocab_size, base.config.hidden_size) = (1000, 8);
         base.config.intermediate_size = 2000;
-        let (name, bytes) = largest_tensor(&base, None).unwrap();
+        let (name, bytes) = largest_tensor(&base, None, DType::F32).unwrap();
         assert!(name.contains(".mlp."), "{name}");
         assert_eq!(bytes, 4 * 2000 * 8);
         let nf4 = Some(Scheme::new(Format::Nf4, 64, false));
-        let (name, bytes) = largest_tensor(&base, nf4).unwrap();
+        let (name, bytes) = largest_tensor(&base, nf4, DType::F16).unwrap();
         assert!([EMBEDDINGS, HEAD].contains(&name.as_str()), "{name}");
-        assert_eq!(bytes, 4 * 1000 * 8);
+        assert_eq!(bytes, 2 * 1000 * 8);
+    }
+    #[test]
+    fn weights_take_half_in_16_bits() {
+        let folder =
+            Path::new(env!("CARGO_MANIFEST_DIR")).join("../model/tests/fixtures/models/gqa");
+        let base = ModelFolder::open(&folder).unwrap();
+        let matrices = base.config.tensors().into_iter();
+        let matrices = matrices.filter(|(_, shape)| shape.len() == 2);
+        let numbers: usize = matrices.map(|(_, shape)| shape[0] * shape[1]).sum();
+        let f32s = base_bytes(&base, None, DType::F32).unwrap();
+        assert_eq!(f32s, 4 * base.config.num_params());
+        for dtype in [DType::F16, DType::BF16] {
+            let bytes = base_bytes(&base, None, dtype).unwrap();
+            assert_eq!(bytes, f32s - 2 * numbers as u64);
+        }
     }
 }

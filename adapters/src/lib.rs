@@ -21,14 +21,15 @@ mod quantize;
 
 pub use attach::{AdaptedLlama, attach, draw, train_all};
 pub use base::{
-    AdaptedBackend, BaseLinear, TrainBackend, base_bytes, check, init, largest_tensor, load, scheme,
+    AdaptedBackend, BaseLinear, TrainBackend, base_bytes, check, init, largest_tensor, load,
+    load_in, scheme,
 };
 pub use combine::{Combination, Weighted, check_fit, combine};
 pub use config::{AdapterConfig, Layer, MAX_RANK, OneOrMany, Pattern, Selection, Targets};
 pub use drift::{Drift, drift};
 pub use error::{Error, Result};
 pub use linear::{AdaptedLinear, Dropout, DropoutBackend};
-pub use merge::{Merge, Onto};
+pub use merge::{Kept, Merge, Onto};
 pub use methods::{Method, Update};
 pub use parameters::{read_parameters, write_parameters};
 pub use quantize::quantize_folder;

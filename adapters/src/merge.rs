@@ -3,8 +3,10 @@
 //! Source: `merge_and_unload` in `peft/tuners/lora/model.py`.
 
 mod embeddings;
+mod kept;
 
 use std::borrow::Cow;
+use std::cell::Cell;
 use std::ops::Range;
 use std::path::Path;
 
@@ -12,7 +14,7 @@ use burn::backend::Flex;
 use burn::tensor::{Tensor, TensorData, backend::Backend};
 use model::checkpoint::{Checkpoint, LazyTensor, MODEL_FILE, encode, fits, write_lazily};
 use model::config::LlamaConfig;
-use model::folder::{ModelFolder, edit_config};
+use model::folder::{ModelFolder, edit_config, set_dtype};
 use model::load::LinearSource;
 use quant::{Format, Quantized, Scheme};
 use safetensors::Dtype;
@@ -24,6 +26,7 @@ use crate::error::{Error, Result};
 use crate::linear::AdaptedLinear;
 use crate::methods::{Computes, Update};
 use crate::peft::in_words;
+pub use kept::Kept;
 
 /// How many elements are merged at a time.
 const PART: usize = 1 << 22;
@@ -46,6 +49,8 @@ pub struct Merge<'a> {
     pub(crate) config: LlamaConfig,
     adapters: Adapters,
     onto: Onto,
+    /// That of all tensors of the merged model; without, each has the type that it had.
+    dtype: Option<Dtype>,
 }
 
 /// A tensor of which rows can be read.
@@ -55,7 +60,7 @@ pub(crate) enum Weight<'a> {
     /// In 4 bits.
     Decoded(Quantized),
     /// Embeddings with an update in them.
-    Adapted(embeddings::Adapted<'a>),
+    Adapted(Box<embeddings::Adapted<'a>>),
 }
 
 impl<'a> Merge<'a> {
@@ -109,6 +114,7 @@ impl<'a> Merge<'a> {
             },
             base: Base { scheme, ..base },
             adapters,
+            dtype: None,
         };
         for (name, shape) in merge.config.tensors() {
             merge.dtype(&name, &shape)?;
@@ -121,21 +127,29 @@ impl<'a> Merge<'a> {
         Ok(merge)
     }
 
-    /// Writes the merged model into the folder `to`, which must exist, tensor by tensor; each has
-    /// the type that it had. Before each tensor, `go_on` is asked.
+    /// The same merge into numbers of another type than each tensor has: F32, F16 or BF16.
+    pub fn into_dtype(mut self, dtype: Dtype) -> Self {
+        self.dtype = Some(dtype);
+        self
+    }
+
+    /// Writes the merged model into the folder `to`, which must exist, tensor by tensor. Before each
+    /// tensor, `go_on` is asked. Returns how much of the updates is left where they are added to
+    /// weights that are then rounded to their type, see [`Kept`].
     ///
     /// # Errors
     /// [`Error::Interrupted`] if `go_on` says so; [`Error::NotFinite`]; [`Error::Weight`];
     /// [`Error::File`] for what cannot be read or written.
-    pub fn write(&self, to: &Path, go_on: &dyn Fn() -> bool) -> Result<()> {
+    pub fn write(&self, to: &Path, go_on: &dyn Fn() -> bool) -> Result<Kept> {
+        let kept = Cell::new(Kept::default());
         let tensors = self.config.tensors().into_iter().map(|(name, shape)| {
-            let dtype = self.dtype(&name, &shape)?;
+            let (dtype, kept) = (self.dtype(&name, &shape)?, &kept);
             Ok(LazyTensor {
                 name: name.clone(),
                 dtype,
                 shape: shape.clone(),
                 bytes: Box::new(move || match go_on() {
-                    true => self.merged(&name, &shape, dtype).map(Cow::Owned),
+                    true => self.merged(&name, &shape, dtype, kept).map(Cow::Owned),
                     false => Err(Error::Interrupted),
                 }),
             })
@@ -148,8 +162,11 @@ impl<'a> Merge<'a> {
             if self.config.tie_word_embeddings != self.source.config.tie_word_embeddings {
                 config.insert("tie_word_embeddings".into(), false.into());
             }
+            if let Some(dtype) = self.dtype {
+                set_dtype(config, dtype);
+            }
         })?;
-        Ok(())
+        Ok(kept.get())
     }
 
     /// Number of tensors of the merged model.
@@ -242,8 +259,11 @@ impl<'a> Merge<'a> {
         }
     }
 
-    /// The type of a tensor of the merged model: that of the base's tensor.
+    /// The type of a tensor of the merged model: that of the base's tensor, if no other is wanted.
     fn dtype(&self, name: &str, shape: &[usize]) -> Result<Dtype> {
+        if let Some(dtype) = self.dtype {
+            return Ok(dtype);
+        }
         let name = self.base_name(name);
         Ok(match self.base.stored(name, shape)? {
             Some(stored) => stored.dtype(),
@@ -251,8 +271,14 @@ impl<'a> Merge<'a> {
         })
     }
 
-    /// The bytes of a tensor of the merged model.
-    fn merged(&self, name: &str, shape: &[usize], dtype: Dtype) -> Result<Vec<u8>> {
+    /// The bytes of a tensor of the merged model; what is left of its update is added to `kept`.
+    fn merged(
+        &self,
+        name: &str,
+        shape: &[usize],
+        dtype: Dtype,
+        kept: &Cell<Kept>,
+    ) -> Result<Vec<u8>> {
         let width: usize = shape[1..].iter().product();
         let weight = match name {
             EMBEDDINGS => self.embeddings()?,
@@ -270,11 +296,17 @@ impl<'a> Merge<'a> {
         let step = (PART / width).max(1);
         for start in (0..shape[0]).step_by(step) {
             let rows = start..shape[0].min(start + step);
-            let mut values = weight.rows(rows.clone())?;
-            if let Some(update) = &update {
-                values = merge(update, rows, values);
-            } else if let Some(update) = &biased {
-                values = merge_bias(update, values);
+            let before = match is_adapted {
+                true => Some(weight.before(rows.clone())?),
+                false => None,
+            };
+            let values = match (&before, &update, &biased) {
+                (Some(before), Some(update), _) => merge(update, rows, before),
+                (Some(before), _, Some(update)) => merge_bias(update, before),
+                _ => weight.rows(rows)?,
+            };
+            if let Some(before) = before {
+                kept.set(kept.get() + Kept::of(&before, &values, dtype));
             }
             if is_changed && !fits(&values, dtype) {
                 return Err(Error::NotFinite { name: name.into() });
@@ -299,19 +331,28 @@ impl Weight<'_> {
             Self::Adapted(embeddings) => embeddings.rows(rows),
         }
     }
+
+    /// As [`Weight::rows`], without an update.
+    fn before(&self, rows: Range<usize>) -> model::Result<Vec<f32>> {
+        match self {
+            Self::Adapted(embeddings) => embeddings.base.rows(rows),
+            weight => weight.rows(rows),
+        }
+    }
 }
 
 /// Updates rows `[rows, in]` of a weight.
-fn merge(update: &Update<Flex>, rows: Range<usize>, values: Vec<f32>) -> Vec<f32> {
+fn merge(update: &Update<Flex>, rows: Range<usize>, values: &[f32]) -> Vec<f32> {
     let shape = [rows.len(), values.len() / rows.len()];
-    let weight = Tensor::from_data(TensorData::new(values, shape), &Default::default());
+    let weight = TensorData::new(values.to_vec(), shape);
+    let weight = Tensor::from_data(weight, &Default::default());
     let merged = update.merge(rows, weight).into_data();
     merged.into_vec().expect("computed in f32")
 }
 
 /// Updates a bias, all of it: it is far smaller than [`PART`].
-fn merge_bias(update: &Update<Flex>, values: Vec<f32>) -> Vec<f32> {
-    let bias = Tensor::from_data(values.as_slice(), &Default::default());
+fn merge_bias(update: &Update<Flex>, values: &[f32]) -> Vec<f32> {
+    let bias = Tensor::from_data(values, &Default::default());
     let merged = update.merge_bias(bias).into_data();
     merged.into_vec().expect("computed in f32")
 }

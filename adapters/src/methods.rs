@@ -1,4 +1,4 @@
-//! The methods: each is one file, and one line at the end of this one.
+//! The methods: each is one file, and one line in the list below.
 //!
 //! Such a file has the method's settings ([`Settings`]: their keys in a recipe and in PEFT's
 //! `adapter_config.json`). One that changes linear layers ([`LayerMethod`]) says which tensors an
@@ -459,7 +459,11 @@ impl<'a, B: Backend> Values<'a, B> {
 #[derive(Clone, Copy)]
 pub(crate) struct About {
     pub(crate) name: &'static str,
+    title: &'static str,
     pub(crate) peft_type: &'static str,
+    free: &'static [&'static str],
+    not_in_peft: &'static [&'static str],
+    remembers: usize,
     embeddings: bool,
     peft_names: &'static [(&'static str, &'static str)],
     keys: fn() -> Vec<String>,
@@ -474,7 +478,11 @@ impl About {
     const fn of<S: Settings + Into<Method>>() -> Self {
         Self {
             name: S::NAME,
+            title: S::TITLE,
             peft_type: S::PEFT_TYPE,
+            free: S::FREE,
+            not_in_peft: S::NOT_IN_PEFT,
+            remembers: S::REMEMBERS,
             embeddings: S::EMBEDDINGS,
             peft_names: S::PEFT_NAMES,
             keys: keys_of::<S>,
@@ -575,9 +583,11 @@ pub fn keys_of<T: DeserializeOwned>() -> Vec<String> {
     }
 }
 
-/// Makes of the lists of methods what has to tell them apart.
+/// Makes of the lists of methods what has to tell them apart: the enums, and `each!` and `of_update!`,
+/// which do the same with whatever they hold. It is given a `$` to write these with.
 macro_rules! methods {
     (
+        ($d:tt)
         layers { $($Layer:ident: $layer:ident::$LayerSettings:ident, $Update:ident;)* }
         prompts { $($Prompt:ident: $prompt:ident::$PromptSettings:ident;)* }
     ) => {
@@ -615,128 +625,30 @@ macro_rules! methods {
             $(About::of_prompt::<$prompt::$PromptSettings>(),)*
         ];
 
+        /// An expression of a method's settings; one of those that change layers and one of the
+        /// others where they differ.
+        macro_rules! each {
+            ($d method:expr, $d settings:ident => $d all:expr) => {
+                each!($d method, layer $d settings => $d all, prompt $d settings => $d all)
+            };
+            ($d method:expr, layer $d l:pat => $d of_l:expr, prompt $d p:pat => $d of_p:expr) => {
+                match $d method {
+                    $(Method::$Layer($d l) => $d of_l,)*
+                    $(Method::$Prompt($d p) => $d of_p,)*
+                }
+            };
+        }
+
+        /// An expression of an update.
+        macro_rules! of_update {
+            ($d this:expr, $d update:ident => $d all:expr) => {
+                match $d this {
+                    $(Update::$Layer($d update) => $d all,)*
+                }
+            };
+        }
+
         impl Method {
-            fn about(&self) -> About {
-                match self {
-                    $(Self::$Layer(_) => About::of::<$layer::$LayerSettings>(),)*
-                    $(Self::$Prompt(_) => About::of_prompt::<$prompt::$PromptSettings>(),)*
-                }
-            }
-
-            /// Its name in a sentence.
-            pub fn title(&self) -> &'static str {
-                match self {
-                    $(Self::$Layer(_) => $layer::$LayerSettings::TITLE,)*
-                    $(Self::$Prompt(_) => $prompt::$PromptSettings::TITLE,)*
-                }
-            }
-
-            /// Whether it changes linear layers, see [`LayerMethod`].
-            pub fn changes_layers(&self) -> bool {
-                match self {
-                    $(Self::$Layer(_) => true,)*
-                    $(Self::$Prompt(_) => false,)*
-                }
-            }
-
-            /// The keys of the settings that cannot be, and what is wrong with each.
-            pub fn problems(&self) -> Vec<(&'static str, String)> {
-                match self {
-                    $(Self::$Layer(settings) => settings.problems(),)*
-                    $(Self::$Prompt(settings) => settings.problems(),)*
-                }
-            }
-
-            /// Regular expressions that are to match the ends of layers' names.
-            pub(crate) fn patterns(&self) -> Vec<&str> {
-                match self {
-                    $(Self::$Layer(settings) => settings.patterns(),)*
-                    $(Self::$Prompt(settings) => settings.patterns(),)*
-                }
-            }
-
-            /// Which biases of the model are trained.
-            pub(crate) fn bias(&self) -> Bias {
-                match self {
-                    $(Self::$Layer(settings) => settings.bias(),)*
-                    $(Self::$Prompt(settings) => settings.bias(),)*
-                }
-            }
-
-            /// Whether anything is dropped while training.
-            pub fn is_random(&self) -> bool {
-                match self {
-                    $(Self::$Layer(settings) => settings.is_random(),)*
-                    $(Self::$Prompt(settings) => settings.is_random(),)*
-                }
-            }
-
-            /// Keys that may change while the tensors stay what they are.
-            pub fn free_keys(&self) -> &'static [&'static str] {
-                match self {
-                    $(Self::$Layer(_) => $layer::$LayerSettings::FREE,)*
-                    $(Self::$Prompt(_) => $prompt::$PromptSettings::FREE,)*
-                }
-            }
-
-            pub(crate) fn to_peft(&self) -> Map<String, Value> {
-                match self {
-                    $(Self::$Layer(settings) => settings.to_peft(),)*
-                    $(Self::$Prompt(settings) => settings.to_peft(),)*
-                }
-            }
-
-            /// The tensors of an adapted layer.
-            pub(crate) fn layer_parts(&self, layer: &Layer) -> Vec<Part> {
-                match self {
-                    $(Self::$Layer(settings) => settings.parts(layer),)*
-                    $(Self::$Prompt(_) => Vec::new(),)*
-                }
-            }
-
-            /// The tensors that belong to no single layer.
-            pub(crate) fn model_parts(&self, layers: &[Layer], model: &LlamaConfig) -> Vec<Part> {
-                match self {
-                    $(Self::$Layer(settings) => settings.shared_parts(layers),)*
-                    $(Self::$Prompt(settings) => settings.parts(model),)*
-                }
-            }
-
-            /// The values that the tensors of a layer start with.
-            pub(crate) fn fresh<B: Backend>(
-                &self,
-                layer: &Layer,
-                base: &mut BaseLinear<B>,
-                seed: u64,
-            ) -> Vec<Vec<f32>> {
-                match self {
-                    $(Self::$Layer(settings) => settings.fresh(layer, base, seed),)*
-                    $(Self::$Prompt(_) => Vec::new(),)*
-                }
-            }
-
-            /// The values that a tensor starts with that belongs to no single layer.
-            pub(crate) fn fresh_in_model<B: Backend>(
-                &self,
-                part: &Part,
-                all: &[Part],
-                model: &AdaptedLlama<B>,
-                seed: u64,
-            ) -> Result<Vec<f32>> {
-                match self {
-                    $(Self::$Layer(settings) => Ok(settings.fresh_shared(part, all)),)*
-                    $(Self::$Prompt(settings) => settings.fresh(part, model, seed),)*
-                }
-            }
-
-            /// The values of a tensor that follows from the settings.
-            pub(crate) fn derived(&self, part: &Part, all: &[Part]) -> Vec<f32> {
-                match self {
-                    $(Self::$Layer(settings) => settings.fresh_shared(part, all),)*
-                    $(Self::$Prompt(_) => Vec::new(),)*
-                }
-            }
-
             /// The update of a layer; nothing of a method that changes none.
             pub(crate) fn update<B: Backend>(
                 &self,
@@ -746,123 +658,6 @@ macro_rules! methods {
                 match self {
                     $(Self::$Layer(settings) => Some(Update::$Layer(settings.update(layer, values))),)*
                     $(Self::$Prompt(_) => None,)*
-                }
-            }
-
-            /// What belongs in front of the rows; nothing of a method that changes layers.
-            pub(crate) fn virtual_tokens<B: Backend>(
-                &self,
-                values: Values<'_, B>,
-            ) -> Option<VirtualTokens<B>> {
-                match self {
-                    $(Self::$Layer(_) => None,)*
-                    $(Self::$Prompt(settings) => Some(settings.virtual_tokens(values)),)*
-                }
-            }
-
-            /// See [`Settings::NOT_IN_PEFT`].
-            pub(crate) fn not_in_peft(&self) -> &'static [&'static str] {
-                match self {
-                    $(Self::$Layer(_) => $layer::$LayerSettings::NOT_IN_PEFT,)*
-                    $(Self::$Prompt(_) => $prompt::$PromptSettings::NOT_IN_PEFT,)*
-                }
-            }
-
-            /// See [`PromptMethod::peft_of_model`] and [`LayerMethod::peft_of_selection`].
-            pub(crate) fn peft_of_model(
-                &self,
-                model: &LlamaConfig,
-                selection: &Selection,
-                base: &str,
-            ) -> Map<String, Value> {
-                match self {
-                    $(Self::$Layer(settings) => settings.peft_of_selection(selection),)*
-                    $(Self::$Prompt(settings) => settings.peft_of_model(model, base),)*
-                }
-            }
-
-            /// The settings of the adapter that is read from what this one saves.
-            pub fn saved(&self) -> Self {
-                match self {
-                    $(Self::$Layer(_) => self.clone(),)*
-                    $(Self::$Prompt(settings) => Self::$Prompt(settings.saved()),)*
-                }
-            }
-
-            /// How many virtual tokens stand beside the tokens of every row, in all layers.
-            pub fn positions(&self) -> usize {
-                match self {
-                    $(Self::$Layer(_) => 0,)*
-                    $(Self::$Prompt(settings) => settings.positions(),)*
-                }
-            }
-
-            /// How many tasks there are, if it tells them apart: a row says which it is of.
-            pub fn tasks(&self) -> Option<usize> {
-                match self {
-                    $(Self::$Layer(_) => None,)*
-                    $(Self::$Prompt(settings) => settings.tasks(),)*
-                }
-            }
-
-            /// A text whose tokens are to be known before fresh tensors are made, and where they
-            /// belong.
-            pub fn text(&mut self) -> Option<(&str, &mut Vec<u32>)> {
-                match self {
-                    $(Self::$Layer(_) => None,)*
-                    $(Self::$Prompt(settings) => settings.text(),)*
-                }
-            }
-
-            /// A file that fresh tensors come from.
-            pub fn source(&mut self) -> Option<&mut PathBuf> {
-                match self {
-                    $(Self::$Layer(_) => None,)*
-                    $(Self::$Prompt(settings) => settings.source(),)*
-                }
-            }
-
-            /// See [`Settings::start`].
-            pub fn start(&self) -> Option<&'static str> {
-                match self {
-                    $(Self::$Layer(settings) => settings.start(),)*
-                    $(Self::$Prompt(settings) => settings.start(),)*
-                }
-            }
-
-            /// See [`Settings::rate`].
-            pub fn rate(&self, part: &Part, learning_rate: f64) -> f64 {
-                match self {
-                    $(Self::$Layer(settings) => settings.rate(part, learning_rate),)*
-                    $(Self::$Prompt(settings) => settings.rate(part, learning_rate),)*
-                }
-            }
-
-            /// See [`Settings::is_converted`].
-            pub fn is_converted(&self) -> bool {
-                match self {
-                    $(Self::$Layer(settings) => settings.is_converted(),)*
-                    $(Self::$Prompt(settings) => settings.is_converted(),)*
-                }
-            }
-
-            /// What is saved in place of `values`, which have all tensors by their names, and what an
-            /// adapter of that is.
-            pub(crate) fn convert<B: AdaptedBackend>(
-                &self,
-                layers: &[Layer],
-                _model: &AdaptedLlama<B>,
-                values: &mut HashMap<String, Vec<f32>>,
-            ) -> Option<Self> {
-                match self {
-                    $(Self::$Layer(settings) => settings.convert(layers, values).map(Self::$Layer),)*
-                    $(Self::$Prompt(settings) => {
-                        let virtual_tokens = _model.virtual_tokens.as_ref()?;
-                        let encoded = virtual_tokens.encode(&[0]).into_data().convert::<f32>();
-                        let encoded = encoded.into_vec().expect("converted to f32");
-                        values.insert(virtual_tokens::EMBEDDINGS.into(), encoded);
-                        Some(Self::$Prompt(settings.saved()))
-                    })*
                 }
             }
 
@@ -881,42 +676,6 @@ macro_rules! methods {
                         })*
                         _ => {}
                     }
-                }
-            }
-
-            /// See [`LayerMethod::of_run`].
-            pub fn of_run(&mut self, steps: usize) -> Option<(&'static str, String)> {
-                match self {
-                    $(Self::$Layer(settings) => settings.of_run(steps),)*
-                    $(Self::$Prompt(_) => None,)*
-                }
-            }
-
-            /// See [`Settings::REMEMBERS`].
-            pub fn remembers(&self) -> usize {
-                match self {
-                    $(Self::$Layer(_) => $layer::$LayerSettings::REMEMBERS,)*
-                    $(Self::$Prompt(_) => $prompt::$PromptSettings::REMEMBERS,)*
-                }
-            }
-
-            /// See [`LayerMethod::after_step`].
-            pub fn after_step<B: Backend>(
-                &self,
-                layers: &[Layer],
-                steps: usize,
-            ) -> Option<Box<dyn AfterStep<B>>> {
-                match self {
-                    $(Self::$Layer(settings) => settings.after_step(layers, steps),)*
-                    $(Self::$Prompt(_) => None,)*
-                }
-            }
-
-            /// See [`LayerMethod::kept`].
-            pub fn kept(&self, layer: &Layer) -> [usize; 2] {
-                match self {
-                    $(Self::$Layer(settings) => settings.kept(layer),)*
-                    $(Self::$Prompt(_) => [0, 0],)*
                 }
             }
 
@@ -942,59 +701,38 @@ macro_rules! methods {
                 }
             }
         }
-
-        impl<B: AdaptedBackend> Computes<B> for Update<B> {
-            fn forward(&self, x: Tensor<B, 2>, base: &BaseLinear<B>) -> Tensor<B, 2> {
-                match self {
-                    $(Self::$Layer(update) => update.forward(x, base),)*
-                }
-            }
-
-            fn embed(&self, ids: Tensor<B, 1, Int>, base: &BaseLinear<B>) -> Tensor<B, 2> {
-                match self {
-                    $(Self::$Layer(update) => update.embed(ids, base),)*
-                }
-            }
-
-            fn merge(&self, rows: Range<usize>, weight: Tensor<B, 2>) -> Tensor<B, 2> {
-                match self {
-                    $(Self::$Layer(update) => update.merge(rows, weight),)*
-                }
-            }
-
-            fn merge_bias(&self, bias: Tensor<B, 1>) -> Tensor<B, 1> {
-                match self {
-                    $(Self::$Layer(update) => Computes::<B>::merge_bias(update, bias),)*
-                }
-            }
-
-            fn settle(&mut self, base: &BaseLinear<B>) {
-                match self {
-                    $(Self::$Layer(update) => update.settle(base),)*
-                }
-            }
-
-            fn draw(&mut self, seed: u64) {
-                match self {
-                    $(Self::$Layer(update) => Computes::<B>::draw(update, seed),)*
-                }
-            }
-
-            fn frozen(&self, part: &str) -> Option<Tensor<B, 2>> {
-                match self {
-                    $(Self::$Layer(update) => update.frozen(part),)*
-                }
-            }
-        }
     };
 }
 
-impl Method {
-    /// Whether an adapter is one that cannot be trained on.
-    pub fn is_complete(&self) -> bool {
-        matches!(self, Self::Adalora(adalora) if adalora.rank_pattern.is_some())
+// One line a method: what it is called here, its file, its settings and its update in a layer.
+methods! {
+    ($)
+    layers {
+        Lora: lora::LoraSettings, Lora;
+        Adalora: adalora::AdaloraSettings, Adalora;
+        Loha: loha::LohaSettings, Loha;
+        Lokr: lokr::LokrSettings, Lokr;
+        Ia3: ia3::Ia3Settings, Ia3;
+        Vera: vera::VeraSettings, Vera;
     }
+    prompts {
+        Prefix: prefix::PrefixSettings;
+        Prompt: prompt::PromptSettings;
+        Mpt: mpt::MptSettings;
+        PTuning: ptuning::PTuningSettings;
+    }
+}
 
+fn about<S: Settings + Into<Method>>(_: &S) -> About {
+    About::of::<S>()
+}
+
+fn about_prompt<S: PromptMethod + Into<Method>>(_: &S) -> About {
+    About::of_prompt::<S>()
+}
+
+/// What is to be known of it without its settings.
+impl Method {
     /// The names of all methods.
     pub fn names() -> impl Iterator<Item = &'static str> {
         METHODS.iter().map(|method| method.name)
@@ -1012,30 +750,6 @@ impl Method {
         METHODS.iter().filter(known).map(|method| method.name)
     }
 
-    /// Its name in a recipe.
-    pub fn name(&self) -> &'static str {
-        self.about().name
-    }
-
-    /// The keys of its settings.
-    pub fn keys(&self) -> Vec<String> {
-        (self.about().keys)()
-    }
-
-    /// The layers that a recipe means which does not say.
-    pub fn default_targets(&self) -> Targets {
-        (self.about().default_targets)()
-    }
-
-    /// See [`Settings::EMBEDDINGS`].
-    pub(crate) fn adapts_embeddings(&self) -> bool {
-        self.about().embeddings
-    }
-
-    pub(crate) fn peft_type(&self) -> &'static str {
-        self.about().peft_type
-    }
-
     pub(crate) fn of_peft_type(name: &str) -> Option<About> {
         METHODS
             .iter()
@@ -1046,22 +760,268 @@ impl Method {
     pub(crate) fn peft_types() -> impl Iterator<Item = &'static str> {
         METHODS.iter().map(|method| method.peft_type)
     }
+
+    fn about(&self) -> About {
+        each!(self, layer settings => about(settings), prompt settings => about_prompt(settings))
+    }
+
+    /// Its name in a recipe.
+    pub fn name(&self) -> &'static str {
+        self.about().name
+    }
+
+    /// Its name in a sentence.
+    pub fn title(&self) -> &'static str {
+        self.about().title
+    }
+
+    pub(crate) fn peft_type(&self) -> &'static str {
+        self.about().peft_type
+    }
+
+    /// The keys of its settings.
+    pub fn keys(&self) -> Vec<String> {
+        (self.about().keys)()
+    }
+
+    /// Keys that may change while the tensors stay what they are.
+    pub fn free_keys(&self) -> &'static [&'static str] {
+        self.about().free
+    }
+
+    /// See [`Settings::NOT_IN_PEFT`].
+    pub(crate) fn not_in_peft(&self) -> &'static [&'static str] {
+        self.about().not_in_peft
+    }
+
+    /// See [`Settings::REMEMBERS`].
+    pub fn remembers(&self) -> usize {
+        self.about().remembers
+    }
+
+    /// See [`Settings::EMBEDDINGS`].
+    pub(crate) fn adapts_embeddings(&self) -> bool {
+        self.about().embeddings
+    }
+
+    /// The layers that a recipe means which does not say.
+    pub fn default_targets(&self) -> Targets {
+        (self.about().default_targets)()
+    }
 }
 
-// One line a method: what it is called here, its file, its settings and its update in a layer.
-methods! {
-    layers {
-        Lora: lora::LoraSettings, Lora;
-        Adalora: adalora::AdaloraSettings, Adalora;
-        Loha: loha::LohaSettings, Loha;
-        Lokr: lokr::LokrSettings, Lokr;
-        Ia3: ia3::Ia3Settings, Ia3;
-        Vera: vera::VeraSettings, Vera;
+/// What its settings say, see [`Settings`].
+impl Method {
+    /// The keys of the settings that cannot be, and what is wrong with each.
+    pub fn problems(&self) -> Vec<(&'static str, String)> {
+        each!(self, settings => settings.problems())
     }
-    prompts {
-        Prefix: prefix::PrefixSettings;
-        Prompt: prompt::PromptSettings;
-        Mpt: mpt::MptSettings;
-        PTuning: ptuning::PTuningSettings;
+
+    /// Regular expressions that are to match the ends of layers' names.
+    pub(crate) fn patterns(&self) -> Vec<&str> {
+        each!(self, settings => settings.patterns())
+    }
+
+    /// Which biases of the model are trained.
+    pub(crate) fn bias(&self) -> Bias {
+        each!(self, settings => settings.bias())
+    }
+
+    /// Whether anything is dropped while training.
+    pub fn is_random(&self) -> bool {
+        each!(self, settings => settings.is_random())
+    }
+
+    pub(crate) fn to_peft(&self) -> Map<String, Value> {
+        each!(self, settings => settings.to_peft())
+    }
+
+    /// See [`Settings::start`].
+    pub fn start(&self) -> Option<&'static str> {
+        each!(self, settings => settings.start())
+    }
+
+    /// See [`Settings::rate`].
+    pub fn rate(&self, part: &Part, learning_rate: f64) -> f64 {
+        each!(self, settings => settings.rate(part, learning_rate))
+    }
+
+    /// See [`Settings::is_converted`].
+    pub fn is_converted(&self) -> bool {
+        each!(self, settings => settings.is_converted())
+    }
+
+    /// Whether an adapter is one that cannot be trained on.
+    pub fn is_complete(&self) -> bool {
+        matches!(self, Self::Adalora(adalora) if adalora.rank_pattern.is_some())
+    }
+}
+
+/// Of methods that change layers, see [`LayerMethod`], and of the others.
+impl Method {
+    /// Whether it changes linear layers.
+    pub fn changes_layers(&self) -> bool {
+        each!(self, layer _ => true, prompt _ => false)
+    }
+
+    /// The tensors of an adapted layer.
+    pub(crate) fn layer_parts(&self, layer: &Layer) -> Vec<Part> {
+        each!(self, layer settings => settings.parts(layer), prompt _ => Vec::new())
+    }
+
+    /// The tensors that belong to no single layer.
+    pub(crate) fn model_parts(&self, layers: &[Layer], model: &LlamaConfig) -> Vec<Part> {
+        each!(
+            self,
+            layer settings => settings.shared_parts(layers),
+            prompt settings => settings.parts(model)
+        )
+    }
+
+    /// The values that the tensors of a layer start with.
+    pub(crate) fn fresh<B: Backend>(
+        &self,
+        layer: &Layer,
+        base: &mut BaseLinear<B>,
+        seed: u64,
+    ) -> Vec<Vec<f32>> {
+        each!(self, layer settings => settings.fresh(layer, base, seed), prompt _ => Vec::new())
+    }
+
+    /// The values that a tensor starts with that belongs to no single layer.
+    pub(crate) fn fresh_in_model<B: Backend>(
+        &self,
+        part: &Part,
+        all: &[Part],
+        model: &AdaptedLlama<B>,
+        seed: u64,
+    ) -> Result<Vec<f32>> {
+        each!(
+            self,
+            layer settings => Ok(settings.fresh_shared(part, all)),
+            prompt settings => settings.fresh(part, model, seed)
+        )
+    }
+
+    /// The values of a tensor that follows from the settings.
+    pub(crate) fn derived(&self, part: &Part, all: &[Part]) -> Vec<f32> {
+        each!(self, layer settings => settings.fresh_shared(part, all), prompt _ => Vec::new())
+    }
+
+    /// See [`LayerMethod::kept`].
+    pub fn kept(&self, layer: &Layer) -> [usize; 2] {
+        each!(self, layer settings => settings.kept(layer), prompt _ => [0, 0])
+    }
+
+    /// See [`LayerMethod::of_run`].
+    pub fn of_run(&mut self, steps: usize) -> Option<(&'static str, String)> {
+        each!(self, layer settings => settings.of_run(steps), prompt _ => None)
+    }
+
+    /// See [`LayerMethod::after_step`].
+    pub fn after_step<B: Backend>(
+        &self,
+        layers: &[Layer],
+        steps: usize,
+    ) -> Option<Box<dyn AfterStep<B>>> {
+        each!(self, layer settings => settings.after_step(layers, steps), prompt _ => None)
+    }
+
+    /// What is saved in place of `values`, which have all tensors by their names, and what an adapter
+    /// of that is.
+    pub(crate) fn convert<B: AdaptedBackend>(
+        &self,
+        layers: &[Layer],
+        model: &AdaptedLlama<B>,
+        values: &mut HashMap<String, Vec<f32>>,
+    ) -> Option<Self> {
+        each!(
+            self,
+            layer settings => settings.convert(layers, values).map(Into::into),
+            prompt settings => {
+                let virtual_tokens = model.virtual_tokens.as_ref()?;
+                let encoded = virtual_tokens.encode(&[0]).into_data().convert::<f32>();
+                let encoded = encoded.into_vec().expect("converted to f32");
+                values.insert(virtual_tokens::EMBEDDINGS.into(), encoded);
+                Some(settings.saved().into())
+            }
+        )
+    }
+
+    /// See [`PromptMethod::peft_of_model`] and [`LayerMethod::peft_of_selection`].
+    pub(crate) fn peft_of_model(
+        &self,
+        model: &LlamaConfig,
+        selection: &Selection,
+        base: &str,
+    ) -> Map<String, Value> {
+        each!(
+            self,
+            layer settings => settings.peft_of_selection(selection),
+            prompt settings => settings.peft_of_model(model, base)
+        )
+    }
+
+    /// The settings of the adapter that is read from what this one saves.
+    pub fn saved(&self) -> Self {
+        each!(self, layer _ => self.clone(), prompt settings => settings.saved().into())
+    }
+
+    /// What belongs in front of the rows; nothing of a method that changes layers.
+    pub(crate) fn virtual_tokens<B: Backend>(
+        &self,
+        values: Values<'_, B>,
+    ) -> Option<VirtualTokens<B>> {
+        each!(self, layer _ => None, prompt settings => Some(settings.virtual_tokens(values)))
+    }
+
+    /// How many virtual tokens stand beside the tokens of every row, in all layers.
+    pub fn positions(&self) -> usize {
+        each!(self, layer _ => 0, prompt settings => settings.positions())
+    }
+
+    /// How many tasks there are, if it tells them apart: a row says which it is of.
+    pub fn tasks(&self) -> Option<usize> {
+        each!(self, layer _ => None, prompt settings => settings.tasks())
+    }
+
+    /// A text whose tokens are to be known before fresh tensors are made, and where they belong.
+    pub fn text(&mut self) -> Option<(&str, &mut Vec<u32>)> {
+        each!(self, layer _ => None, prompt settings => settings.text())
+    }
+
+    /// A file that fresh tensors come from.
+    pub fn source(&mut self) -> Option<&mut PathBuf> {
+        each!(self, layer _ => None, prompt settings => settings.source())
+    }
+}
+
+impl<B: AdaptedBackend> Computes<B> for Update<B> {
+    fn forward(&self, x: Tensor<B, 2>, base: &BaseLinear<B>) -> Tensor<B, 2> {
+        of_update!(self, update => update.forward(x, base))
+    }
+
+    fn embed(&self, ids: Tensor<B, 1, Int>, base: &BaseLinear<B>) -> Tensor<B, 2> {
+        of_update!(self, update => update.embed(ids, base))
+    }
+
+    fn merge(&self, rows: Range<usize>, weight: Tensor<B, 2>) -> Tensor<B, 2> {
+        of_update!(self, update => update.merge(rows, weight))
+    }
+
+    fn merge_bias(&self, bias: Tensor<B, 1>) -> Tensor<B, 1> {
+        of_update!(self, update => Computes::<B>::merge_bias(update, bias))
+    }
+
+    fn settle(&mut self, base: &BaseLinear<B>) {
+        of_update!(self, update => update.settle(base))
+    }
+
+    fn draw(&mut self, seed: u64) {
+        of_update!(self, update => Computes::<B>::draw(update, seed))
+    }
+
+    fn frozen(&self, part: &str) -> Option<Tensor<B, 2>> {
+        of_update!(self, update => update.frozen(part))
     }
 }

@@ -36,6 +36,8 @@ struct Merged {
     folder: TempDir,
     drift: Drift,
     layers: usize,
+    /// The share of the updates that rounding has left.
+    kept: Option<f64>,
 }
 
 fn merge(base: &Path, adapters: &[Weighted], onto: Option<Onto>) -> adapters::Result<Merged> {
@@ -52,12 +54,17 @@ fn merge_and_probe(
     let source = ModelFolder::open(base)?;
     let checkpoint = source.checkpoint()?;
     let merge = Merge::new(&source, &checkpoint, adapters, Combination::Cat, onto)?;
+    write(&merge, ids)
+}
+
+fn write(merge: &Merge, ids: &[u32]) -> adapters::Result<Merged> {
     let folder = tempfile::tempdir().unwrap();
-    merge.write(folder.path(), &|| true)?;
+    let kept = merge.write(folder.path(), &|| true)?.share();
     let merged = Checkpoint::open_folder(folder.path())?;
     Ok(Merged {
-        drift: drift::<B>(&merge, &merged, ids, &Default::default(), &|| true)?,
+        drift: drift::<B>(merge, &merged, ids, &Default::default(), &|| true)?,
         layers: merge.merged_layers(),
+        kept,
         folder,
     })
 }
@@ -242,6 +249,30 @@ fn bf16_weights_are_rounded_to_those_of_peft() {
     let drift = merged.drift;
     assert!(1e-3 < drift.max_abs && drift.max_abs < 0.1, "{drift:?}");
     assert!(0.0 < drift.kl && drift.kl < 1e-4, "{drift:?}");
+    // of updates this large nothing is lost but digits
+    let off = (merged.kept.unwrap() - 1.0).abs();
+    assert!(1e-6 < off && off < 1e-2, "{off}");
+}
+
+#[test]
+fn weights_of_another_type_keep_the_whole_update() {
+    let source = ModelFolder::open(&base("by_64")).unwrap();
+    let checkpoint = source.checkpoint().unwrap();
+    let adapters = [whole(fixture("merge/bf16").join("adapter"))];
+    let merge = Merge::new(&source, &checkpoint, &adapters, Combination::Cat, None).unwrap();
+    let merged = write(&merge.into_dtype(safetensors::Dtype::F32), &[5, 9, 44]).unwrap();
+    assert!(
+        (merged.kept.unwrap() - 1.0).abs() < 1e-6,
+        "{:?}",
+        merged.kept
+    );
+    assert!(merged.drift.max_abs < 1e-4, "{:?}", merged.drift);
+    let file = Checkpoint::open_folder(merged.path()).unwrap();
+    let is_f32 = |name| file.view(name).unwrap().dtype() == safetensors::Dtype::F32;
+    assert!(file.tensors().all(|(name, _)| is_f32(name)));
+    let config = merged.config();
+    let dtype = config.get("torch_dtype").or(config.get("dtype"));
+    assert_eq!(dtype.unwrap(), "float32");
 }
 
 #[test]

@@ -342,6 +342,19 @@ fn append<const N: usize>(
         .for_each(|(element, x)| *element = one(*x));
 }
 
+/// What [`encode`] makes of a number.
+///
+/// # Panics
+/// As [`encode`].
+pub fn rounded(x: f32, dtype: Dtype) -> f32 {
+    match dtype {
+        Dtype::F32 => x,
+        Dtype::F16 => f16::from_f32(x).to_f32(),
+        Dtype::BF16 => bf16::from_f32(x).to_f32(),
+        other => panic!("{other:?} is none of the float types of a checkpoint"),
+    }
+}
+
 /// Whether every value stays a finite number when it is rounded to a type.
 pub fn fits(values: &[f32], dtype: Dtype) -> bool {
     let largest = match dtype {

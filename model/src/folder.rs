@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
+use safetensors::Dtype;
 use serde_json::{Map, Value};
 
 use crate::chat::ChatTemplate;
@@ -159,6 +160,24 @@ impl ModelFolder {
         }
         Ok(())
     }
+}
+
+/// Says in a `config.json` of which type the weights are.
+///
+/// # Panics
+/// If that is not F32, F16 or BF16.
+pub fn set_dtype(config: &mut Map<String, Value>, dtype: Dtype) {
+    let key = match config.contains_key("torch_dtype") {
+        true => "torch_dtype", // the name before transformers 5
+        false => "dtype",
+    };
+    let name = match dtype {
+        Dtype::F32 => "float32",
+        Dtype::F16 => "float16",
+        Dtype::BF16 => "bfloat16",
+        other => panic!("{other:?} is none of the float types of a checkpoint"),
+    };
+    config.insert(key.into(), name.into());
 }
 
 /// Changes `config.json` of a folder.

@@ -1,9 +1,9 @@
 //! Linear layers: what the network asks of them, and the plain one.
 
 use burn::module::{Module, ModuleDisplay};
-use burn::tensor::{Int, Tensor, backend::Backend};
+use burn::tensor::{DType, Int, Tensor, backend::Backend};
 
-use crate::ops::{MatmulBackend, matmul};
+use crate::ops::{MatmulBackend, weight_matmul};
 use crate::weight::BaseWeight;
 
 /// A linear layer of the decoder, adapted or not.
@@ -26,7 +26,7 @@ pub struct Linear<B: Backend> {
 
 impl<B: MatmulBackend> Projection<B> for Linear<B> {
     fn forward(&self, x: Tensor<B, 2>) -> Tensor<B, 2> {
-        let y = matmul(x, self.weight.val().transpose()); // [n, out]
+        let y = weight_matmul(x, self.weight.val().transpose()); // [n, out]
         match &self.bias {
             Some(bias) => y + bias.val().unsqueeze(),
             None => y,
@@ -35,6 +35,7 @@ impl<B: MatmulBackend> Projection<B> for Linear<B> {
 
     fn embed(&self, ids: Tensor<B, 1, Int>) -> Tensor<B, 2> {
         let columns = self.weight.val().transpose().select(0, ids); // [n, out]
+        let columns = columns.cast(DType::F32);
         match &self.bias {
             Some(bias) => columns + bias.val().unsqueeze(),
             None => columns,

@@ -9,7 +9,7 @@
 use std::marker::PhantomData;
 
 use burn::module::Module;
-use burn::tensor::{Int, Tensor, TensorData, backend::Backend};
+use burn::tensor::{DType, Int, Tensor, TensorData, backend::Backend};
 
 use crate::config::LlamaConfig;
 use crate::kv_cache::{KvCache, LayerCache};
@@ -146,11 +146,11 @@ impl<B: ModelBackend, P: Projection<B>> Llama<B, P> {
         x
     }
 
-    /// Token ids `[n]` to their embeddings `[n, d]`.
+    /// Token ids `[n]` to their embeddings `[n, d]`, in f32.
     fn embed(&self, ids: Tensor<B, 1, Int>) -> Tensor<B, 2> {
         match &self.adapted_embeddings {
             Some(embeddings) => embeddings.embed(ids),
-            None => self.embed_tokens.val().select(0, ids),
+            None => self.embed_tokens.val().select(0, ids).cast(DType::F32),
         }
     }
 
@@ -158,7 +158,7 @@ impl<B: ModelBackend, P: Projection<B>> Llama<B, P> {
     pub fn logits(&self, hidden: Tensor<B, 2>) -> Tensor<B, 2> {
         match &self.lm_head {
             Some(lm_head) => lm_head.forward(hidden),
-            None => ops::matmul(hidden, self.embed_tokens.val().transpose()),
+            None => ops::weight_matmul(hidden, self.embed_tokens.val().transpose()),
         }
     }
 }

@@ -2,7 +2,7 @@
 
 use std::marker::PhantomData;
 
-use burn::tensor::{Tensor, TensorData, backend::Backend};
+use burn::tensor::{DType, Tensor, TensorData, backend::Backend};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
@@ -66,6 +66,8 @@ pub struct LinearSource<'a, B: Backend> {
     pub shape: [usize; 2],
     /// Where the layer shall be.
     pub device: &'a B::Device,
+    /// What its weight is multiplied in.
+    pub dtype: DType,
     has_bias: bool,
     values: &'a mut Values<'a>,
 }
@@ -102,7 +104,7 @@ impl<B: Backend> LinearSource<'_, B> {
     pub fn linear(mut self) -> Result<Linear<B>> {
         let weight = TensorData::new(self.weight()?, self.shape);
         Ok(Linear {
-            weight: BaseWeight::Frozen(Tensor::from_data(weight, self.device)),
+            weight: BaseWeight::Frozen(Tensor::from_data(weight, (self.device, self.dtype))),
             bias: self.bias()?.map(BaseWeight::Frozen),
         })
     }
@@ -138,6 +140,7 @@ pub fn is_redundant(config: &LlamaConfig, name: &str) -> bool {
 pub struct Parts<'a, B: Backend, V, M> {
     config: &'a LlamaConfig,
     device: &'a B::Device,
+    dtype: DType,
     /// Values of a tensor, by name and shape.
     values: V,
     /// What a linear layer becomes.
@@ -155,9 +158,15 @@ where
         Self {
             config,
             device,
+            dtype: DType::F32,
             values,
             make,
         }
+    }
+
+    /// The same with embeddings and matrices of linear layers in `dtype`; the rest stays in f32.
+    pub fn in_dtype(self, dtype: DType) -> Self {
+        Self { dtype, ..self }
     }
 
     fn weight<const D: usize>(
@@ -167,7 +176,9 @@ where
     ) -> Result<BaseWeight<B, D>> {
         let values = (self.values)(name, &shape)?;
         let data = TensorData::new(values, shape);
-        Ok(BaseWeight::Frozen(Tensor::from_data(data, self.device)))
+        let dtype = if D == 1 { DType::F32 } else { self.dtype };
+        let options = (self.device, dtype);
+        Ok(BaseWeight::Frozen(Tensor::from_data(data, options)))
     }
 
     fn norm(&mut self, name: &str) -> Result<RmsNorm<B>> {
@@ -187,6 +198,7 @@ where
             name,
             shape,
             device: self.device,
+            dtype: self.dtype,
             has_bias,
             values: &mut self.values,
         })
@@ -231,7 +243,11 @@ where
         self.norm("model.norm")
     }
 
-    fn llama(mut self) -> std::result::Result<Llama<B, P>, E> {
+    /// All of them.
+    ///
+    /// # Errors
+    /// Those of `values` and `make`.
+    pub fn llama(mut self) -> std::result::Result<Llama<B, P>, E> {
         let vocab = [self.config.vocab_size, self.config.hidden_size];
         Ok(Llama {
             embed_tokens: self.weight("model.embed_tokens.weight", vocab)?,

@@ -5,7 +5,7 @@ use burn::module::{
     ModuleMapper, ModuleVisitor, Param, ParamId,
 };
 use burn::tensor::{
-    Tensor,
+    DType, Tensor,
     backend::{AutodiffBackend, Backend},
 };
 
@@ -30,9 +30,9 @@ impl<B: Backend, const D: usize> BaseWeight<B, D> {
         }
     }
 
-    /// The same weight as a parameter; `name` decides its id.
+    /// The same weight as a parameter, which is f32; `name` decides its id.
     pub fn trained(self, name: &str) -> Self {
-        Self::Trained(named_param(name, self.val()))
+        Self::Trained(named_param(name, self.val().cast(DType::F32)))
     }
 }
 

@@ -1,7 +1,7 @@
 //! A linear layer with a 4-bit weight.
 
 use burn::module::Module;
-use burn::tensor::{Tensor, TensorPrimitive, backend::Backend};
+use burn::tensor::{DType, Tensor, TensorPrimitive, backend::Backend};
 
 use crate::{PackedWeight, QuantBackend, Side, matmul};
 
@@ -12,12 +12,15 @@ pub struct QuantLinear<B: Backend> {
     pub weight: PackedWeight<B>,
     /// `[out]`, not quantised.
     pub bias: Option<Tensor<B, 1>>,
+    /// What the products are computed in; `x` and `y` are f32.
+    #[module(skip)]
+    pub dtype: DType,
 }
 
 impl<B: QuantBackend> QuantLinear<B> {
     /// `x` `[n, in]` to `[n, out]`.
     pub fn forward(&self, x: Tensor<B, 2>) -> Tensor<B, 2> {
-        let y = matmul(x, &self.weight);
+        let y = matmul(x.cast(self.dtype), &self.weight).cast(DType::F32);
         match &self.bias {
             Some(bias) => y + bias.clone().unsqueeze(),
             None => y,
@@ -26,8 +29,9 @@ impl<B: QuantBackend> QuantLinear<B> {
 
     /// The gradient `[n, in]` of the input from that of the output, `dy` `[n, out]`: `dy W`.
     pub fn input_gradient(&self, dy: Tensor<B, 2>) -> Tensor<B, 2> {
-        let dy = dy.into_primitive().tensor();
+        let dy = dy.cast(self.dtype).into_primitive().tensor();
         let dx = B::quant_matmul(dy, &self.weight, Side::Plain);
-        Tensor::from_primitive(TensorPrimitive::Float(dx))
+        let dx = Tensor::<B, 2>::from_primitive(TensorPrimitive::Float(dx));
+        dx.cast(DType::F32)
     }
 }

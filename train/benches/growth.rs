@@ -106,5 +106,6 @@ fn window(case: &Case) -> Window {
         micro_batches: vec![MicroBatch::new(&[row])],
         step: 0,
         epoch: 1.0,
+        loss_scale: 1.0,
     }
 }

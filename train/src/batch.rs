@@ -113,6 +113,8 @@ pub struct Window {
     pub step: usize,
     /// Passes over the data after this step: sequences seen ÷ sequences of an epoch.
     pub epoch: f64,
+    /// What the loss is multiplied by while gradients are computed, see `loss_scale`.
+    pub loss_scale: f64,
 }
 
 impl Window {
@@ -249,6 +251,7 @@ impl Windows {
             micro_batches: starts.map(micro_batch).collect(),
             step,
             epoch: end as f64 / self.epoch_sequences as f64,
+            loss_scale: 1.0,
         }
     }
 }

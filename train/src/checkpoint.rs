@@ -20,6 +20,7 @@ use sha2::{Digest, Sha256};
 use crate::error::{Error, Result};
 use crate::exact;
 use crate::fit::Health;
+use crate::loss_scale::LossScale;
 use crate::optimizer::{AdamW, Moments};
 use crate::recipe::Recipe;
 use crate::run_folder::{io, remove_folder, replace_folder};
@@ -46,6 +47,9 @@ pub struct Progress {
     /// Skipped steps, and what tells a spike.
     #[serde(default)]
     pub health: Health,
+    /// Of a run that computes in f16.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub loss_scale: Option<LossScale>,
     /// What [`Rows::fingerprint`](crate::session::Rows::fingerprint) says of the run's rows.
     pub rows: String,
     /// The recipe of the steps so far, as TOML.

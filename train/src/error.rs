@@ -416,6 +416,17 @@ pub enum Error {
         /// The newest checkpoint whose weights still gave a finite loss.
         checkpoint: Option<PathBuf>,
     },
+    /// The device does not compute in what the recipe asks for.
+    #[error(
+        "train.compute_dtype = \"{asked}\": this device computes in {}",
+        offers.join(" and ")
+    )]
+    ComputeDtype {
+        /// What the recipe asks for.
+        asked: &'static str,
+        /// What there is.
+        offers: Vec<&'static str>,
+    },
     /// The device had no memory left.
     #[error("the device ran out of memory {when}")]
     OutOfMemory {

@@ -15,6 +15,7 @@ mod error;
 pub mod evaluate;
 mod exact;
 pub mod fit;
+pub mod loss_scale;
 pub mod memory;
 mod metrics;
 pub mod optimizer;

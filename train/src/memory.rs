@@ -2,7 +2,7 @@
 //!
 //! A run has five moments at which it may hold the most: while it loads, at the loss, at both ends
 //! of the backward pass, and when the weights are updated. Each is one function of [`Work`] that
-//! says what is there then; numbers are f32.
+//! says what is there then; numbers are f32 but for frozen weights and what they are multiplied with.
 //!
 //! Shapes: `n` tokens of a micro batch, `d` hidden, `n_h` heads, `n_kv` KV heads, `h_d` head dim,
 //! `i` intermediate, `v` vocabulary, `r` rank.
@@ -11,11 +11,10 @@ use std::collections::BTreeMap;
 
 use adapters::Method;
 use model::config::LlamaConfig;
-use model::ops::ATTENTION_QUERIES;
 use serde::{Deserialize, Serialize};
 
 use crate::error::Result;
-use crate::recipe::Recompute;
+use crate::recipe::{ComputeDtype, Recompute};
 use crate::step::LOGITS_AT_A_TIME;
 use crate::trained::Trained;
 
@@ -131,8 +130,8 @@ pub struct Work<'a> {
     pub weights: u64,
     /// Tokens of the largest micro batch.
     pub tokens: usize,
-    /// Tokens of its longest row.
-    pub longest: usize,
+    /// What frozen weights are multiplied in.
+    pub compute_dtype: ComputeDtype,
     /// Whether an optimizer step is more than one micro batch.
     pub accumulates: bool,
     /// Whether decoder layers are computed again.
@@ -289,13 +288,14 @@ impl Work<'_> {
     fn loss(&self, layers: &[u64], trained: Updated) -> Memory {
         let (n, d) = (self.tokens as u128, self.config.hidden_size as u128);
         let logits = n * self.config.vocab_size as u128;
+        let at_a_time = logits.min(LOGITS_AT_A_TIME as u128);
         let held = self.held_in_a_step(trained);
         let before = match logits > LOGITS_AT_A_TIME as u128 {
             true => held.gradients.max(trained.head),
             false => held.gradients,
         };
         Memory {
-            logits: bytes(logits.min(LOGITS_AT_A_TIME as u128)),
+            logits: bytes(at_a_time) + self.narrow(at_a_time),
             workspace: bytes(n * d), // their gradients so far
             gradients: before + trained.head,
             ..self.kept(layers, held)
@@ -345,18 +345,7 @@ impl Work<'_> {
             2
         };
         let linear = n * (wide * i + 2 * d + again);
-        bytes(linear) + self.attention_scores() + self.decoded_weights()
-    }
-
-    /// On a graphics card, the scores of some queries of a row with its keys exist: probabilities,
-    /// their gradients, and one more. On the CPU they come in tiles.
-    fn attention_scores(&self) -> u64 {
-        let heads = self.config.num_attention_heads as u128;
-        let queries = self.longest.min(ATTENTION_QUERIES) as u128;
-        match self.place {
-            Place::Host { .. } => 0,
-            Place::Device => bytes((3 * heads * queries).saturating_mul(self.longest as u128)),
-        }
+        bytes(linear) + self.narrow(n * (d + i)) + self.decoded_weights()
     }
 
     /// What 4-bit weights are decoded to for a product: a tile on the CPU, else the layer.
@@ -364,7 +353,23 @@ impl Work<'_> {
         match (self.quantised, self.place) {
             (false, _) => 0,
             (true, Place::Host { .. }) => DECODED_TILE,
-            (true, Place::Device) => bytes(self.largest_linear()),
+            (true, Place::Device) => match self.is_narrow() {
+                true => bytes(self.largest_linear()) / 2,
+                false => bytes(self.largest_linear()),
+            },
+        }
+    }
+
+    fn is_narrow(&self) -> bool {
+        self.compute_dtype.dtype().size() < size_of::<f32>()
+    }
+
+    /// So many numbers in 16 bits beside themselves, if products are computed in those.
+    fn narrow(&self, numbers: u128) -> u64 {
+        if self.is_narrow() {
+            bytes(numbers) / 2
+        } else {
+            0
         }
     }
 

@@ -2,6 +2,7 @@
 
 mod changes;
 mod check;
+mod compute_dtype;
 mod names;
 mod read;
 mod sections;
@@ -17,6 +18,7 @@ use toml::Value;
 use crate::error::Result;
 
 pub use changes::MAY_CHANGE;
+pub use compute_dtype::ComputeDtype;
 pub use names::key_named;
 pub use read::parse_setting;
 pub use sections::*;

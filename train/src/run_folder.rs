@@ -49,6 +49,9 @@ pub enum Line {
         /// Whether the loss is over three times its running mean; left out if not.
         #[serde(default, skip_serializing_if = "std::ops::Not::not")]
         spike: bool,
+        /// What the loss is scaled by from here on, in f16.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        loss_scale: Option<f64>,
     },
     /// An optimizer step that was left out, since its loss or gradient was no finite number.
     Skipped {

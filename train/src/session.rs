@@ -16,8 +16,9 @@ use crate::checkpoint::{Progress, hex, read_progress, restore_optimizer};
 use crate::data::Samples;
 use crate::error::{Error, Result};
 use crate::fit::Run;
+use crate::loss_scale::LossScale;
 use crate::optimizer::AdamW;
-use crate::recipe::{ModelInit, Recipe, Recompute};
+use crate::recipe::{ComputeDtype, ModelInit, Recipe, Recompute};
 use crate::run_folder::RunFolder;
 use crate::step::CausalLm;
 use crate::trained::Trained;
@@ -112,6 +113,11 @@ pub fn num_params(recipe: &Recipe, trained: &Trained, model: &LlamaConfig) -> Re
         })
 }
 
+/// What the loss of a run is scaled by at first, if it is.
+fn loss_scale(recipe: &Recipe) -> Option<LossScale> {
+    (recipe.train.compute_dtype == ComputeDtype::F16).then(LossScale::default)
+}
+
 /// Loads the base model of a recipe.
 pub fn load_base<B: Backend>(
     recipe: &Recipe,
@@ -121,8 +127,9 @@ pub fn load_base<B: Backend>(
     Ok(match recipe.model.init {
         ModelInit::Random => adapters::init(&base.config, recipe.train.seed, device),
         ModelInit::Pretrained => {
-            let scheme = recipe.quantization.scheme();
-            adapters::load(&base.config, &base.checkpoint()?, scheme, device)?
+            let (scheme, dtype) = (recipe.quantization.scheme(), recipe.train.compute_dtype);
+            let checkpoint = base.checkpoint()?;
+            adapters::load_in(dtype.dtype(), &base.config, &checkpoint, scheme, device)?
         }
     })
 }
@@ -183,6 +190,7 @@ fn begin<B: TrainBackend>(
     }
     let progress = Progress {
         rows: rows.fingerprint(),
+        loss_scale: loss_scale(&recipe),
         ..Progress::default()
     };
     let folder = folder(&recipe)?.with_events(&recipe, &progress)?;
@@ -246,7 +254,8 @@ pub fn resume<B: TrainBackend>(
     checkpoint: &Path,
     device: B::Device,
 ) -> Result<Run<B>> {
-    let progress = read_progress(checkpoint)?;
+    let mut progress = read_progress(checkpoint)?;
+    progress.loss_scale = progress.loss_scale.or(loss_scale(&recipe));
     if progress.rows != rows.fingerprint() {
         return Err(Error::RowsChanged {
             checkpoint: checkpoint.into(),

@@ -75,7 +75,8 @@ impl<B: TrainBackend> TrainStep for CausalLm<B> {
                 let seed = self.seed ^ ((window.step as u64) << 20 | index as u64);
                 draw(&mut lm.model, seed);
             }
-            let sum = lm.accumulate(batch, 1.0 / trained_tokens as f64, &mut gradients);
+            let weight = window.loss_scale / trained_tokens as f64;
+            let sum = lm.accumulate(batch, weight, &mut gradients);
             total = Some(match total {
                 Some(total) => total + sum,
                 None => sum,
@@ -83,6 +84,12 @@ impl<B: TrainBackend> TrainStep for CausalLm<B> {
         }
         let total = total.map_or(0.0, |total| f64::from(total.into_scalar_f32()));
         let mut grads = gradients.grads();
+        if window.loss_scale != 1.0 {
+            self.visit(&mut Scale {
+                gradients: &mut grads,
+                factor: window.loss_scale.recip(),
+            });
+        }
         if let Some(method) = &self.method {
             method.regularise(&self.model, &mut grads);
         }

@@ -7,8 +7,9 @@ use adapters::{AdaptedBackend, AdaptedLlama, AdapterConfig, Method, peft};
 use burn::tensor::backend::Backend;
 use model::checkpoint::{Checkpoint, MODEL_FILE, NamedTensor, write_safetensors};
 use model::config::LlamaConfig;
-use model::folder::{ModelFolder, edit_config};
+use model::folder::{ModelFolder, edit_config, set_dtype};
 use model::weight::param_id;
+use safetensors::Dtype;
 
 use crate::error::{Error, Result};
 use crate::optimizer::AdamW;
@@ -157,12 +158,7 @@ impl Trained {
                 write_safetensors(&folder.join(MODEL_FILE), &tensors, &[])?;
                 base.copy_assets(&folder)?;
                 edit_config(&folder, |config| {
-                    // saved as F32, whatever they were before
-                    let key = match config.contains_key("torch_dtype") {
-                        true => "torch_dtype", // the name before transformers 5
-                        false => "dtype",
-                    };
-                    config.insert(key.into(), "float32".into());
+                    set_dtype(config, Dtype::F32); // whatever they were before
                     config.shift_remove("quantization_config"); // of a model that began anew
                 })?;
             }

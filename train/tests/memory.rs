@@ -13,7 +13,7 @@ use model::config::LlamaConfig;
 use train::batch::{MicroBatch, Window};
 use train::data::Sample;
 use train::memory::{Memory, Place, Work};
-use train::recipe::{Recipe, Recompute, parse_setting};
+use train::recipe::{ComputeDtype, Recipe, Recompute, parse_setting};
 use train::session;
 use train::step::CausalLm;
 use train::trained::Trained;
@@ -101,7 +101,7 @@ fn work<'a>(
         quantised: false,
         weights: 4 * config.num_params(),
         tokens: rows * length,
-        longest: length,
+        compute_dtype: ComputeDtype::F32,
         accumulates: false,
         recompute,
         place: Place::Host { program: 0 },
@@ -246,19 +246,26 @@ fn the_parts_are_those_of_the_model() {
         place: Place::Host { program: 1 << 20 },
         ..plain
     }));
-    // a card has the scores of some queries, however many rows there are
-    let card = |tokens, longest| {
+    // on a card, 16 bits halve a decoded weight and add narrow copies of what it is multiplied with
+    let card = |compute_dtype, tokens| {
         let work = Work {
             place: Place::Device,
+            quantised: true,
+            compute_dtype,
             tokens,
-            longest,
             ..plain
         };
-        work.predict().unwrap().workspace
+        work.step().unwrap().workspace
     };
-    let (long, short) = (card(4096, 4096), card(4096, 64));
-    let scores = |queries: u64, keys: u64| 4 * 3 * 6 * queries * keys;
-    assert_eq!(long - short, scores(512, 4096) - scores(64, 64));
+    let (wide, narrow) = (ComputeDtype::F32, ComputeDtype::F16);
+    assert_eq!(card(wide, 0), 4 * 96 * 256);
+    assert_eq!(card(narrow, 0), 2 * 96 * 256);
+    let copies = |tokens: u64| 2 * tokens * (96 + 256);
+    let decoded = card(wide, 0) - card(narrow, 0);
+    assert_eq!(
+        card(narrow, 4096) + decoded,
+        card(wide, 4096) + copies(4096)
+    );
     // numbers beyond all memory can still be added up
     let vast = Work {
         tokens: usize::MAX,

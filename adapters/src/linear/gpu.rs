@@ -132,20 +132,40 @@ impl<B: FusionBackend + DropoutBackend> DropoutBackend for Fusion<B> {
     }
 }
 
-#[cfg(all(test, feature = "wgpu"))]
+/// As the other kernels are, see `quant::matmul`.
+#[cfg(all(test, feature = "cuda", feature = "wgpu"))]
 mod tests {
-    use burn::backend::Wgpu;
+    use burn::backend::wgpu::{WgpuDevice, WgpuRuntime};
+    use cubecl::{CubeTask, Runtime};
+    use cudarc::nvrtc::{CompileOptions, compile_ptx_with_opts};
 
     use super::*;
 
     #[test]
-    fn a_device_drops_what_the_host_drops() {
-        for (seed, probability) in [(7, 0.1), (u64::MAX - 5, 0.5), (0x1234_5678_9abc_def0, 0.9)] {
-            let dropout = Dropout { probability, seed };
-            let shape = [37, 301];
-            let mask = dropout.mask::<Wgpu>(shape, &Default::default());
-            let found = mask.into_data().to_vec::<f32>().unwrap();
-            assert!(found == dropout.elements(shape), "{dropout:?}");
+    #[ignore = "needs NVRTC and CUDA's headers: .ci/nvrtc brings them"]
+    fn cuda_compiles_the_kernel() {
+        let include = std::env::var("CUDA_INCLUDE").expect("the folder of CUDA's headers");
+        let settings = KernelSettings::default()
+            .cube_dim(CubeDim::new_1d(256))
+            .address_type(AddressType::U32);
+        let mask = ArrayCompilationArg { inplace: None };
+        let client = WgpuRuntime::client(&WgpuDevice::Cpu);
+        let kernel =
+            dropout_mask::DropoutMask::<WgpuRuntime>::new(settings, client, mask, (), (), (), ());
+        let task = KernelTask::<cubecl::cuda::CudaCompiler, _>::new(kernel);
+        let address = AddressType::U32.unsigned_type();
+        let mode = ExecutionMode::Checked;
+        let compiled = task.compile(&mut Default::default(), &Default::default(), mode, address);
+        let source = compiled.expect("CubeCL knows how").source;
+        for architecture in ["sm_75", "sm_80", "sm_89", "sm_90a"] {
+            let options = CompileOptions {
+                options: vec![format!("--gpu-architecture={architecture}")],
+                include_paths: vec![include.clone()],
+                ..CompileOptions::default()
+            };
+            let ptx = compile_ptx_with_opts(&source, options);
+            let ptx = ptx.unwrap_or_else(|error| panic!("for {architecture}: {error}"));
+            assert!(ptx.to_src().contains(".entry"), "{architecture}");
         }
     }
 }

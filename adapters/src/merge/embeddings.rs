@@ -14,7 +14,7 @@ use crate::methods::lora::Lora;
 
 /// Embeddings `[vocab, d]` that an adapter changes.
 pub(crate) struct Adapted<'a> {
-    base: Box<Weight<'a>>,
+    pub(super) base: Weight<'a>,
     lora: Lora<Flex>,
     width: usize,
     /// Factors on the columns, `[d]`.
@@ -30,13 +30,13 @@ impl Merge<'_> {
             return Ok(base); // no other method is on embeddings
         };
         let mut adapted = Adapted {
-            base: Box::new(base),
+            base,
             lora,
             width: self.config.hidden_size,
             scales: None,
         };
         adapted.scales = adapted.column_scales(self.config.vocab_size)?;
-        Ok(Weight::Adapted(adapted))
+        Ok(Weight::Adapted(Box::new(adapted)))
     }
 }
 

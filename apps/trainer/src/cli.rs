@@ -220,6 +220,9 @@ pub struct MergeArgs {
     /// of the training decode to (the default for a model that is in 4 bits)
     #[arg(long, value_parser = ["original", "nf4"])]
     pub onto: Option<String>,
+    /// The type of the merged weights: each keeps the one that it has if this is not given
+    #[arg(long, value_parser = ["f32", "f16", "bf16"])]
+    pub dtype: Option<String>,
 }
 
 #[derive(Debug, Args)]

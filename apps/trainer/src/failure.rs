@@ -203,7 +203,11 @@ fn advice(error: &anyhow::Error) -> (String, u8) {
 fn train_code(error: &train::Error) -> u8 {
     use train::Error as E;
     match error {
-        E::Recipe { .. } | E::Toml { .. } | E::NoRecipe { .. } | E::EvalFraction { .. } => 2,
+        E::ComputeDtype { .. }
+        | E::Recipe { .. }
+        | E::Toml { .. }
+        | E::NoRecipe { .. }
+        | E::EvalFraction { .. } => 2,
         E::Adapter(adapters::Error::Fit { .. }) => 2,
         _ => 1,
     }
@@ -226,6 +230,7 @@ fn train_advice(error: &train::Error) -> &'static str {
         E::Recipe { .. } => {
             "correct these keys; `trainer train --print-recipe` shows every key with its value"
         }
+        E::ComputeDtype { .. } => "set train.compute_dtype to one of these, or to \"auto\"",
         E::NoRecipe { .. } => "give a recipe file, or with --resume the folder of a run",
         E::Toml { .. } => "correct the recipe; it is a TOML file, in which text stands in quotes",
         E::Io { .. } => "check the path, its permissions and the free space on its disk",

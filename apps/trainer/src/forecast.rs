@@ -67,8 +67,6 @@ struct Lengths {
     largest: usize,
     /// Tokens of its sequences, the most first.
     sequences: Vec<usize>,
-    /// Tokens of its longest row, without the virtual ones before it.
-    longest: usize,
     /// In front of every row.
     virtual_tokens: usize,
 }
@@ -82,7 +80,6 @@ impl Lengths {
             of: (recipe.train.micro_batch_size, recipe.data.max_length),
             largest: windows.max_tokens(),
             sequences: windows.sequence_tokens(),
-            longest: rows.train.lengths().max().unwrap_or(0),
         }
     }
 
@@ -135,19 +132,18 @@ impl Asked<'_> {
         let tokens = rows.map_or(most, |rows| {
             rows.most(train.micro_batch_size, data.max_length)
         });
-        let longest = rows.map_or(data.max_length, |rows| rows.longest);
         let mut work = Work {
             trained: self.trained,
             config: &self.base.config,
             quantised: !random && (scheme.is_some() || self.is_stored()),
             weights: match random {
                 true => 4 * self.base.config.num_params().min(u64::MAX / 128),
-                false => base_bytes(self.base, scheme)?.min(u64::MAX / 32),
+                false => {
+                    base_bytes(self.base, scheme, train.compute_dtype.dtype())?.min(u64::MAX / 32)
+                }
             },
             tokens: tokens.min(most),
-            longest: longest
-                .min(data.max_length)
-                .saturating_add(self.trained.virtual_tokens()),
+            compute_dtype: train.compute_dtype,
             accumulates: train.gradient_accumulation_steps > 1,
             recompute: false,
             place: self.place,

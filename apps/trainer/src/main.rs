@@ -2,6 +2,8 @@
 
 mod cli;
 mod commands;
+#[cfg(unix)]
+mod crash;
 mod dashboard;
 mod demo;
 mod device;
@@ -35,6 +37,8 @@ fn main() -> ExitCode {
         Err(error) => return Failure::from_usage(&error).report(&Output::from_env()),
     };
     let output = Output::new(&cli);
+    #[cfg(unix)]
+    crash::tell_aborts(&output);
     let result = run(cli, &output);
     terminal::give_back(); // whatever happened
     match result {

@@ -25,6 +25,12 @@ pub fn matmul<B: MatmulBackend, const D: usize>(a: Tensor<B, D>, b: Tensor<B, D>
     tensor(B::product(primitive(a), primitive(b)))
 }
 
+/// `x` `[m, k]` times a weight `[k, n]`, computed in the type of the weight: `[m, n]` in that of `x`.
+pub fn weight_matmul<B: MatmulBackend>(x: Tensor<B, 2>, weight: Tensor<B, 2>) -> Tensor<B, 2> {
+    let dtype = x.dtype();
+    matmul(x.cast(weight.dtype()), weight).cast(dtype)
+}
+
 /// `sum` `[m, n]` plus `a` `[m, k]` times `b` `[k, n]`: `[m, n]`.
 pub fn add_matmul<B: MatmulBackend>(
     sum: Tensor<B, 2>,

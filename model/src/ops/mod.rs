@@ -21,12 +21,10 @@ mod test;
 #[cfg(feature = "gpu")]
 mod gpu;
 
-pub use attention::{
-    AttentionBackend, AttentionState, QUERIES as ATTENTION_QUERIES, attention, write_positions,
-};
+pub use attention::{AttentionBackend, AttentionState, attention, write_positions};
 pub use cat::cat;
 pub use cross_entropy::{CrossEntropyBackend, cross_entropy};
-pub use matmul::{MatmulBackend, add_matmul, matmul};
+pub use matmul::{MatmulBackend, add_matmul, matmul, weight_matmul};
 pub use rms_norm::{RmsNormBackend, rms_norm};
 pub use rotary::{RotaryBackend, rotary};
 pub use swiglu::{SwigluBackend, swiglu};

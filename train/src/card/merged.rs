@@ -22,6 +22,8 @@ pub struct MergedCard<'a> {
     pub onto: String,
     /// How far the model is from the unmerged one.
     pub drift: Drift,
+    /// The share of the updates that rounding to the type of the weights has left.
+    pub kept: Option<f64>,
 }
 
 impl MergedCard<'_> {
@@ -73,6 +75,13 @@ impl MergedCard<'_> {
             drift.max_abs,
             100.0 * drift.same_top
         );
+        if let Some(kept) = self.kept {
+            let kept = 100.0 * kept;
+            let _ = writeln!(
+                text,
+                "Rounding to the type of the weights has left {kept:.1} % of what the adapters change."
+            );
+        }
     }
 }
 
@@ -109,6 +118,7 @@ mod tests {
                 kl: 0.0,
                 same_top: 0.5,
             },
+            kept: Some(0.978),
         };
         let text = card.text();
         let head = "---\nbase_model: \"owner/base\"\nlibrary_name: transformers\n\
@@ -120,6 +130,7 @@ mod tests {
             "| owner/poet | 1 |\n| chat/adapter | -0.5 |\n",
             "96 tokens differ by 2.5e-1 at most",
             "after 50.0 %",
+            "has left 97.8 % of what",
             "trainer chat --model PATH\n",
         ] {
             assert!(text.contains(part), "{part}: {text}");

@@ -191,17 +191,8 @@ impl<B: TrainBackend> StepByStep<B> {
         state: &mut State<B>,
     ) -> Result<(StepItem, Option<String>)> {
         let start = Instant::now();
-        let max_norm = self.recipe.train.max_grad_norm;
         let model = learner.model();
-        let computed = guarded(|| {
-            let mut output = learner.train_step(window.clone());
-            let norm = clip_gradients::<B, _>(&mut output.grads, &model, max_norm);
-            (output.item, output.grads, norm)
-        });
-        let (item, gradients, grad_norm) = computed.map_err(|OutOfMemory| {
-            let when = format!("in step {}", state.progress.step + 1);
-            self.out_of_memory(when, &model.valid(), state)
-        })?;
+        let (item, gradients, grad_norm) = self.gradients(&window, learner, state)?;
         let loss = item.loss;
         let bad = self
             .names
@@ -218,6 +209,9 @@ impl<B: TrainBackend> StepByStep<B> {
                 window,
                 model: is_small.then(|| model.valid()),
             });
+            if let Some(scale) = &mut state.progress.loss_scale {
+                scale.hold();
+            }
             drop(model); // so that its weights can be changed in place
             self.update(learner, gradients, is_first)?;
         }
@@ -228,6 +222,39 @@ impl<B: TrainBackend> StepByStep<B> {
             ..item
         };
         Ok((item, bad))
+    }
+
+    /// Loss, gradients and their norm of a window. In f16 an overflow of the gradients lowers the
+    /// scale of the loss, and they are computed again.
+    fn gradients(
+        &self,
+        window: &Window,
+        learner: &Learner<Components<B>>,
+        state: &mut State<B>,
+    ) -> Result<(StepItem, GradientsParams, f64)> {
+        let max_norm = self.recipe.train.max_grad_norm;
+        let model = learner.model();
+        loop {
+            let scale = state.progress.loss_scale;
+            let window = Window {
+                loss_scale: scale.map_or(1.0, |scale| scale.factor),
+                ..window.clone()
+            };
+            let computed = guarded(|| {
+                let mut output = learner.train_step(window);
+                let norm = clip_gradients::<B, _>(&mut output.grads, &model, max_norm);
+                (output.item, output.grads, norm)
+            });
+            let (item, gradients, norm) = computed.map_err(|OutOfMemory| {
+                let when = format!("in step {}", state.progress.step + 1);
+                self.out_of_memory(when, &model.valid(), state)
+            })?;
+            let overflows = item.loss.is_finite() && !norm.is_finite();
+            let scale = state.progress.loss_scale.as_mut();
+            if !scale.is_some_and(|scale| overflows && scale.lower()) {
+                return Ok((item, gradients, norm));
+            }
+        }
     }
 
     /// The optimizer's step. The first one allocates the moments, and is waited for: if they do not
@@ -272,6 +299,7 @@ impl<B: TrainBackend> StepByStep<B> {
             peak_memory_bytes: peak_memory_bytes(),
             seconds: item.seconds,
             spike: spike.is_some(),
+            loss_scale: state.progress.loss_scale.map(|scale| scale.factor),
         })?;
         if let Some(mean) = spike {
             (self.report)(Event::Spike { step, loss, mean });

@@ -7,7 +7,7 @@ use adapters::{Method, Selection};
 use serde::Serialize;
 use toml::Table;
 
-use super::{ModelInit, Recipe, TrainSection};
+use super::{ComputeDtype, ModelInit, Recipe, TrainSection};
 
 /// Numbers beyond these are slips, and would be allocated.
 const MAX_ROWS_PER_STEP: usize = 1 << 20;
@@ -180,6 +180,15 @@ fn steps(recipe: &Recipe, problems: &mut Problems) {
         "must be above 0 and at most 1e6",
     );
     let steps = train.max_steps.unwrap_or(1);
+    let narrow = matches!(train.compute_dtype, ComputeDtype::F16 | ComputeDtype::Bf16);
+    problems.unless(
+        !(narrow && recipe.adapter.is_full()),
+        "train.compute_dtype",
+        format_args!(
+            "= {:?} is for frozen weights, and adapter.method = \"full\" has none: use \"f32\"",
+            train.compute_dtype.name()
+        ),
+    );
     let text = "must be at least 1";
     problems.unless(steps >= 1, "train.max_steps", text);
     let most = format_args!("must be at most {MAX_STEPS}");

@@ -18,7 +18,7 @@ pub(super) const SECTIONS: [&str; 6] = [
 ];
 
 /// What transformers, PEFT, TRL, Axolotl and mlx-lm call the sections and keys of a recipe.
-const ELSEWHERE: [(&str, &str); 61] = [
+const ELSEWHERE: [(&str, &str); 65] = [
     ("lora", "adapter"),
     ("peft", "adapter"),
     ("training", "train"),
@@ -81,6 +81,10 @@ const ELSEWHERE: [(&str, &str); 61] = [
     ("gradient_clipping", "train.max_grad_norm"),
     ("gradient_checkpointing", "train.recompute = \"block\""),
     ("grad_checkpoint", "train.recompute = \"block\""),
+    ("bf16", "train.compute_dtype = \"bf16\""),
+    ("fp16", "train.compute_dtype = \"f16\""),
+    ("torch_dtype", "train.compute_dtype"),
+    ("bnb_4bit_compute_dtype", "train.compute_dtype"),
     ("eval_steps", "train.eval_every"),
     ("save_steps", "train.save_every"),
     ("logging_steps", "train.log_every"),

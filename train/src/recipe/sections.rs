@@ -10,6 +10,7 @@ use serde::de::{DeserializeOwned, Error as _};
 use serde::{Deserialize, Deserializer, Serialize};
 use toml::{Table, Value};
 
+use super::ComputeDtype;
 use crate::data::{Format, Settings, Truncate};
 
 /// `[model]`
@@ -148,6 +149,8 @@ pub struct TrainSection {
     pub max_grad_norm: f64,
     /// Whether decoder layers are computed again in the backward pass, to save memory.
     pub recompute: Recompute,
+    /// What the frozen weights are multiplied in.
+    pub compute_dtype: ComputeDtype,
     /// Decides everything random.
     pub seed: u64,
     /// Optimizer steps between evaluations; 0 = each epoch.
@@ -291,6 +294,7 @@ impl Default for TrainSection {
             warmup_ratio: 0.03,
             max_grad_norm: 1.0,
             recompute: Recompute::Auto,
+            compute_dtype: ComputeDtype::Auto,
             seed: 42,
             eval_every: 0,
             save_every: 0,

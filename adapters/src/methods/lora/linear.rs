@@ -198,7 +198,7 @@ fn primitive<B: Backend>(tensor: Tensor<B, 2>) -> FloatTensor<B> {
 #[cfg(test)]
 mod tests {
     use burn::module::Param;
-    use burn::tensor::TensorData;
+    use burn::tensor::{DType, TensorData};
     use model::linear::Linear;
     use model::load::normal;
     use model::weight::BaseWeight;
@@ -250,6 +250,7 @@ mod tests {
         BaseLinear::Quantized(QuantLinear {
             weight: PackedWeight::new(weight, &Default::default()),
             bias: Some(noise("bias", [1, OUT]).squeeze_dim(0)),
+            dtype: DType::F32,
         })
     }
 

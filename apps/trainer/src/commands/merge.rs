@@ -9,6 +9,7 @@ use anyhow::Result;
 use model::checkpoint::Checkpoint;
 use model::folder::{ModelFolder, write_folder};
 use model::hub::Files;
+use safetensors::Dtype;
 use serde_json::json;
 use train::card::merged::MergedCard;
 
@@ -30,6 +31,8 @@ const PROBE: &str = "The bridge was closed for repairs on 14 March, so the 27 ch
     language.";
 /// How many tokens of it are taken, or how many stand for it where there is no tokenizer.
 const PROBE_TOKENS: usize = 96;
+/// The share of the updates below which rounding is warned of.
+const LEFT_AT_LEAST: f64 = 0.95;
 
 /// Writes a model with adapters merged into it.
 pub fn run(args: MergeArgs, device: &str, output: &Output) -> Result<ExitCode> {
@@ -45,14 +48,21 @@ pub fn run(args: MergeArgs, device: &str, output: &Output) -> Result<ExitCode> {
         _ => Onto::Dequantized,
     });
     let combination = combination(&args.adapters.combine);
-    let merge = Merge::new(&source, &checkpoint, &adapters, combination, onto)?;
+    let mut merge = Merge::new(&source, &checkpoint, &adapters, combination, onto)?;
+    if let Some(dtype) = args.dtype.as_deref() {
+        merge = merge.into_dtype(match dtype {
+            "f32" => Dtype::F32,
+            "f16" => Dtype::F16,
+            _ => Dtype::BF16,
+        });
+    }
     warn(&merge, &adapters, output);
     let ids = probe(&source)?;
     let interrupter = signals::ask_first("stopping");
     let go_on = || !interrupter.should_stop();
     output.note(format_args!("merging {} tensors", merge.tensors()));
-    let drift = write_folder(&args.out, |folder| {
-        merge.write(folder, &go_on)?;
+    let written = write_folder(&args.out, |folder| {
+        let kept = merge.write(folder, &go_on)?.share();
         output.note("measuring the drift");
         let drift = device.run(DriftJob {
             merge: &merge,
@@ -60,12 +70,15 @@ pub fn run(args: MergeArgs, device: &str, output: &Output) -> Result<ExitCode> {
             ids: &ids,
             go_on: &go_on,
         })?;
-        card(&args, &adapters, &merge, &drift).write(folder)?;
-        Ok::<_, anyhow::Error>(drift)
+        card(&args, &adapters, &merge, &drift, kept).write(folder)?;
+        Ok::<_, anyhow::Error>((drift, kept))
     });
-    match drift {
+    match written {
         Err(_) if interrupter.should_stop() => signals::interrupted(output),
-        drift => report(&args.out, &merge, drift?, output),
+        written => {
+            let (drift, kept) = written?;
+            report(&args.out, &merge, drift, kept, output)
+        }
     }
 }
 
@@ -121,6 +134,7 @@ fn card<'a>(
     adapters: &[Weighted],
     merge: &Merge,
     drift: &Drift,
+    kept: Option<f64>,
 ) -> MergedCard<'a> {
     let names = args.adapters.adapter.iter().zip(adapters);
     MergedCard {
@@ -131,6 +145,7 @@ fn card<'a>(
         combination: args.adapters.combine.as_str(),
         onto: onto(merge),
         drift: *drift,
+        kept,
     }
 }
 
@@ -147,7 +162,13 @@ fn onto(merge: &Merge) -> String {
     }
 }
 
-fn report(out: &PathBuf, merge: &Merge, drift: Drift, output: &Output) -> Result<ExitCode> {
+fn report(
+    out: &PathBuf,
+    merge: &Merge,
+    drift: Drift,
+    kept: Option<f64>,
+    output: &Output,
+) -> Result<ExitCode> {
     let onto = match merge.onto() {
         Onto::Original => "original".to_owned(),
         Onto::Dequantized => in_words(merge.trained_on()),
@@ -157,6 +178,7 @@ fn report(out: &PathBuf, merge: &Merge, drift: Drift, output: &Output) -> Result
         "tensors": merge.tensors(),
         "merged_layers": merge.merged_layers(),
         "onto": onto,
+        "update_kept": kept,
         "drift": {
             "tokens": drift.tokens,
             "max_abs": drift.max_abs,
@@ -183,7 +205,20 @@ fn report(out: &PathBuf, merge: &Merge, drift: Drift, output: &Output) -> Result
         drift.kl,
         100.0 * drift.same_top,
     );
+    let text = match kept {
+        Some(kept) => format!(
+            "{text}\n{:.1} % of the updates are left after rounding to the type of the weights",
+            100.0 * kept
+        ),
+        None => text,
+    };
     output.result(&json, &text)?;
+    if kept.is_some_and(|kept| kept < LEFT_AT_LEAST) {
+        output.note(
+            "warning: the weights have too few digits for much of what was learned: with --dtype f32 \
+             all of it is kept, in larger files",
+        );
+    }
     Ok(ExitCode::SUCCESS)
 }
 

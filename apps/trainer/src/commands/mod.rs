@@ -27,7 +27,7 @@ use adapters::{
     largest_tensor, peft,
 };
 use anyhow::Result;
-use burn::tensor::backend::Backend;
+use burn::tensor::{DType, backend::Backend};
 use model::folder::ModelFolder;
 use model::hub::{self, Files, Hub};
 use quant::{Format, Scheme};
@@ -293,8 +293,8 @@ impl Adapted {
             let help = "leave --block-size and --double-quant out, or give the original model";
             return Err(Advised::usage(message, help).into());
         }
-        check_memory(base_bytes(&base, scheme)?, device)?;
-        check_tensors(largest_tensor(&base, scheme)?, device)?;
+        check_memory(base_bytes(&base, scheme, DType::F32)?, device)?;
+        check_tensors(largest_tensor(&base, scheme, DType::F32)?, device)?;
         Ok(Self {
             base,
             adapters: Vec::new(),

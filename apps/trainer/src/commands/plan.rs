@@ -36,6 +36,7 @@ struct Plan {
     predicted_peak_bytes: u64,
     breakdown: Memory,
     recompute: bool,
+    compute_dtype: &'static str,
     #[serde(flatten)]
     data: Option<DataPlan>,
     problems: Vec<String>,
@@ -65,6 +66,7 @@ pub fn run(args: RecipeArgs, device: &str, output: &Output) -> Result<ExitCode> 
     let mut recipe = Recipe::read_without_data(args.recipe.as_deref(), &over)?;
     let device = Device::find(device)?;
     let trained = trained(&mut recipe, output)?;
+    device.settle_compute_dtype(&mut recipe, output)?;
     let mut base = open_model(&recipe.model.path, Files::Config, output)?;
     check_init_from(&recipe, &base)?;
     choose_template(&mut base, &[], recipe.data.chat_template.as_deref())?;
@@ -112,6 +114,7 @@ pub fn run(args: RecipeArgs, device: &str, output: &Output) -> Result<ExitCode> 
         predicted_peak_bytes: forecast.memory.total(),
         breakdown: forecast.memory,
         recompute: forecast.recompute,
+        compute_dtype: recipe.train.compute_dtype.name(),
         data,
         problems,
     };

@@ -5,6 +5,7 @@ use std::time::Instant;
 
 use adapters::{base_bytes, quantize_folder};
 use anyhow::Result;
+use burn::tensor::DType;
 use model::folder::write_folder;
 use model::hub::Files;
 use serde_json::json;
@@ -34,7 +35,7 @@ pub fn run(args: QuantizeArgs, device: &str, output: &Output) -> Result<ExitCode
         written => written?,
     }
     let seconds = start.elapsed().as_secs_f64();
-    let bytes = base_bytes(&base, Some(scheme))?;
+    let bytes = base_bytes(&base, Some(scheme), DType::F32)?;
     let json = json!({
         "out": args.out,
         "format": args.format,

@@ -111,6 +111,7 @@ pub fn launch(
         Begin::Checkpoint(..) => session::resumed(&recipe),
         Begin::Again(_) | Begin::New => trained(&mut recipe, output)?,
     };
+    device.settle_compute_dtype(&mut recipe, output)?;
     let folder = match resume {
         Some(run) => run.clone(),
         None => output_folder(&mut recipe)?,
@@ -199,9 +200,10 @@ pub fn check_training_memory(
     trainable: u64,
     device: &Device,
 ) -> Result<()> {
+    let dtype = recipe.train.compute_dtype.dtype();
     let weights = match recipe.model.init {
         ModelInit::Random => base.config.num_params() * size_of::<f32>() as u64,
-        ModelInit::Pretrained => base_bytes(base, recipe.quantization.scheme())?,
+        ModelInit::Pretrained => base_bytes(base, recipe.quantization.scheme(), dtype)?,
     };
     let trained_bytes = trainable.saturating_mul(size_of::<f32>() as u64);
     let beside = match trained {
@@ -211,7 +213,7 @@ pub fn check_training_memory(
     check_memory(weights.saturating_add(beside), device)?;
     let scheme = recipe.quantization.scheme();
     let scheme = scheme.filter(|_| recipe.model.init == ModelInit::Pretrained);
-    check_tensors(largest_tensor(base, scheme)?, device)
+    check_tensors(largest_tensor(base, scheme, dtype)?, device)
 }
 
 struct TrainJob {

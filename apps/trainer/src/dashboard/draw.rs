@@ -238,6 +238,7 @@ mod tests {
             peak_memory_bytes: 300 << 20,
             seconds: 0.1,
             spike: false,
+            loss_scale: None,
         }
     }
 

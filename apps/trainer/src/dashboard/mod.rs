@@ -90,10 +90,14 @@ struct Screen {
 
 impl Screen {
     fn take() -> io::Result<Self> {
+        #[cfg(unix)]
+        crate::crash::terminal_is_taken();
         terminal::take(|| {
             // What fails here cannot be mended here.
             let _ = disable_raw_mode();
             let _ = execute!(stderr(), LeaveAlternateScreen, Show);
+            #[cfg(unix)]
+            crate::crash::terminal_is_given_back();
         });
         let drawn = Drawn::default();
         let terminal = enable_raw_mode()

@@ -17,9 +17,11 @@ use burn::backend::{Autodiff, Flex};
 use serde::Serialize;
 use train::device_failure::{OutOfMemory, guarded};
 use train::memory::Place;
+use train::recipe::{ComputeDtype, Recipe};
 
 use crate::failure::Advised;
 use crate::memory;
+use crate::output::Output;
 
 /// A command that runs on whatever backend was chosen.
 pub trait Job {
@@ -124,6 +126,36 @@ impl Device {
         }
     }
 
+    /// Settles `train.compute_dtype` by what this device offers; what `auto` comes to is said if it
+    /// is not f32.
+    ///
+    /// # Errors
+    /// If the device does not offer what the recipe asks for.
+    pub fn settle_compute_dtype(&self, recipe: &mut Recipe, output: &Output) -> Result<()> {
+        let Listed {
+            name, kind, dtypes, ..
+        } = self.listed();
+        let asked = recipe.train.compute_dtype;
+        let is_card = best_of(&[&kind]).is_some();
+        recipe
+            .settle_compute_dtype(&dtypes, is_card)
+            .map_err(|error| {
+                let help = format!(
+                    "set train.compute_dtype to {} or \"auto\", or choose another --device",
+                    quoted(&dtypes)
+                );
+                Advised::usage(format!("{error} ({name})"), help)
+            })?;
+        let found = recipe.train.compute_dtype;
+        if asked == ComputeDtype::Auto && found != ComputeDtype::F32 {
+            output.note(format_args!(
+                "train.compute_dtype = auto: {} ({name})",
+                found.name()
+            ));
+        }
+        Ok(())
+    }
+
     /// Where a run on this device holds its tensors.
     pub fn place(&self) -> Place {
         match self {
@@ -166,9 +198,14 @@ impl Device {
     }
 }
 
+/// Names as a recipe has them, one or another.
+fn quoted(names: &[&str]) -> String {
+    let names: Vec<_> = names.iter().map(|name| format!("{name:?}")).collect();
+    names.join(" or ")
+}
+
 /// Which of several adapters of these kinds (see [`Listed`]) is the best real card: one with memory
 /// of its own before one in the processor, and the first of equals. A software adapter is none.
-#[allow(dead_code, reason = "a build without graphics knows no adapters")]
 fn best_of(kinds: &[&str]) -> Option<usize> {
     let real = ["discrete", "integrated", "virtual"];
     real.iter()

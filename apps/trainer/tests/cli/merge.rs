@@ -21,7 +21,19 @@ fn a_merged_model_says_what_model_and_adapter_say() {
     let line = "merge --model model --adapter run/adapter --out made/merged --json";
     let json = dir.trainer(line).succeeds().json();
     let keys: Vec<_> = json.as_object().unwrap().keys().collect();
-    assert_eq!(keys, ["out", "tensors", "merged_layers", "onto", "drift"]);
+    assert_eq!(
+        keys,
+        [
+            "out",
+            "tensors",
+            "merged_layers",
+            "onto",
+            "update_kept",
+            "drift"
+        ]
+    );
+    let kept = json["update_kept"].as_f64().unwrap();
+    assert!((kept - 1.0).abs() < 1e-6, "{kept}");
     let keys: Vec<_> = json["drift"].as_object().unwrap().keys().collect();
     assert_eq!(keys, ["tokens", "max_abs", "mean_abs", "kl", "same_top"]);
     assert_eq!(json["out"], "made/merged");
@@ -77,9 +89,11 @@ fn the_drift_is_told_in_words() {
         "drift from the trained model (base: not quantised) on 96 tokens",
         "nats",
         "after 100.0 %",
+        "100.0 % of the updates are left after rounding",
     ] {
         assert!(run.stdout.contains(part), "{part}: {run}");
     }
+    assert!(!run.stderr.contains("warning"), "{run}");
     assert!(run.stderr.contains("merging 21 tensors"), "{run}");
     let run = dir.trainer("merge --model model -q --out copy").succeeds();
     assert!(
@@ -88,6 +102,19 @@ fn the_drift_is_told_in_words() {
     );
     let run = dir.trainer("merge --model model --out again").succeeds();
     assert!(run.stderr.contains("there is no --adapter"), "{run}");
+}
+
+#[test]
+fn rounding_that_takes_much_of_the_updates_is_warned_of() {
+    let dir = trained("--set train.learning_rate=1e-4");
+    dir.trainer("merge --model model --dtype bf16 --out small")
+        .succeeds();
+    let line = "merge --model small --adapter run/adapter --out";
+    let lossy = dir.trainer(&format!("{line} lossy")).succeeds();
+    assert!(lossy.stderr.contains("with --dtype f32"), "{lossy}");
+    let whole = dir.trainer(&format!("{line} whole --dtype f32 --json"));
+    let kept = whole.succeeds().json()["update_kept"].as_f64().unwrap();
+    assert!((kept - 1.0).abs() < 1e-6, "{kept}");
 }
 
 #[test]

@@ -56,6 +56,26 @@ fn ctrl_c_and_signals_save_and_stop_the_run() {
     }
 }
 
+/// As when the system refuses memory, which no panic tells.
+#[test]
+fn an_abort_gives_the_terminal_back_and_says_what_to_do() {
+    let dir = Dir::with_tokens();
+    let mut pty = dashboard(&dir);
+    pty.kills(libc::SIGABRT);
+    let (code, seen) = pty.ends();
+    assert_eq!(code, Some(1), "{seen}");
+    let after = &seen[seen.rfind("\x1b[?1049l").unwrap()..];
+    for part in [
+        "\x1b[?25h",
+        "error: ",
+        "lack of memory",
+        "help: ",
+        "--resume",
+    ] {
+        assert!(after.contains(part), "{part}: {after}");
+    }
+}
+
 #[test]
 fn a_stop_can_be_taken_back_or_made_at_once() {
     let dir = Dir::with_tokens();

@@ -229,6 +229,40 @@ fn an_adapter_that_the_model_cannot_carry() {
 }
 
 #[test]
+fn a_type_that_a_device_does_not_compute_in_is_refused_with_those_it_does() {
+    let dir = Dir::with_tokens();
+    for command in ["train", "plan"] {
+        let line = format!(
+            "{command} --device cpu --model model --data rows.jsonl --output run --set \
+             train.compute_dtype"
+        );
+        for dtype in ["f16", "bf16"] {
+            let asked = format!("train.compute_dtype = \"{dtype}\"");
+            let offered = [
+                "this device computes in f32",
+                "\"f32\" or \"auto\"",
+                "--device",
+            ];
+            let parts: Vec<&str> = offered.iter().copied().chain([asked.as_str()]).collect();
+            dir.trainer(&format!("{line}={dtype}")).fails(2, &parts);
+        }
+        let parts = ["train.compute_dtype", "f32", "bf16"];
+        dir.trainer(&format!("{line}=int8")).fails(2, &parts);
+        let full = format!("{line}=bf16 --method full");
+        dir.trainer(&full)
+            .fails(2, &["train.compute_dtype", "full"]);
+    }
+    assert!(!dir.has("run"));
+    let line = "train --device cpu --model model --data rows.jsonl --output run --max-steps 1 \
+                --set train.compute_dtype=auto";
+    dir.trainer(line).succeeds();
+    assert!(
+        dir.read("run/recipe.toml")
+            .contains("compute_dtype = \"f32\"")
+    );
+}
+
+#[test]
 fn settings_of_an_evaluation_are_recipe_keys() {
     let dir = Dir::with_tokens();
     let line = "eval --model model --data rows.jsonl --set";
