@@ -69,6 +69,22 @@ impl Combination {
     }
 }
 
+/// Compares adapters with a model's config, and with each other if they are several: what [`combine`]
+/// refuses without having read weights.
+///
+/// # Errors
+/// Those of [`combine`].
+pub fn check_fit(
+    adapters: &[Weighted],
+    combination: Combination,
+    model: &LlamaConfig,
+) -> Result<()> {
+    match adapters {
+        [one] if one.weight == 1.0 => peft::open(&one.folder, model).map(|_| ()),
+        _ => Adapters::fitting(adapters, combination, model).map(|_| ()),
+    }
+}
+
 /// Puts several adapters on a model, or one with a weight, as one update of each layer; modules that
 /// they replace take the place of the model's own. Any single adapter as a whole goes as well.
 ///
@@ -85,11 +101,7 @@ pub fn combine<B: AdaptedBackend>(
         [one] if one.weight == 1.0 => return Ok(peft::load(model, &one.folder, device)?.0),
         _ => {}
     }
-    let adapters = Adapters::open(adapters, combination, &model.config)?;
-    let problems = adapters.conflicts();
-    if !problems.is_empty() {
-        return Err(Error::Combine { problems });
-    }
+    let adapters = Adapters::fitting(adapters, combination, &model.config)?;
     for adapter in &adapters.all {
         adapter.opened.check_copies_of(&model)?;
     }
@@ -129,6 +141,19 @@ impl Adapters {
         let open = |adapter: &Weighted| Adapter::open(adapter, model);
         let all = adapters.iter().map(open).collect::<Result<_>>()?;
         Ok(Self { all, combination })
+    }
+
+    /// Opens adapters on a model that go together.
+    fn fitting(
+        adapters: &[Weighted],
+        combination: Combination,
+        model: &LlamaConfig,
+    ) -> Result<Self> {
+        let adapters = Self::open(adapters, combination, model)?;
+        match adapters.conflicts() {
+            problems if problems.is_empty() => Ok(adapters),
+            problems => Err(Error::Combine { problems }),
+        }
     }
 
     /// What keeps them from being used together.

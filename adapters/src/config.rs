@@ -310,6 +310,17 @@ impl Selection {
         }
     }
 
+    /// Whether the same modules of every decoder layer are meant.
+    pub(crate) fn names_no_layer(&self) -> bool {
+        let has_index = |name: &String| name.contains(|c: char| c.is_ascii_digit());
+        self.layers_to_transform.is_none()
+            && match &self.target_modules {
+                Targets::AllLinear => true,
+                Targets::Names(names) => !names.iter().any(has_index),
+                Targets::Regex(_) => false,
+            }
+    }
+
     fn matches_nothing(&self) -> String {
         let but = match self.modules_to_save.is_empty() {
             true => "",

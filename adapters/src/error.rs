@@ -16,7 +16,7 @@ pub enum Error {
     #[error(transparent)]
     File(#[from] model::Error),
     /// `adapter_config.json` asks for something that is not supported; every problem is listed.
-    #[error("{}: {}", path.display(), listed(problems, usize::MAX))]
+    #[error("{}:{}", path.display(), listed(problems, usize::MAX))]
     Config {
         /// The file.
         path: PathBuf,
@@ -24,7 +24,7 @@ pub enum Error {
         problems: Vec<String>,
     },
     /// The settings do not fit the model; every problem is listed.
-    #[error("the adapter does not fit the model: {}", listed(problems, usize::MAX))]
+    #[error("the adapter does not fit the model:{}", listed(problems, usize::MAX))]
     Fit {
         /// One sentence a problem.
         problems: Vec<String>,
@@ -63,8 +63,8 @@ pub enum Error {
         /// The model's folder.
         path: PathBuf,
     },
-    /// Tensors are missing, unexpected or of another shape; every one is listed.
-    #[error("{} is not an adapter of this model: {}", path.display(), listed(problems, usize::MAX))]
+    /// Tensors are missing, unexpected or of another shape; the first are listed.
+    #[error("{} is not an adapter of this model:{}", path.display(), listed(problems, 8))]
     Tensors {
         /// The file.
         path: PathBuf,
@@ -72,16 +72,22 @@ pub enum Error {
         problems: Vec<String>,
     },
     /// Adapters that cannot be used together, or not with their weights; every problem is listed.
-    #[error("cannot combine these adapters: {}", listed(problems, usize::MAX))]
+    #[error("cannot combine these adapters:{}", listed(problems, usize::MAX))]
     Combine {
         /// One sentence a problem.
         problems: Vec<String>,
     },
     /// Adapters that cannot be merged together, or not onto what they are to be merged onto; every
     /// problem is listed.
-    #[error("cannot merge these adapters: {}", listed(problems, usize::MAX))]
+    #[error("cannot merge these adapters:{}", listed(problems, usize::MAX))]
     Merge {
         /// One sentence a problem.
+        problems: Vec<String>,
+    },
+    /// Adapters that are no part of a model's weights; every one is listed.
+    #[error("cannot merge these adapters:{}", listed(problems, usize::MAX))]
+    NotInWeights {
+        /// One sentence an adapter.
         problems: Vec<String>,
     },
     /// The original weights of a model that has them no more.

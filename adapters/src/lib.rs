@@ -24,7 +24,7 @@ pub use base::{
     AdaptedBackend, BaseLinear, TrainBackend, base_bytes, check, init, largest_tensor, load,
     load_in, scheme,
 };
-pub use combine::{Combination, Weighted, combine};
+pub use combine::{Combination, Weighted, check_fit, combine};
 pub use config::{AdapterConfig, Layer, MAX_RANK, OneOrMany, Pattern, Selection, Targets};
 pub use drift::{Drift, drift};
 pub use error::{Error, Result};

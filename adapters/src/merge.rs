@@ -72,8 +72,8 @@ impl<'a> Merge<'a> {
     /// one of the two it merges into the other as well, which is another model.)
     ///
     /// # Errors
-    /// What [`crate::load`] and [`crate::peft::load`] refuse; [`Error::NoOriginal`]; [`Error::Merge`] lists
-    /// everything that does not go together.
+    /// What [`crate::load`] and [`crate::peft::load`] refuse; [`Error::NoOriginal`];
+    /// [`Error::NotInWeights`]; [`Error::Merge`] lists everything that does not go together.
     pub fn new(
         source: &'a ModelFolder,
         checkpoint: &'a Checkpoint,
@@ -88,10 +88,11 @@ impl<'a> Merge<'a> {
             });
         }
         let adapters = Adapters::open(adapters, combination, &source.config)?;
-        let mut problems: Vec<_> = adapters.all.iter().filter_map(not_in_weights).collect();
-        if problems.is_empty() {
-            problems = adapters.conflicts();
+        let problems: Vec<_> = adapters.all.iter().filter_map(not_in_weights).collect();
+        if !problems.is_empty() {
+            return Err(Error::NotInWeights { problems });
         }
+        let mut problems = adapters.conflicts();
         let scheme = match base.is_stored {
             true => base.scheme,
             false => trained_on(&adapters.all, onto, &mut problems),

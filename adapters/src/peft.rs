@@ -216,11 +216,12 @@ fn open_on(folder: &Path, model: &LlamaConfig) -> Result<Opened> {
     let copies = base_copies(&file, &parts, model);
     let wanted = |part: &Part| (part.key.clone(), part.shape.clone());
     let wanted: Vec<_> = parts.iter().chain(&copies).map(wanted).collect();
-    file.check(&wanted, |_| false)
-        .map_err(|error| match error {
-            model::Error::Tensors { path, problems } => Error::Tensors { path, problems },
-            other => Error::File(other),
-        })?;
+    let mut problems = file.differences(&wanted, |_| false);
+    if !problems.is_empty() {
+        problems.splice(0..0, of_another(&config, &file, model));
+        let path = file.path().into();
+        return Err(Error::Tensors { path, problems });
+    }
     Ok(Opened {
         config,
         parts,
@@ -228,6 +229,31 @@ fn open_on(folder: &Path, model: &LlamaConfig) -> Result<Opened> {
         file,
         model: model.clone(),
     })
+}
+
+/// What tells that tensors are those of a model of other sizes.
+fn of_another(config: &AdapterConfig, file: &Checkpoint, model: &LlamaConfig) -> Option<String> {
+    let mut differ = Vec::new();
+    let index = |(name, _): (&str, _)| {
+        let (_, behind) = name.split_once(".layers.")?;
+        behind.split('.').next()?.parse::<usize>().ok()
+    };
+    let layers = file.tensors().filter_map(index).max().map(|last| last + 1);
+    let layers = layers.filter(|_| config.selection.names_no_layer());
+    let ours = model.num_hidden_layers;
+    if let Some(theirs) = layers.filter(|theirs| *theirs != ours) {
+        differ.push(format!("{theirs} layers (this one: {ours})"));
+    }
+    let inputs =
+        ["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"].map(|p| p.to_owned() + ".lora_A");
+    let reads_hidden = |name: &str| inputs.iter().any(|input| name.contains(input));
+    let mut of_hidden = file.tensors().filter(|(name, _)| reads_hidden(name));
+    let hidden = of_hidden.find_map(|(_, shape)| shape.get(1).copied());
+    let ours = model.hidden_size;
+    if let Some(theirs) = hidden.filter(|theirs| *theirs != ours) {
+        differ.push(format!("a hidden size of {theirs} (this one: {ours})"));
+    }
+    (!differ.is_empty()).then(|| format!("it is of a model with {}", differ.join(" and ")))
 }
 
 /// Puts the adapter of a folder on a model; its `modules_to_save` replace the model's own weights.

@@ -500,6 +500,14 @@ pub fn write_file(path: &Path, bytes: &[u8]) -> Result<()> {
     write_parts(path, |file| file(bytes))
 }
 
+/// Why a temporary file cannot be made, without its name, which nobody has given.
+pub(crate) fn without_name(error: std::io::Error) -> std::io::Error {
+    match error.to_string().rsplit_once(" at path ") {
+        Some((reason, _)) => std::io::Error::new(error.kind(), reason),
+        None => error,
+    }
+}
+
 /// [`write_file`] part by part: `write` gets a function that appends to the file.
 fn write_parts<E: From<Error>>(
     path: &Path,
@@ -521,7 +529,7 @@ fn write_parts<E: From<Error>>(
     }
     let mut file = builder
         .tempfile_in(folder.unwrap_or(Path::new(".")))
-        .map_err(io)?;
+        .map_err(|error| io(without_name(error)))?;
     write(&mut |bytes| file.write_all(bytes).map_err(io))?;
     file.as_file().sync_all().map_err(io)?;
     file.persist(path).map_err(|e| io(e.error))?;

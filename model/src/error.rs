@@ -28,7 +28,7 @@ pub enum Error {
         source: serde_json::Error,
     },
     /// `config.json` describes a model that cannot be built; every problem is listed.
-    #[error("{}: {}", path.display(), listed(problems, usize::MAX))]
+    #[error("{}:{}", path.display(), listed(problems, usize::MAX))]
     Config {
         /// The file.
         path: PathBuf,
@@ -60,7 +60,7 @@ pub enum Error {
         reason: String,
     },
     /// Tensors are missing, unexpected or of another shape; every one is listed.
-    #[error("{} does not fit its config.json: {}", path.display(), listed(problems, 8))]
+    #[error("{} does not fit its config.json:{}", path.display(), listed(problems, 8))]
     Tensors {
         /// The file or folder.
         path: PathBuf,
@@ -300,23 +300,24 @@ fn in_place(path: &str) -> String {
     }
 }
 
-/// Problems as part of a message: the only one on its line, several on a line each, at most `most`
-/// of them.
+/// Problems behind the colon of a message: the only one on its line, several on a line each, at most
+/// `most` of them.
 pub fn listed(problems: &[String], most: usize) -> String {
     let [shown @ .., last] = problems else {
         return String::new();
     };
     if shown.is_empty() {
-        return last.clone();
+        return format!(" {last}");
     }
     let mut lines: Vec<_> = problems
         .iter()
         .take(most)
         .map(|p| format!("\n  {p}"))
         .collect();
-    let left = problems.len() - lines.len();
-    if left > 0 {
-        lines.push(format!("\n  and {left} more"));
+    match problems.len() - lines.len() {
+        0 => {}
+        1 => lines.push("\n  and one other".into()),
+        left => lines.push(format!("\n  and {left} others")),
     }
     lines.concat()
 }

@@ -6,7 +6,7 @@ use safetensors::Dtype;
 use serde_json::{Map, Value};
 
 use crate::chat::ChatTemplate;
-use crate::checkpoint::{Checkpoint, write_file};
+use crate::checkpoint::{Checkpoint, without_name, write_file};
 use crate::config::LlamaConfig;
 use crate::error::{Error, Result};
 use crate::tokenizer::{Tokenizer, read_json};
@@ -222,7 +222,7 @@ pub fn write_folder<T, E: From<Error>>(
     let part = tempfile::Builder::new()
         .prefix(".part-")
         .tempdir_in(parent)
-        .map_err(io)?;
+        .map_err(|error| io(without_name(error)))?;
     let inside = part.path().join("folder"); // with the permissions of any new folder
     std::fs::create_dir(&inside).map_err(io)?;
     let made = fill(&inside)?;

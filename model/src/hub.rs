@@ -30,6 +30,8 @@ mod snapshot;
 
 const DEFAULT_ENDPOINT: &str = "https://huggingface.co";
 const INDEX: &str = "model.safetensors.index.json";
+/// What [`Error::Hub`] names as the file where the Hub does not say what a repository holds.
+pub const LISTING: &str = "the list of files";
 /// How long the Hub may take to list a repository before the cache is used instead.
 const LIST_TIMEOUT: Duration = Duration::from_secs(30);
 
@@ -290,9 +292,7 @@ impl Hub {
         if self.offline {
             return cached().map(Source::Cache);
         }
-        let api = self
-            .api()
-            .map_err(|source| repo.failed("the list of files", source))?;
+        let api = self.api().map_err(|source| repo.failed(LISTING, source))?;
         match self.list(&api, repo) {
             Ok(listing) => Ok(Source::Hub(Box::new(api), listing)),
             Err(reason @ Error::Hub { .. }) => {
@@ -367,7 +367,7 @@ impl Hub {
 
     /// Asks the Hub which files the revision has, and which commit it is.
     fn list(&self, api: &Api, repo: &HubId) -> Result<Listing> {
-        let failed = |source| repo.failed("the list of files", source);
+        let failed = |source| repo.failed(LISTING, source);
         let request = api
             .repo(repo.at(&repo.revision))
             .info_request()

@@ -279,7 +279,10 @@ pub enum Error {
         max_length: usize,
     },
     /// Every row was too long.
-    #[error("all {rows} rows are longer than data.max_length = {max_length} tokens")]
+    #[error(
+        "{} longer than data.max_length = {max_length} tokens",
+        if *rows == 1 { "the only row is".to_owned() } else { format!("all {rows} rows are") }
+    )]
     AllDropped {
         /// How many rows were read.
         rows: usize,

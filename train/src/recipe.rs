@@ -403,6 +403,42 @@ mod tests {
     }
 
     #[test]
+    fn entries_of_a_table_are_set_one_by_one() {
+        let file = format!("{GOOD}adapter.rank_pattern = {{v_proj = 2}}");
+        let set = [
+            "adapter.rank_pattern.q_proj=3",
+            "adapter.rank_pattern.0.mlp.up_proj=4",
+        ];
+        let recipe = read(&file, &set).unwrap();
+        let table: Table = recipe.to_toml().parse().unwrap();
+        let expected: Table = "v_proj = 2\nq_proj = 3\n'0.mlp.up_proj' = 4"
+            .parse()
+            .unwrap();
+        assert_eq!(table["adapter"]["rank_pattern"], Value::Table(expected));
+        assert!(recipe.given.contains("adapter.rank_pattern"));
+        let all = problems(GOOD, &["adapter.rank_pattern.q_proj=three"]);
+        assert!(
+            all[0].contains("adapter.rank_pattern: invalid type"),
+            "{all:?}"
+        );
+        let all = problems(
+            GOOD,
+            &["adapter.method=vera", "adapter.rank_pattern.q_proj=3"],
+        );
+        assert!(
+            all[0].contains("\"vera\" does not know it: it is a key of lora"),
+            "{all:?}"
+        );
+    }
+
+    #[test]
+    fn the_keys_to_choose_from_are_those_of_the_method() {
+        let all = problems(GOOD, &["adapter.method=vera", "adapter.xyz=3"]);
+        assert!(all[0].contains("projection_prng_key"), "{all:?}");
+        assert!(!all[0].contains("use_dora"), "{all:?}");
+    }
+
+    #[test]
     fn a_setting_is_toml_or_a_string() {
         let value = |text: &str| parse_setting(&format!("data.train={text}")).unwrap().1;
         let texts = |all: &[&str]| Value::Array(all.iter().map(|text| (*text).into()).collect());

@@ -102,12 +102,15 @@ impl Settings for PromptSettings {
             [self.num_virtual_tokens],
         ));
         let text = self.prompt_tuning_init_text.as_deref();
-        if (self.prompt_tuning_init == PromptInit::Text)
-            != text.is_some_and(|text| !text.is_empty())
-        {
-            let problem = "goes with prompt_tuning_init = \"TEXT\": set both, or neither";
-            problems.push(("prompt_tuning_init_text", problem.into()));
-        }
+        let has_text = text.is_some_and(|text| !text.is_empty());
+        let problem = match (self.prompt_tuning_init == PromptInit::Text, has_text) {
+            (true, false) => {
+                Some("is missing: prompt_tuning_init = \"TEXT\" starts with its words")
+            }
+            (false, true) => Some("means something only with prompt_tuning_init = \"TEXT\""),
+            _ => None,
+        };
+        problems.extend(problem.map(|text| ("prompt_tuning_init_text", text.to_owned())));
         problems
     }
 }

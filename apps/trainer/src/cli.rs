@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use adapters::Combination;
-use clap::{Args, Parser, Subcommand, value_parser};
+use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand, value_parser};
 use quant::Scheme;
 
 /// Fine-tunes Llama models with LoRA: a Hugging Face folder goes in, a PEFT adapter comes out.
@@ -29,6 +29,37 @@ pub struct Cli {
     pub no_tui: bool,
     #[command(subcommand)]
     pub command: Option<Command>,
+}
+
+/// Flags of every command that mean nothing to some, whose help leaves them out.
+const UNUSED: [(&str, &[&str]); 10] = [
+    ("eval", &["no_tui"]),
+    ("generate", &["no_tui"]),
+    ("chat", &["json", "no_tui"]),
+    ("merge", &["no_tui"]),
+    ("quantize", &["no_tui"]),
+    ("plan", &["no_tui"]),
+    ("devices", &["no_tui"]),
+    ("report", &["device", "no_tui"]),
+    ("push", &["device", "no_tui"]),
+    ("pull", &["device", "no_tui"]),
+];
+
+impl Cli {
+    /// Reads the command line.
+    ///
+    /// # Errors
+    /// What cannot be read, and the help that is asked for.
+    pub fn read() -> Result<Self, clap::Error> {
+        let mut all = Self::command();
+        for (command, unused) in UNUSED {
+            let hides = |arg: &&clap::Arg| unused.contains(&arg.get_id().as_str());
+            let hidden = all.get_arguments().filter(hides).cloned();
+            let hidden: Vec<_> = hidden.map(|arg| arg.hide(true)).collect();
+            all = all.mut_subcommand(command, |it| it.args(hidden));
+        }
+        Self::from_arg_matches(&all.try_get_matches()?)
+    }
 }
 
 #[derive(Debug, Subcommand)]
@@ -74,7 +105,8 @@ pub struct RecipeArgs {
     /// output.dir: the run folder
     #[arg(long, value_name = "DIR")]
     pub output: Option<PathBuf>,
-    /// quantization.format: nf4 or fp4 keeps the linear layers in 4 bits
+    /// quantization.format: nf4 or fp4 keeps the linear layers in 4 bits, none does not (--set
+    /// quantization.block_size=N and quantization.double_quant=true are its settings)
     #[arg(long, value_name = "FORMAT")]
     pub quant: Option<String>,
     #[arg(long, help = methods())]

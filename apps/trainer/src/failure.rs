@@ -1,5 +1,6 @@
 //! Errors as a user sees them: `error:`, the causes, and one line that says what to do.
 
+use std::path::Path;
 use std::process::ExitCode;
 
 use clap::error::{ContextKind, ContextValue, ErrorKind};
@@ -25,15 +26,24 @@ pub struct Advised {
     message: String,
     help: String,
     code: u8,
+    #[source]
+    cause: Option<Box<model::Error>>,
 }
 
 impl Advised {
+    /// The same with what it came from.
+    pub fn caused_by(mut self, cause: model::Error) -> Self {
+        self.cause = Some(Box::new(cause));
+        self
+    }
+
     /// Something that went wrong.
     pub fn failed(message: impl Into<String>, help: impl Into<String>) -> Self {
         Self {
             message: message.into(),
             help: help.into(),
             code: 1,
+            cause: None,
         }
     }
 
@@ -43,6 +53,7 @@ impl Advised {
             message: message.into(),
             help: help.into(),
             code: 2,
+            cause: None,
         }
     }
 }
@@ -54,6 +65,7 @@ impl Failure {
         let text = text.strip_prefix("error: ").unwrap_or(&text);
         let (message, rest) = text.split_once("\n\n").unwrap_or((text, ""));
         let message = message.lines().map(str::trim).collect::<Vec<_>>().join(" ");
+        let message = in_words(message);
         let tip = rest
             .lines()
             .find_map(|line| line.trim().strip_prefix("tip: "));
@@ -111,6 +123,26 @@ impl From<anyhow::Error> for Failure {
 const RESUMED: &str = "leave it out: a run goes on by its own recipe, of which --max-steps, --epochs, --data, \
      --eval-data and --set change what may change";
 
+/// Rust's words for text that is no number.
+fn in_words(message: String) -> String {
+    let whole = match message.contains("value '-") {
+        true => "expected a whole number, 0 or above",
+        false => "expected a whole number",
+    };
+    let words = [
+        ("invalid digit found in string", whole),
+        ("cannot parse integer from empty string", whole),
+        ("invalid float literal", "expected a number"),
+        ("cannot parse float from empty string", "expected a number"),
+        (
+            "number too large to fit in target type",
+            "the number is too large",
+        ),
+    ];
+    let all = words.iter();
+    all.fold(message, |text, (rust, words)| text.replace(rust, words))
+}
+
 /// What to write for a flag that is none, if a recipe has a key of its name; `usage` shows the
 /// command.
 fn recipe_key(error: &clap::Error, usage: &str) -> Option<String> {
@@ -161,7 +193,7 @@ fn advice(error: &anyhow::Error) -> (String, u8) {
             return (adapter_advice(error).into(), 1);
         }
         if let Some(error) = cause.downcast_ref::<model::Error>() {
-            return (model_advice(error).into(), 1);
+            return (model_advice(error).into(), model_code(error));
         }
     }
     ("check the file or value that is named above".into(), 1)
@@ -181,6 +213,15 @@ fn train_code(error: &train::Error) -> u8 {
     }
 }
 
+/// 2 where an address cannot be one, 1 for everything else.
+fn model_code(error: &model::Error) -> u8 {
+    use model::Error as E;
+    match error {
+        E::HubNotARepository { .. } | E::NotADataset { .. } => 2,
+        _ => 1,
+    }
+}
+
 fn train_advice(error: &train::Error) -> &'static str {
     use train::Error as E;
     match error {
@@ -191,7 +232,7 @@ fn train_advice(error: &train::Error) -> &'static str {
         }
         E::ComputeDtype { .. } => "set train.compute_dtype to one of these, or to \"auto\"",
         E::NoRecipe { .. } => "give a recipe file, or with --resume the folder of a run",
-        E::Toml { .. } => "correct the recipe; it is a TOML file",
+        E::Toml { .. } => "correct the recipe; it is a TOML file, in which text stands in quotes",
         E::Io { .. } => "check the path, its permissions and the free space on its disk",
         E::OutputNotEmpty { .. } => "choose another --output, or go on with that run by --resume",
         E::InUse { .. } => "wait until it has ended, or stop it; or choose another --output",
@@ -265,6 +306,12 @@ fn adapter_advice(error: &adapters::Error) -> &'static str {
         E::File(model::Error::MissingFile { .. }) => {
             "give the folder of a PEFT adapter, or a Hub id"
         }
+        E::File(model::Error::Io { path, source, .. }) if is_missing_weights(path, source) => {
+            "the adapter folder is incomplete: get that file again"
+        }
+        E::File(model::Error::Safetensors { .. }) => {
+            "get the adapter again: that file is damaged or incomplete"
+        }
         E::File(error) => model_advice(error),
         E::Config { .. } => "use an adapter that this version supports, made for this model",
         E::Fit { .. } => "correct the adapter.* keys of the recipe",
@@ -281,14 +328,20 @@ fn adapter_advice(error: &adapters::Error) -> &'static str {
              any ranks"
         }
         E::Merge { .. } => {
-            "merge fewer adapters at a time, leave weights of 1 out, merge --onto original, or give \
-             what cannot be merged to --adapter of eval, generate and chat"
+            "merge fewer adapters at a time, leave their weights out, or merge --onto original"
         }
+        E::NotInWeights { .. } => "give it to --adapter of eval, generate and chat as it is",
         E::NoOriginal { .. } => "give the original model by --model, or leave --onto original out",
         E::NotFinite { .. } => "check the weights of the adapter, and the weight it is given",
         E::Weight { .. } => "use the model without quantization, or get its files again",
         _ => "check the adapter folder that is named above",
     }
+}
+
+/// Whether what cannot be opened are weights that are not there.
+fn is_missing_weights(path: &Path, source: &std::io::Error) -> bool {
+    let is_weights = path.extension().is_some_and(|end| end == "safetensors");
+    is_weights && source.kind() == std::io::ErrorKind::NotFound
 }
 
 fn push_advice(failure: &PushFailure) -> &'static str {
@@ -306,9 +359,13 @@ fn push_advice(failure: &PushFailure) -> &'static str {
     }
 }
 
-fn model_advice(error: &model::Error) -> &'static str {
+/// What to do about an error of a model's folder, or of the Hub.
+pub fn model_advice(error: &model::Error) -> &'static str {
     use model::Error as E;
     match error {
+        E::Io { path, source, .. } if is_missing_weights(path, source) => {
+            "the model folder is incomplete: get that file again"
+        }
         E::Io { .. } => "check the path, its permissions and the free space on its disk",
         E::Json { .. } => "correct the file, or get it again",
         E::Config { .. } => {
@@ -320,9 +377,8 @@ fn model_advice(error: &model::Error) -> &'static str {
         E::OtherWeights { .. } => {
             "get the repository's safetensors weights, or save the model with transformers once"
         }
-        E::Safetensors { .. } | E::Tensors { .. } => {
-            "get the weights again; they must belong to this config.json"
-        }
+        E::Safetensors { .. } => "get the weights again: that file is damaged or incomplete",
+        E::Tensors { .. } => "get the weights again; they must belong to this config.json",
         E::Tokenizer { .. } => "get tokenizer.json again",
         E::Tokenize { .. } => "check that tokenizer.json is the model's own",
         E::Template { .. } | E::TurnNotRendered { .. } => {

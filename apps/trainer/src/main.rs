@@ -21,8 +21,6 @@ mod terminal;
 
 use std::process::ExitCode;
 
-use clap::Parser;
-
 use crate::cli::{Cli, Command};
 use crate::failure::Failure;
 use crate::output::Output;
@@ -30,7 +28,7 @@ use crate::output::Output;
 fn main() -> ExitCode {
     keep_freed_memory();
     signals::take_file_size_limits_as_errors();
-    let cli = match Cli::try_parse() {
+    let cli = match Cli::read() {
         Ok(cli) => cli,
         Err(error) if !error.use_stderr() => {
             let _ = error.print(); // --help and --version

@@ -807,7 +807,7 @@ fn long_rows_are_dropped_cut_or_refused() {
     let found = prepare_rows(&rows[1..2], &with(Truncate::Drop), &bare());
     assert_eq!(
         message(found),
-        "all 1 rows are longer than data.max_length = 3 tokens"
+        "the only row is longer than data.max_length = 3 tokens"
     );
 }
 

@@ -120,19 +120,28 @@ pub(super) fn unknown_section(name: &str) -> String {
 
 /// Why a key of a section is none.
 pub(super) fn unknown_key(section: &str, key: &str) -> String {
+    none_of(section, key, keys(section))
+}
+
+/// Why a key is none of those that a section has.
+fn none_of(section: &str, key: &str, keys: Vec<String>) -> String {
     let why = format!("unknown field `{key}`");
-    let near = || Some(format!("{section}.{}", nearest(key, keys(section))?));
+    let near = || Some(format!("{section}.{}", nearest(key, keys.clone())?));
     match elsewhere(key).or_else(near).or_else(|| in_any_section(key)) {
         Some(meant) => format!("{why}: did you mean {meant}?"),
-        None => format!("{why}: expected {}", keys(section).join(", ")),
+        None => format!("{why}: expected {}", keys.join(", ")),
     }
 }
 
 /// Why a key of the adapter is none, or not one of its method.
 pub(super) fn unknown_setting(adapter: &AdapterSection, key: &str) -> String {
-    let all: Vec<_> = Method::that_know(key).collect();
+    let keys = adapter.keys();
+    // `rank_pattern.q_proj` where another method has the table
+    let table = key.split('.').next().unwrap_or(key);
+    let all: Vec<_> = Method::that_know(table).collect();
     match all.as_slice() {
-        [] => unknown_key("adapter", key),
+        _ if keys.iter().any(|known| known == table) => none_of("adapter", key, keys),
+        [] => none_of("adapter", key, keys),
         methods => format!(
             "adapter.method = {:?} does not know it: it is a key of {}",
             adapter.method,

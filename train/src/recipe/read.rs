@@ -20,9 +20,9 @@ pub(super) fn read(
     settings: &[(String, Value)],
     needed: &[&str],
 ) -> Result<Recipe> {
-    let table = match file {
+    let (table, broken) = match file {
         Some(path) => read_table(path)?,
-        None => Table::new(),
+        None => (Table::new(), None),
     };
     let mut reader = Reader {
         file,
@@ -31,6 +31,9 @@ pub(super) fn read(
         failed: BTreeSet::new(),
     };
     let recipe = reader.read(table, settings);
+    if let Some(error) = broken.filter(|_| reader.failed.is_empty()) {
+        return Err(error);
+    }
     for (key, problem) in check::problems(&recipe) {
         reader.add_value_problem(&key, &problem);
     }
@@ -68,15 +71,38 @@ fn chosen_method<'a>(table: &'a Table, settings: &'a [(String, Value)]) -> Optio
     value.as_str()
 }
 
-fn read_table(path: &Path) -> Result<Table> {
+/// The table of a file. One that is TOML but for text without quotes is read as if it had them, beside the
+/// error, so that it can be said what the key takes.
+fn read_table(path: &Path) -> Result<(Table, Option<Error>)> {
     let text = std::fs::read_to_string(path).map_err(|source| Error::NoRecipe {
         path: path.into(),
         source,
     })?;
-    text.parse().map_err(|source| Error::Toml {
+    let source = match text.parse() {
+        Ok(table) => return Ok((table, None)),
+        Err(source) => source,
+    };
+    let quoted = quoted(&text, &source);
+    let error = Error::Toml {
         path: path.into(),
         source,
-    })
+    };
+    match quoted {
+        Some(table) => Ok((table, Some(error))),
+        None => Err(error),
+    }
+}
+
+/// The table with quotes around the value at which a file is no TOML, if it is TOML then.
+fn quoted(text: &str, error: &toml::de::Error) -> Option<Table> {
+    let before = text.get(..error.span()?.start)?;
+    let start = before.rfind('\n').map_or(0, |end| end + 1);
+    let line = text[start..].lines().next()?;
+    let (key, value) = line.split_once('=')?;
+    let value = value.split('#').next().unwrap_or(value).trim();
+    let (head, tail) = (&text[..start], &text[start + line.len()..]);
+    let value = Value::from(value);
+    format!("{head}{key}= {value}{tail}").parse().ok()
 }
 
 /// What `--set section.key=value` means: TOML, or a string if it is not; strings in a list need no
@@ -162,6 +188,10 @@ impl Reader<'_> {
     }
 
     fn set(&mut self, recipe: &mut Recipe, place: Place, section: &str, key: &str, value: Value) {
+        let (key, value) = match section {
+            "adapter" => within_table(&recipe.adapter, key, value),
+            _ => (key, value),
+        };
         let at = format!("{section}.{key}");
         let known = match section {
             "adapter" => recipe.adapter.keys(),
@@ -225,6 +255,18 @@ impl Reader<'_> {
         };
         self.problems.push(format!("{place}: {problem}"));
     }
+}
+
+/// What `rank_pattern.q_proj = 3` sets: the entry of a key that holds a table.
+fn within_table<'a>(adapter: &AdapterSection, key: &'a str, value: Value) -> (&'a str, Value) {
+    let entry = || {
+        let (table, entry) = key.split_once('.')?;
+        let section = Table::try_from(adapter).ok()?;
+        let mut entries = section.get(table)?.as_table()?.clone();
+        entries.insert(entry.to_owned(), value.clone());
+        Some((table, Value::Table(entries)))
+    };
+    entry().unwrap_or((key, value))
 }
 
 /// Sets one key of a section; the section stays as it is when the type is wrong.

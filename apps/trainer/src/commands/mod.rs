@@ -16,13 +16,15 @@ mod weighted;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use ::train::checkpoint::Checkpoints;
 use ::train::data::{Split, folder_files};
 use ::train::recipe::{Recipe, parse_setting};
-use ::train::run_folder::check_empty;
+use ::train::run_folder::{RECIPE_FILE, check_empty};
 use ::train::session;
 use ::train::trained::Trained;
 use adapters::{
-    AdaptedBackend, AdaptedLlama, Combination, Weighted, base_bytes, combine, largest_tensor, peft,
+    AdaptedBackend, AdaptedLlama, Combination, Weighted, base_bytes, check_fit, combine,
+    largest_tensor, peft,
 };
 use anyhow::Result;
 use burn::tensor::{DType, backend::Backend};
@@ -35,14 +37,45 @@ use self::weighted::open_adapters;
 use crate::cli::{BaseArgs, ModelArgs};
 use crate::device::Device;
 use crate::encoder::choose_template;
-use crate::failure::Advised;
-use crate::output::Output;
+use crate::failure::{Advised, model_advice};
+use crate::output::{Output, word};
+
+/// What to give in place of an adapter that is not there.
+const NO_ADAPTER: &str = "give the folder of a PEFT adapter, or its id on the Hub";
 
 /// Opens a model folder, or downloads one.
 fn open_model(name: &str, files: Files, output: &Output) -> Result<ModelFolder> {
     check_is_model(Path::new(name))?;
-    let path = hub::resolve(name, files, &mut output.downloads())?;
-    Ok(ModelFolder::open(&path)?)
+    Ok(ModelFolder::open(&find(name, files, output)?)?)
+}
+
+/// The folder of a name, downloaded if it is a Hub id. Most ids that the Hub cannot be asked for are
+/// paths with a slip.
+fn find(name: &str, files: Files, output: &Output) -> Result<PathBuf> {
+    use model::Error as E;
+    let error = match hub::resolve(name, files, &mut output.downloads()) {
+        Ok(folder) => return Ok(folder),
+        Err(error) => error,
+    };
+    let is_unknown = match &error {
+        E::Hub { file, .. } => file == hub::LISTING,
+        E::HubOffline { .. } | E::HubDenied { .. } => true,
+        _ => false,
+    };
+    Err(match error {
+        E::NoSuchFolder { .. } if files == Files::Adapter => {
+            Advised::failed(error.to_string(), NO_ADAPTER).into()
+        }
+        error if is_unknown => {
+            let message = format!("there is no folder {name}, and as a Hub id it cannot be had");
+            let help = format!(
+                "correct the path; if it is a Hub id: {}",
+                model_advice(&error)
+            );
+            Advised::failed(message, help).caused_by(error).into()
+        }
+        error => error.into(),
+    })
 }
 
 /// The data files that a recipe names; data sets of the Hub are downloaded. What is taken of them,
@@ -122,21 +155,27 @@ fn trained(recipe: &mut Recipe, output: &Output) -> Result<Trained> {
         }
         if !folder.exists() {
             let message = format!("adapter.init_from: there is no folder {}", folder.display());
-            return Err(Advised::failed(
-                message,
-                "give the folder of a PEFT adapter, or its id on the Hub",
-            )
-            .into());
+            return Err(Advised::failed(message, NO_ADAPTER).into());
         }
         check_is_adapter(folder)?;
     }
     Ok(session::trained(recipe)?)
 }
 
+/// Refuses an adapter to go on from that is not one of the model, before its template reads the rows.
+fn check_init_from(recipe: &Recipe, base: &ModelFolder) -> Result<()> {
+    let each = |folder: &PathBuf| Weighted {
+        folder: folder.clone(),
+        weight: 1.0,
+    };
+    let adapters: Vec<_> = recipe.adapter.init_from.iter().map(each).collect();
+    Ok(check_fit(&adapters, Combination::default(), &base.config)?)
+}
+
 /// An adapter folder, downloaded if it is a Hub id.
 fn open_adapter(name: &str, output: &Output) -> Result<PathBuf> {
     check_is_adapter(Path::new(name))?;
-    Ok(hub::resolve(name, Files::Adapter, &mut output.downloads())?)
+    find(name, Files::Adapter, output)
 }
 
 /// Refuses the folder of a run, or a model, in place of an adapter.
@@ -165,7 +204,29 @@ fn check_is_adapter(folder: &Path) -> Result<()> {
         )
         .into());
     }
+    if !has(config) && has(RECIPE_FILE) {
+        return Err(unfinished(folder).into());
+    }
     Ok(())
+}
+
+/// What there is to say of a run that has saved no adapter yet.
+fn unfinished(run: &Path) -> Advised {
+    let newest = Checkpoints::new(run, 0).newest_before(usize::MAX);
+    let newest = newest.ok().flatten().map(|folder| folder.join("adapter"));
+    let saved = [Some(run.join("best")), newest].into_iter().flatten();
+    let mut saved = saved.filter(|folder| folder.join(peft::CONFIG_FILE).exists());
+    let resume = format!("go on with: trainer train --resume {}", word(run));
+    Advised::failed(
+        format!(
+            "{} is the folder of a run that is unfinished: it has no adapter yet",
+            run.display()
+        ),
+        match saved.next() {
+            Some(folder) => format!("give {}, or {resume}", folder.display()),
+            None => resume,
+        },
+    )
 }
 
 /// A folder to be made is new or empty.
@@ -205,10 +266,17 @@ impl Adapted {
     /// Finds the model and the adapters that the command line names, if the device can hold them.
     pub fn open(args: &ModelArgs, device: &Device, output: &Output) -> Result<Self> {
         let base = Self::open_base(&args.base, device, output)?;
+        let adapters = open_adapters(&args.adapters, output)?;
+        base.with(adapters, weighted::combination(&args.adapters.combine))
+    }
+
+    /// The same with adapters, which fit: their templates decide how rows and prompts read.
+    pub fn with(self, adapters: Vec<Weighted>, combination: Combination) -> Result<Self> {
+        check_fit(&adapters, combination, &self.base.config)?;
         Ok(Self {
-            adapters: open_adapters(&args.adapters, output)?,
-            combination: weighted::combination(&args.adapters.combine),
-            ..base
+            adapters,
+            combination,
+            ..self
         })
     }
 
@@ -271,7 +339,10 @@ impl Adapted {
             }
             (Some(tasks), Some(task)) => Err(Advised::usage(
                 format!("--task-id {task} is no task of the adapter, which has {tasks}"),
-                format!("give a number from 0 to {}", tasks - 1),
+                match tasks {
+                    1 => "leave it out: there is task 0 alone".to_owned(),
+                    tasks => format!("give a number from 0 to {}", tasks - 1),
+                },
             )
             .into()),
             (None, Some(_)) => Err(Advised::usage(

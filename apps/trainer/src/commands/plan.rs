@@ -18,7 +18,7 @@ use serde_json::Value;
 use super::train::{
     ReadRows, all_params, all_warm_up, check_training_memory, read_rows, settings_of,
 };
-use super::{gib, open_model, trained};
+use super::{check_init_from, gib, open_model, trained};
 use crate::cli::RecipeArgs;
 use crate::device::Device;
 use crate::encoder::choose_template;
@@ -68,6 +68,7 @@ pub fn run(args: RecipeArgs, device: &str, output: &Output) -> Result<ExitCode> 
     let trained = trained(&mut recipe, output)?;
     device.settle_compute_dtype(&mut recipe, output)?;
     let mut base = open_model(&recipe.model.path, Files::Config, output)?;
+    check_init_from(&recipe, &base)?;
     choose_template(&mut base, &[], recipe.data.chat_template.as_deref())?;
     let trainable_params = session::num_params(&recipe, &trained, &base.config)?;
     let all_params = all_params(&trained, &base, trainable_params);

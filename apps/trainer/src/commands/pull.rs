@@ -33,7 +33,14 @@ pub fn run(args: PullArgs, output: &Output) -> Result<ExitCode> {
         let help = "use it as it is; pull takes owner/name[@revision] of the Hub";
         return Err(Advised::failed(message, help).into());
     }
-    let (kind, path): (_, PathBuf) = hub.pull(&id, &mut output.downloads())?;
+    let pulled = hub.pull(&id, &mut output.downloads());
+    let (kind, path): (_, PathBuf) = pulled.map_err(|error| match error {
+        model::Error::NotAModel { .. } | model::Error::NoSuchFolder { .. } => {
+            let message = format!("{id} is not an id of the Hub");
+            Advised::usage(message, "give owner/name[@revision]").into()
+        }
+        error => anyhow::Error::from(error),
+    })?;
     signals::no_farewell();
     let (kind, flag) = match kind {
         Files::Adapter => ("adapter", "--adapter"),

@@ -1,5 +1,6 @@
 //! `trainer report`
 
+use std::collections::HashSet;
 use std::path::{Component, Path, PathBuf};
 use std::process::ExitCode;
 
@@ -14,8 +15,9 @@ use crate::output::Output;
 
 /// Writes the page of one run, or of several together.
 pub fn run(args: ReportArgs, output: &Output) -> Result<ExitCode> {
+    let folders = each_once(args.runs, output);
     let read = |path: &PathBuf| RunRecord::read(path);
-    let mut runs: Vec<_> = args.runs.iter().map(read).collect::<Result<_, _>>()?;
+    let mut runs: Vec<_> = folders.iter().map(read).collect::<Result<_, _>>()?;
     tell_apart(&mut runs);
     for run in &runs {
         for note in &run.notes {
@@ -25,13 +27,29 @@ pub fn run(args: ReportArgs, output: &Output) -> Result<ExitCode> {
     let page = match args.out {
         Some(out) if out.is_dir() => out.join(REPORT_FILE),
         Some(out) => out,
-        None => page_of(&args.runs)?,
+        None => page_of(&folders)?,
     };
     let picture = write(&runs, &page)?;
     let facts: Vec<_> = runs.iter().map(facts).collect();
     let json = json!({ "report": page, "loss": picture, "runs": facts });
     output.result(&json, &text(&page, &runs))?;
     Ok(ExitCode::SUCCESS)
+}
+
+/// The folders without those that are given again, perhaps by another path.
+fn each_once(mut folders: Vec<PathBuf>, output: &Output) -> Vec<PathBuf> {
+    let mut known = HashSet::new();
+    folders.retain(|folder| {
+        let is_new = known.insert(folder.canonicalize().unwrap_or_else(|_| folder.clone()));
+        if !is_new {
+            output.note(format_args!(
+                "{} is given twice, and drawn once",
+                folder.display()
+            ));
+        }
+        is_new
+    });
+    folders
 }
 
 /// Where the page goes: of one run into its folder, of several beside that of the first, so that each

@@ -28,7 +28,9 @@ use end::Finished;
 pub use end::{Left, Unfinished};
 pub use rows::{ReadRows, problems_of, read_rows};
 
-use super::{check_memory, check_tensors, loaded, open_model, other_base, settings, trained};
+use super::{
+    check_init_from, check_memory, check_tensors, loaded, open_model, other_base, settings, trained,
+};
 use crate::cli::{RecipeArgs, TrainArgs};
 use crate::device::{Device, Job};
 use crate::encoder;
@@ -47,7 +49,14 @@ pub fn run(args: TrainArgs, device: &str, no_tui: bool, output: &Output) -> Resu
             let help = "leave output.dir out, or copy the folder first and resume the copy";
             return Err(Advised::usage("--resume goes on in its own folder", help).into());
         }
-        let recipe = Recipe::read(Some(&run.join(RECIPE_FILE)), &over)?;
+        let file = run.join(RECIPE_FILE);
+        if !file.exists() {
+            let (run, file) = (run.display(), file.display());
+            let message = format!("{run} is not the folder of a run: there is no {file}");
+            let help = "give the folder that `trainer train` wrote";
+            return Err(Advised::usage(message, help).into());
+        }
+        let recipe = Recipe::read(Some(&file), &over)?;
         return launch(recipe, Some(run), device, no_tui, output)?.announce(output);
     }
     let file = args.recipe.recipe.as_deref();
@@ -116,6 +125,9 @@ pub fn launch(
         ModelInit::Pretrained => Files::Model,
     };
     let mut base = open_model(&recipe.model.path, files, output)?;
+    if !matches!(begin, Begin::Checkpoint(..)) {
+        check_init_from(&recipe, &base)?;
+    }
     encoder::choose_template(&mut base, &[], recipe.data.chat_template.as_deref())?;
     encoder::forget_same_template(&mut base, &mut recipe)?;
     // what does not fit is said before anything is loaded

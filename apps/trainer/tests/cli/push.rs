@@ -178,8 +178,8 @@ fn what_cannot_be_pushed_is_refused() {
     push("empty --repo a/b").fails(1, &["neither an adapter", "config.json"]);
     dir.write("begun/recipe.toml", "");
     push("begun --repo a/b").fails(1, &["saved nothing", "--resume begun"]);
-    push("run --repo name").fails(1, &["owner/name"]);
-    push("run --repo a/b@v1").fails(1, &["--revision"]);
+    push("run --repo name").fails(2, &["owner/name"]);
+    push("run --repo a/b@v1").fails(2, &["--revision"]);
     push("run --repo a/b --base-model /x").fails(2, &["not an id"]);
     for (file, content, says) in [
         ("adapter_model.safetensors", "half", "is damaged"),
@@ -230,6 +230,7 @@ fn the_hub_refuses_and_is_told_so() {
         run(&dir, &hub, line).fails(1, &[says]);
     }
     run(&dir, &hub, "pull model").fails(1, &["is a folder on this machine"]);
+    run(&dir, &hub, "pull name").fails(2, &["name is not an id of the Hub"]);
     run(&dir, &hub, "pull a/b@v1 --revision v2").fails(2, &["leave one of them out"]);
 }
 

@@ -282,6 +282,9 @@ fn several_runs_are_drawn_together() {
     dir.write("one/report.html", "old");
     dir.trainer("report one").succeeds();
     check(&dir.read("one/report.html"));
+    let twice = dir.trainer("report one ./one").succeeds();
+    assert_eq!(twice.stdout, "one/report.html\n");
+    assert!(twice.stderr.contains("./one is given twice"), "{twice}");
     // not in the place of a run's own page, wherever the runs lie
     dir.write("one/inside/metrics.jsonl", dir.read("two/metrics.jsonl"));
     dir.trainer("report one/inside two")
@@ -309,8 +312,9 @@ fn what_is_no_run_is_said() {
     dir.write("bad/metrics.jsonl", "no\nmetrics\n");
     fails("report bad", "bad/metrics.jsonl is one of metrics: line 1");
     dir.trainer("report").fails(2, &["RUN"]);
-    dir.trainer("report run --out nowhere/x.html")
-        .fails(1, &["nowhere/x.html"]);
+    let nowhere = dir.trainer("report run --out nowhere/x.html");
+    nowhere.fails(1, &["cannot write nowhere/x.html", "cause: No such file"]);
+    assert!(!nowhere.stderr.contains(".part-"), "{nowhere}");
     dir.write(
         "odd/metrics.jsonl",
         "what\n{\"kind\":\"train\",\"step\":1,\"loss\":2.5}\n",

@@ -36,15 +36,14 @@ pub fn run(args: ChatArgs, device: &str, output: &Output) -> Result<ExitCode> {
     }
     let sampling = read_sampling(&args.sampling, output)?;
     let device = Device::find(device)?;
-    let mut adapted = Adapted::open_base(&args.base, &device, output)?;
-    adapted.combination = combination(&args.combine);
+    let base = Adapted::open_base(&args.base, &device, output)?;
     let mut shelf = Shelf::default();
     for text in &args.adapter {
         let (name, weight) = read_weight(text)?;
         shelf.add(name, weight, open_adapter(name, output)?);
     }
     let used: Vec<_> = shelf.first().into_iter().collect();
-    adapted.adapters = weighted(&used);
+    let mut adapted = base.with(weighted(&used), combination(&args.combine))?;
     adapted.task = args.sampling.task_id;
     adapted.task()?;
     adapted.choose_template(args.chat_template.as_deref())?;

@@ -23,11 +23,25 @@ fn the_adapter_of_another_model() {
     refused(
         &dir,
         &[
-            "run/adapter/adapter_model.safetensors is not an adapter of this model",
+            "run/adapter/adapter_model.safetensors is not an adapter of this model:\n",
             "q_proj.lora_B.weight is",
             "use the base model",
         ],
     );
+    dir.edit_json("model/config.json", |config| {
+        config["num_hidden_layers"] = json!(20);
+        config["hidden_size"] = json!(64);
+    });
+    let sizes =
+        "it is of a model with 2 layers (this one: 20) and a hidden size of 32 (this one: 64)";
+    let plan = "plan --model model --data rows.jsonl --set adapter.init_from=run/adapter";
+    let plan = dir.trainer(plan);
+    plan.fails(1, &[sizes, "q_proj.lora_A.weight is", " others\nhelp: "]);
+    assert!(plan.stderr.lines().count() < 15, "{plan}");
+    dir.edit_json("model/config.json", |config| {
+        config["num_hidden_layers"] = json!(2);
+        config["hidden_size"] = json!(32);
+    });
     dir.edit_json("run/adapter/adapter_config.json", |config| {
         config["target_modules"] = json!(["c_attn"]);
     });
@@ -35,6 +49,37 @@ fn the_adapter_of_another_model() {
         &dir,
         &["run/adapter/adapter_config.json", "matches no layer"],
     );
+}
+
+/// Its template would read the rows, and what that makes of them is not what is wrong.
+#[test]
+fn the_adapter_of_another_model_is_told_before_rows_and_prompts() {
+    let dir = Dir::with_chat();
+    let line = "train -q --model model --data rows.jsonl --output run --max-steps 1";
+    dir.trainer(line).succeeds();
+    let wordy = "so ".repeat(2000) + &dir.read("model/chat_template.jinja");
+    dir.write("run/adapter/chat_template.jinja", wordy);
+    dir.edit_json("model/config.json", |config| {
+        config["hidden_size"] = json!(32)
+    });
+    let with = "--model model --adapter run/adapter";
+    let init = "--model model --output two --set adapter.init_from=run/adapter";
+    for line in [
+        &format!("eval {with} --data rows.jsonl"),
+        &format!("chat {with}"),
+        &format!("train {init} --data rows.jsonl"),
+        &format!("plan {init} --data rows.jsonl"),
+    ] {
+        let told = dir.trainer(line);
+        told.fails(
+            1,
+            &[
+                "not an adapter of this model",
+                "a hidden size of 16 (this one: 32)",
+            ],
+        );
+        assert!(!told.stderr.contains("warning"), "{told}");
+    }
 }
 
 #[test]
@@ -53,7 +98,7 @@ fn rank_or_targets_that_differ_from_the_tensors() {
     refused(
         &dir,
         &[
-            "v_proj.lora_A.weight is unexpected",
+            "k_proj.lora_A.weight is unexpected",
             "up_proj.lora_B.weight is unexpected",
         ],
     );
@@ -108,10 +153,16 @@ fn tensors_that_are_damaged_or_not_there() {
     let whole = std::fs::read(dir.path(file)).unwrap();
     for length in [0, 8, 1000, whole.len() - 1] {
         dir.write(file, &whole[..length]);
-        refused(&dir, &[file, "get"]);
+        refused(&dir, &[file, "get the adapter again"]);
     }
     std::fs::remove_file(dir.path(file)).unwrap();
-    refused(&dir, &[file]);
+    refused(
+        &dir,
+        &[
+            file,
+            "the adapter folder is incomplete: get that file again",
+        ],
+    );
 }
 
 #[test]
@@ -120,9 +171,47 @@ fn an_adapter_that_is_no_folder() {
     let line = "eval --model model --data rows.jsonl --adapter";
     dir.trainer(&format!("{line} rows.jsonl"))
         .fails(1, &["rows.jsonl is neither"]);
-    dir.trainer(&format!("{line} ./gone")).fails(1, &["./gone"]);
+    dir.trainer(&format!("{line} ./gone")).fails(
+        1,
+        &["there is no folder ./gone", "a PEFT adapter, or its id"],
+    );
+    dir.trainer(&format!("{line} runs/none")).fails(
+        1,
+        &[
+            "there is no folder runs/none, and as a Hub id",
+            "correct the path",
+        ],
+    );
     dir.trainer(&format!("{line} model"))
         .fails(1, &["model/adapter_config.json"]);
+}
+
+#[test]
+fn a_run_that_has_no_adapter_yet() {
+    let dir = Dir::with_tokens();
+    let line = "train -q --model model --data rows.jsonl --eval-data rows.jsonl --max-steps 2";
+    dir.trainer(&format!("{line} --output run --set train.save_every=1"))
+        .succeeds();
+    let remove = |name: &str| std::fs::remove_dir_all(dir.path(name)).unwrap();
+    remove("run/adapter");
+    let fails = |parts: &[&str]| {
+        for line in [
+            "eval --model model --data rows.jsonl --adapter run",
+            "train --model model --data rows.jsonl --output two --set adapter.init_from=run",
+        ] {
+            dir.trainer(line).fails(1, parts);
+        }
+    };
+    let resume = "go on with: trainer train --resume run";
+    fails(&[
+        "run is the folder of a run that is unfinished",
+        "give run/best, or",
+        resume,
+    ]);
+    remove("run/best");
+    fails(&["give run/checkpoints/step-000002/adapter, or", resume]);
+    remove("run/checkpoints");
+    fails(&["it has no adapter yet", &format!("help: {resume}")]);
 }
 
 #[test]

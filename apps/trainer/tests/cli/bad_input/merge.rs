@@ -112,6 +112,16 @@ fn adapters_that_do_not_go_together() {
 }
 
 #[test]
+fn adapters_that_are_no_weights() {
+    let dir = Dir::with_tokens();
+    let line = "train -q --model model --data rows.jsonl --output run --max-steps 1";
+    dir.trainer(&format!("{line} --method prefix")).succeeds();
+    let help = "help: give it to --adapter of eval, generate and chat as it is\n";
+    let line = "--model model --adapter run/adapter";
+    refused(&dir, line, 1, &["run/adapter is prefix tuning", help]);
+}
+
+#[test]
 fn bases_that_cannot_be_merged_onto() {
     let dir = Dir::with_adapter();
     let line = "--model model --adapter run/adapter --onto";

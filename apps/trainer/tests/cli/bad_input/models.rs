@@ -153,7 +153,10 @@ fn shards_and_index() {
     dir.write("model/model.safetensors.index.json", index);
     let shard = "model/model-00003-of-00005.safetensors";
     std::fs::remove_file(dir.path(shard)).unwrap();
-    refused(&dir, &[shard, "cannot open"]);
+    refused(
+        &dir,
+        &[shard, "cannot open", "incomplete: get that file again"],
+    );
 }
 
 #[test]

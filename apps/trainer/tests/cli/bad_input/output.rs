@@ -59,9 +59,9 @@ fn a_folder_that_may_not_be_written() {
 fn resuming_what_is_no_run() {
     let dir = Dir::with_tokens();
     dir.trainer("train --resume gone")
-        .fails(2, &["gone/recipe.toml"]);
+        .fails(2, &["gone is not the folder of a run", "gone/recipe.toml"]);
     dir.trainer("train --resume model")
-        .fails(2, &["model/recipe.toml"]);
+        .fails(2, &["model is not the folder of a run"]);
     let recipe = dir
         .trainer("train --print-recipe --model model --data rows.jsonl")
         .succeeds();

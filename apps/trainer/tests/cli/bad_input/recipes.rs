@@ -148,6 +148,19 @@ fn values_that_cannot_be() {
 }
 
 #[test]
+fn a_text_to_start_with_that_is_not_given() {
+    let dir = Dir::with_tokens();
+    let line = "train --model model --data rows.jsonl --output run --method prompt --set";
+    dir.trainer(&format!("{line} adapter.prompt_tuning_init=TEXT"))
+        .fails(2, &["adapter.prompt_tuning_init_text is missing"]);
+    dir.trainer(&format!("{line} adapter.prompt_tuning_init_text=Hello"))
+        .fails(
+            2,
+            &["adapter.prompt_tuning_init_text means something only with"],
+        );
+}
+
+#[test]
 fn numbers_on_the_command_line_are_keys_like_any_other() {
     let dir = Dir::with_tokens();
     let line = "train --model model --data rows.jsonl --output run";
@@ -160,7 +173,9 @@ fn numbers_on_the_command_line_are_keys_like_any_other() {
     dir.trainer(&format!("{line} --epochs nan"))
         .fails(2, &["train.epochs"]);
     dir.trainer(&format!("{line} --rank many"))
-        .fails(2, &["--rank"]);
+        .fails(2, &["--rank", "expected a whole number\n"]);
+    dir.trainer(&format!("{line} --epochs many"))
+        .fails(2, &["--epochs", "expected a number\n"]);
     dir.trainer(&format!("{line} --method full --quant nf4 --rank 0"))
         .fails(2, &["quantization.format", "adapter.rank"]);
 }
@@ -277,6 +292,17 @@ fn recipes_that_are_no_recipes() {
     dir.write("broken.toml", "[model\npath = 3");
     dir.trainer("train broken.toml --json")
         .fails(2, &["broken.toml is not a recipe", "line 1"]);
+    dir.write(
+        "bare.toml",
+        "[train]\nmax_steps = three # or so\nseed = 1\n",
+    );
+    dir.trainer("train bare.toml").fails(
+        2,
+        &["bare.toml: train.max_steps: invalid type: string \"three\", expected a whole number"],
+    );
+    dir.write("bare.toml", "[model]\npath = model\n");
+    dir.trainer("train bare.toml")
+        .fails(2, &["bare.toml is not a recipe", "line 2", "in quotes"]);
     dir.write("binary.toml", [0xffu8, 0xfe, 0]);
     dir.trainer("train binary.toml").fails(2, &["binary.toml"]);
     dir.write("twice.toml", "[train]\nseed = 1\nseed = 2\n");

@@ -59,6 +59,44 @@ fn help_and_version_are_no_errors() {
 }
 
 #[test]
+fn help_leaves_out_what_means_nothing_to_a_command() {
+    let dir = Dir::new();
+    for (command, flags, others) in [
+        ("report", &["--device", "--no-tui"][..], &["--json"][..]),
+        ("push", &["--device", "--no-tui"], &["--json"]),
+        ("pull", &["--device", "--no-tui"], &["--json"]),
+        ("chat", &["--json", "--no-tui"], &["--device"]),
+        ("eval", &["--no-tui"], &["--device", "--json"]),
+        (
+            "train",
+            &[],
+            &["--device", "--json", "--no-tui", "nf4 or fp4"],
+        ),
+    ] {
+        let help = dir.trainer(&format!("{command} --help")).succeeds().stdout;
+        for flag in flags {
+            assert!(!help.contains(flag), "{command} {flag}: {help}");
+        }
+        for other in others {
+            assert!(help.contains(other), "{command} {other}: {help}");
+        }
+    }
+    // they are taken all the same, on both sides of the command
+    for line in [
+        "--json report gone --device cpu",
+        "--device cpu --no-tui report gone",
+    ] {
+        dir.trainer(line).fails(1, &["gone does not exist"]);
+    }
+    dir.trainer("--device gpu report gone")
+        .fails(2, &["no device \"gpu\""]);
+    dir.trainer("report gone --device gpu")
+        .fails(2, &["no device \"gpu\""]);
+    dir.trainer("chat --model gone --json")
+        .fails(2, &["a chat has no JSON form"]);
+}
+
+#[test]
 fn prompts_that_cannot_be_continued() {
     let dir = Dir::with_tokens();
     let line = "generate --model model";
@@ -107,6 +145,34 @@ fn numbers_no_token_can_be_chosen_by() {
         let line = format!("generate --model model --prompt-ids 5 {flag}");
         dir.trainer(&line).fails(2, &[part]);
     }
+}
+
+#[test]
+fn a_task_that_the_adapter_does_not_know() {
+    let dir = Dir::with_tokens();
+    dir.write(
+        "rows.jsonl",
+        "{\"input_ids\": [5, 6, 7], \"task_id\": 0}\n".repeat(4),
+    );
+    let line = "train -q --model model --data rows.jsonl --max-steps 1 --method mpt --output";
+    dir.trainer(&format!("{line} one")).succeeds();
+    dir.trainer(&format!("{line} two --set adapter.num_tasks=2"))
+        .succeeds();
+    let task = |run: &str, task: usize| {
+        let with = format!("--model model --adapter {run}/adapter --task-id {task}");
+        dir.trainer(&format!(
+            "generate {with} --prompt-ids 5 --max-new-tokens 1"
+        ))
+    };
+    task("one", 1).fails(
+        2,
+        &[
+            "--task-id 1 is no task",
+            "help: leave it out: there is task 0",
+        ],
+    );
+    task("two", 2).fails(2, &["--task-id 2 is no task", "from 0 to 1"]);
+    task("two", 1).succeeds();
 }
 
 #[cfg(unix)]
