@@ -159,6 +159,7 @@ mod tests {
             use_rslora = false
             use_dora = false
             init = "default"
+            bias = "none"
             rank_pattern = {}
             alpha_pattern = {}
             [data]
