@@ -124,7 +124,7 @@ fn settings_that_are_not_supported() {
             "\"(\" is not a regular expression",
         ),
         ("target_modules", json!(5), "is not valid"),
-        ("r", json!(-4), "is not valid"),
+        ("r", json!(-4), "r: invalid value"),
         (
             "lora_dropout",
             json!(2),
