@@ -255,6 +255,7 @@ fn window() -> Window {
         micro_batches: vec![MicroBatch::new(&[row])],
         step: 0,
         epoch: 1.0,
+        loss_scale: 1.0,
     }
 }
 

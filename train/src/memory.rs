@@ -22,15 +22,16 @@ use crate::trained::Trained;
 /// buffers of several sizes between those that it keeps, and what comes next does not fill them.
 ///
 /// Empirical, on the CPU with glibc: the peaks of SmolLM2-135M with 256 to 4,096 tokens, dense and
-/// in NF4, are so much of the activations and [`COMPUTING`] above what is allocated.
+/// in NF4, are so much of the activations and of the logits above what is allocated.
 const GAPS: f64 = 0.025;
+/// The same as a share of the logits, the largest buffers of a step.
+const GAPS_OF_LOGITS: f64 = 0.75;
 
-/// What computing adds to the program: pages of it that nothing touched before, threads, the parts
-/// of matrices that `gemm` packs, and what the heap has and nobody uses.
+/// What computing adds to the program: pages of it that nothing touched before, threads, and the
+/// parts of matrices that `gemm` packs.
 ///
-/// Empirical, on the CPU: what is left of the peaks of SmolLM2-135M with recompute, where little is
-/// kept.
-const COMPUTING: u64 = 34 << 20;
+/// Empirical, on the CPU.
+const COMPUTING: u64 = 10 << 20;
 
 /// A tile of a 4-bit weight that is decoded on the CPU, see `quant::matmul`.
 const DECODED_TILE: u64 = 4 << 20;
@@ -259,7 +260,22 @@ impl Work<'_> {
         let held = self.held(trained);
         Memory {
             adapter: 2 * held.adapter,
+            gaps: self.gaps(bytes(self.logits()), GAPS_OF_LOGITS),
             ..held
+        }
+    }
+
+    /// Elements of the logits that exist at a time.
+    fn logits(&self) -> u128 {
+        let all = self.tokens as u128 * self.config.vocab_size as u128;
+        all.min(LOGITS_AT_A_TIME as u128)
+    }
+
+    /// What lies between buffers of so many bytes on the heap.
+    fn gaps(&self, bytes: u64, share: f64) -> u64 {
+        match self.place {
+            Place::Host { .. } => (bytes as f64 * share) as u64,
+            Place::Device => 0,
         }
     }
 
@@ -274,10 +290,7 @@ impl Work<'_> {
         let activations = bytes(n * layers + ends);
         Memory {
             activations,
-            gaps: match self.place {
-                Place::Host { .. } => (activations as f64 * GAPS) as u64,
-                Place::Device => 0,
-            },
+            gaps: memory.gaps + self.gaps(activations, GAPS),
             ..memory
         }
     }
@@ -288,7 +301,7 @@ impl Work<'_> {
     fn loss(&self, layers: &[u64], trained: Updated) -> Memory {
         let (n, d) = (self.tokens as u128, self.config.hidden_size as u128);
         let logits = n * self.config.vocab_size as u128;
-        let at_a_time = logits.min(LOGITS_AT_A_TIME as u128);
+        let at_a_time = self.logits();
         let held = self.held_in_a_step(trained);
         let before = match logits > LOGITS_AT_A_TIME as u128 {
             true => held.gradients.max(trained.head),

@@ -50,12 +50,17 @@ impl Recipe {
     /// # Errors
     /// [`crate::Error::Recipe`] with every unknown key, wrong type and impossible value at once.
     pub fn read(file: Option<&Path>, settings: &[(String, Value)]) -> Result<Self> {
-        read::read(file, settings, true)
+        read::read(file, settings, &[read::MODEL, read::DATA])
     }
 
     /// The same for a recipe that may lack training data: for plans.
     pub fn read_without_data(file: Option<&Path>, settings: &[(String, Value)]) -> Result<Self> {
-        read::read(file, settings, false)
+        read::read(file, settings, &[read::MODEL])
+    }
+
+    /// The same for a recipe that may lack a model, too: to look at it.
+    pub fn read_to_show(file: Option<&Path>, settings: &[(String, Value)]) -> Result<Self> {
+        read::read(file, settings, &[])
     }
 
     /// Makes every path absolute, so that a run goes on from any folder.
@@ -158,6 +163,7 @@ mod tests {
             modules_to_save = []
             use_rslora = false
             use_dora = false
+            bias = "none"
             init = "default"
             bias = "none"
             rank_pattern = {}
@@ -184,6 +190,7 @@ mod tests {
             warmup_ratio = 0.03
             max_grad_norm = 1.0
             recompute = "auto"
+            compute_dtype = "auto"
             seed = 42
             eval_every = 0
             save_every = 0

@@ -12,13 +12,14 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use adapters::{AdaptedLlama, BaseLinear, peft, read_parameters};
 use burn::backend::Flex;
 use burn::data::dataloader::DataLoader;
-use burn::module::{AutodiffModule, ModuleVisitor, Param, ParamId};
+use burn::module::{AutodiffModule, Module, ModuleMapper, ModuleVisitor, Param, ParamId};
 use burn::optim::{GradientsParams, Optimizer};
 use burn::tensor::{Tensor, TensorData};
 use burn::train::{Interrupter, TrainStep};
 use harness::{B, Silent, finish, metrics, recipe, start, tiny_model};
 use model::checkpoint::MODEL_FILE;
 use model::folder::ModelFolder;
+use model::load::normal;
 use model::rope::Rope;
 use model::segments::Segments;
 use serde_json::Value;
@@ -649,6 +650,7 @@ fn dropout_acts_while_training_and_not_while_evaluating() {
             micro_batches: rows.iter().map(|row| MicroBatch::new([*row])).collect(),
             step,
             epoch: 0.0,
+            loss_scale: 1.0,
         };
         run.model.step(window).item.loss
     };
@@ -816,6 +818,7 @@ fn packing_changes_neither_loss_nor_gradients() {
                 micro_batches,
                 step: 0,
                 epoch: 0.0,
+                loss_scale: 1.0,
             };
             let output = run.model.step(window);
             (output.item.loss, gradients(&run.model, &output.grads))
@@ -967,6 +970,7 @@ fn only_trained_tokens_make_the_loss() {
             micro_batches: vec![MicroBatch::new([row])],
             step: 0,
             epoch: 0.0,
+            loss_scale: 1.0,
         };
         let output = run.model.step(window);
         (
@@ -1336,5 +1340,106 @@ fn runs_report_what_they_do() {
             numbers(&lines, key).iter().all(|value| *value > 0.0),
             "{key}"
         );
+    }
+}
+
+/// Visits what is trained, tensor by tensor, and moves one along a direction.
+struct Move<'a> {
+    direction: &'a dyn Fn(usize, usize) -> Option<Vec<f32>>,
+    step: f32,
+    index: usize,
+}
+
+impl ModuleMapper<B> for Move<'_> {
+    fn map_float<const D: usize>(&mut self, param: Param<Tensor<B, D>>) -> Param<Tensor<B, D>> {
+        if !param.is_require_grad() {
+            return param;
+        }
+        let (shape, at) = (param.shape(), self.index);
+        self.index += 1;
+        let Some(direction) = (self.direction)(at, shape.num_elements()) else {
+            return param;
+        };
+        let direction = Tensor::from_data(TensorData::new(direction, shape), &param.device());
+        let moved = param.val() + direction * self.step;
+        Param::initialized(param.id, moved.detach().require_grad())
+    }
+}
+
+/// The gradients of all that is trained, in the order of [`Move`].
+fn trained_gradients(model: &CausalLm<B>, gradients: &GradientsParams) -> Vec<Vec<f32>> {
+    struct Read<'a>(&'a GradientsParams, Vec<Vec<f32>>);
+    impl ModuleVisitor<B> for Read<'_> {
+        fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<B, D>>) {
+            if param.is_require_grad() {
+                let gradient = self.0.get::<Flex, D>(param.id).expect("it is trained");
+                self.1.push(gradient.into_data().to_vec().unwrap());
+            }
+        }
+    }
+    let mut read = Read(gradients, Vec::new());
+    model.visit(&mut read);
+    read.1
+}
+
+/// Along the gradient of every tensor of every method, the loss rises as the gradient is long. Not of
+/// DoRA, whose gradients take the norm of the weights for a constant, as PEFT's do: its curves are
+/// PEFT's.
+#[test]
+fn gradients_are_the_slopes_of_the_loss() {
+    const STEP: f32 = 2e-3;
+    for method in [
+        "method=lora",
+        "method=lora adapter.target_modules=[embed_tokens,q_proj,lm_head]",
+        "method=adalora adapter.orth_reg_weight=1e-9",
+        "method=loha adapter.rank=3",
+        "method=lokr adapter.rank=3",
+        "method=lokr adapter.rank=3 adapter.decompose_both=true",
+        "method=ia3",
+        "method=vera adapter.rank=7",
+        "method=prefix adapter.num_virtual_tokens=3",
+        "method=prefix adapter.num_virtual_tokens=3 adapter.prefix_projection=true",
+        "method=prompt adapter.num_virtual_tokens=3",
+        "method=mpt adapter.num_tasks=3 adapter.num_ranks=2",
+        "method=ptuning adapter.num_virtual_tokens=3",
+        "method=ptuning adapter.num_virtual_tokens=3 adapter.encoder_reparameterization_type=LSTM",
+        "method=full",
+    ] {
+        let folder = tempdir().unwrap();
+        let text = format!("data.shuffle=false train.micro_batch_size=6 adapter.{method}");
+        let run = start_gqa(&text, folder.path());
+        let window = windows(&run.windows).remove(0);
+        let moved =
+            |model: &CausalLm<B>, direction: &dyn Fn(usize, usize) -> Option<Vec<f32>>, step| {
+                model.clone().map(&mut Move {
+                    direction,
+                    step,
+                    index: 0,
+                })
+            };
+        // away from where some tensors are zero and others have no gradient
+        let noise = |at: usize, count| Some(normal(3, &at.to_string(), count, 0.1));
+        let model = moved(&run.model, &noise, 1.0);
+        let all = trained_gradients(&model, &model.step(window.clone()).grads);
+        assert!(!all.is_empty());
+        for (index, gradient) in all.iter().enumerate() {
+            let squares: f64 = gradient.iter().map(|x| f64::from(*x).powi(2)).sum();
+            let length = squares.sqrt();
+            assert!(length > 1e-6, "{method}: tensor {index} has no gradient");
+            let unit = |at, _| {
+                let unit = || {
+                    gradient
+                        .iter()
+                        .map(|x| (f64::from(*x) / length) as f32)
+                        .collect()
+                };
+                (at == index).then(unit)
+            };
+            let loss = |step| moved(&model, &unit, step).step(window.clone()).item.loss;
+            let slope = (loss(STEP) - loss(-STEP)) / f64::from(2.0 * STEP);
+            // a loss of 5 in f32 ends in 5e-7
+            let off = (slope - length).abs() / (length + 0.02);
+            assert!(off < 0.02, "{method}: tensor {index}: {slope} for {length}");
+        }
     }
 }

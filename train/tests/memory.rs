@@ -46,6 +46,7 @@ fn window([rows, length]: [usize; 2]) -> Window {
         micro_batches: vec![MicroBatch::new(&rows)],
         step: 0,
         epoch: 1.0,
+        loss_scale: 1.0,
     }
 }
 

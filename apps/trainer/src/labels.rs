@@ -37,6 +37,17 @@ pub fn warnings(
             labels.cut.count, labels.cut
         )
     }));
+    let context = base.config.max_position_embeddings;
+    let beyond = prepared
+        .samples
+        .lengths()
+        .filter(|length| *length > context);
+    add(Some(beyond.count()).filter(|count| *count > 0).map(|count| {
+        format!(
+            "{count} rows are longer than the {context} tokens that the model was made for: set \
+             data.max_length = {context}"
+        )
+    }));
     add((labels.double_bos.count > 0).then(|| {
         format!(
             "{} rows begin with two BOS tokens ({}): remove the one in the rows or in the chat \

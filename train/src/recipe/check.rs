@@ -112,11 +112,6 @@ impl Problems {
 
 fn model(recipe: &Recipe, problems: &mut Problems) {
     problems.unless(
-        !recipe.model.path.is_empty(),
-        "model.path",
-        "is missing: give a model folder or a Hub id",
-    );
-    problems.unless(
         recipe.model.init != ModelInit::Random || recipe.adapter.is_full(),
         "model.init",
         "= \"random\" needs adapter.method = \"full\"",

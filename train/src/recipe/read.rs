@@ -10,11 +10,15 @@ use toml::{Table, Value};
 use super::{AdapterSection, Recipe, check, names};
 use crate::error::{Error, Result};
 
-/// Reads a recipe; `data` tells whether training rows must be given.
+/// The keys without a default.
+pub(super) const MODEL: &str = "model.path";
+pub(super) const DATA: &str = "data.train";
+
+/// Reads a recipe, of which only those keys may be missing that are not among `needed`.
 pub(super) fn read(
     file: Option<&Path>,
     settings: &[(String, Value)],
-    data: bool,
+    needed: &[&str],
 ) -> Result<Recipe> {
     let (table, broken) = match file {
         Some(path) => read_table(path)?,
@@ -33,9 +37,21 @@ pub(super) fn read(
     for (key, problem) in check::problems(&recipe) {
         reader.add_value_problem(&key, &problem);
     }
-    if data && recipe.data.train.is_empty() {
-        let missing = "data.train is missing: give a file or folder of training rows";
-        reader.add_value_problem("data.train", missing);
+    for (key, is_missing, what) in [
+        (
+            MODEL,
+            recipe.model.path.is_empty(),
+            "a model folder or a Hub id",
+        ),
+        (
+            DATA,
+            recipe.data.train.is_empty(),
+            "a file or folder of training rows",
+        ),
+    ] {
+        if is_missing && needed.contains(&key) {
+            reader.add_value_problem(key, &format!("{key} is missing: give {what}"));
+        }
     }
     reader.add_unused(&recipe);
     match reader.problems.is_empty() {

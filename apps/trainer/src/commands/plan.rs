@@ -91,11 +91,8 @@ pub fn run(args: RecipeArgs, device: &str, output: &Output) -> Result<ExitCode> 
     problems.extend(hopeless.err().map(|error| format!("{error:#}")));
     problems.extend(forecast.problem);
     let data = read.map(|read| plan_data(&recipe, &trained, read));
-    let warm_up = data
-        .as_ref()
-        .and_then(|data| all_warm_up(&recipe, data.steps));
-    problems.extend(warm_up);
     if let Some(data) = &data {
+        problems.extend(all_warm_up(&recipe, data.steps));
         problems.extend(match trained.clone().of_run(data.steps) {
             Ok(()) => Vec::new(),
             Err(Error::Recipe { problems }) => problems,

@@ -59,12 +59,14 @@ pub fn run(args: TrainArgs, device: &str, no_tui: bool, output: &Output) -> Resu
         let recipe = Recipe::read(Some(&file), &over)?;
         return launch(recipe, Some(run), device, no_tui, output)?.announce(output);
     }
-    let mut recipe = Recipe::read(args.recipe.recipe.as_deref(), &over)?;
+    let file = args.recipe.recipe.as_deref();
     if args.print_recipe {
+        let mut recipe = Recipe::read_to_show(file, &over)?;
         trained(&mut recipe, output)?;
         output.result(&serde_json::to_value(&recipe)?, recipe.to_toml().trim_end())?;
         return Ok(ExitCode::SUCCESS);
     }
+    let recipe = Recipe::read(file, &over)?;
     launch(recipe, None, device, no_tui, output)?.announce(output)
 }
 
@@ -185,10 +187,35 @@ pub fn all_warm_up(recipe: &Recipe, num_steps: usize) -> Option<String> {
         .fold(0.0, f64::max);
     (peak < train.learning_rate / 2.0).then(|| {
         format!(
-            "the run is all warm-up: with a learning rate of at most {peak:e} in all ({num_steps}) of its \
-             steps it learns little or nothing; take more steps, or set train.warmup_steps=0"
+            "the run is all warm-up: in its {} the learning rate is {} at most, and it learns little \
+             or nothing; take more epochs, fewer rows a step{}, or set train.warmup_steps = 0",
+            count(num_steps, "step"),
+            if peak > 0.0 { format!("{peak:.1e}") } else { "0".into() },
+            or_unpacked(recipe),
         )
     })
+}
+
+/// What there is to say of a run with fewer rows than a step takes.
+fn few_rows(recipe: &Recipe, num_sequences: usize) -> Option<String> {
+    let train = &recipe.train;
+    let step = train.micro_batch_size * train.gradient_accumulation_steps;
+    (num_sequences < step).then(|| {
+        format!(
+            "a step takes {step} {}, and there are {num_sequences}: each step computes some of them \
+             more than once; set train.micro_batch_size = {}{}",
+            if recipe.data.packing { "packed sequences" } else { "rows" },
+            num_sequences.div_ceil(train.gradient_accumulation_steps),
+            or_unpacked(recipe),
+        )
+    })
+}
+
+fn or_unpacked(recipe: &Recipe) -> &'static str {
+    match recipe.data.packing {
+        true => ", or data.packing = false",
+        false => "",
+    }
 }
 
 /// Refuses what cannot be trained in the memory of a device: weights, gradients and moments, and a
@@ -274,7 +301,11 @@ impl Job for TrainJob {
         if run.progress.step >= run.windows.num_steps() && !run.progress.evaluation_due {
             output.note("the run has taken all its steps; --max-steps makes it longer");
         }
-        if let Some(text) = all_warm_up(&run.recipe, run.windows.num_steps()) {
+        let warnings = [
+            all_warm_up(&run.recipe, run.windows.num_steps()),
+            few_rows(&run.recipe, run.windows.num_sequences()),
+        ];
+        for text in warnings.into_iter().flatten() {
             output.note(format_args!("warning: {text}"));
             known.warnings.push(text);
         }

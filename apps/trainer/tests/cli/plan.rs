@@ -356,3 +356,21 @@ fn labels_are_checked_before_the_first_step() {
             ],
         );
 }
+
+#[test]
+fn rows_beyond_the_context_of_the_model_are_told() {
+    let dir = Dir::with_tokens();
+    let ids: Vec<usize> = (0..300).map(|i| 3 + i % 90).collect();
+    let rows = serde_json::json!({"input_ids": ids}).to_string();
+    dir.write("long.jsonl", rows);
+    let plan = dir
+        .trainer("plan --json --model model --data long.jsonl")
+        .succeeds();
+    let problems = plan.json()["problems"].to_string();
+    let expected = "1 rows are longer than the 128 tokens that the model was made for";
+    assert!(problems.contains(expected), "{problems}");
+    let fits = dir
+        .trainer("plan --json --model model --data rows.jsonl")
+        .succeeds();
+    assert!(!fits.stdout.contains("was made for"), "{fits}");
+}

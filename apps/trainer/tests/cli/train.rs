@@ -271,6 +271,19 @@ fn a_run_without_a_name_gets_one() {
 }
 
 #[test]
+fn the_defaults_are_printed_without_a_model() {
+    let dir = Dir::new();
+    let run = dir.trainer("train --print-recipe").succeeds();
+    for line in [
+        "rank = 16",
+        "micro_batch_size = 4",
+        "lr_schedule = \"cosine\"",
+    ] {
+        assert!(run.stdout.contains(line), "{line}: {run}");
+    }
+}
+
+#[test]
 fn the_printed_recipe_is_complete_and_means_the_same() {
     let dir = Dir::new();
     dir.write(

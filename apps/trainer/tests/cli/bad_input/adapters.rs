@@ -118,6 +118,7 @@ fn settings_that_are_not_supported() {
     for (key, value, part) in [
         ("peft_type", json!("OFT"), "peft_type is \"OFT\""),
         ("use_qalora", json!(true), "use_qalora is true"),
+        ("lora_bias", json!(true), "lora_bias is true"),
         (
             "target_modules",
             json!("("),
@@ -128,7 +129,7 @@ fn settings_that_are_not_supported() {
         (
             "lora_dropout",
             json!(2),
-            "dropout must be from 0 to below 1",
+            "lora_dropout must be from 0 to below 1",
         ),
     ] {
         let mut config = good.clone();
