@@ -165,6 +165,7 @@ mod tests {
             use_dora = false
             bias = "none"
             init = "default"
+            bias = "none"
             rank_pattern = {}
             alpha_pattern = {}
             [data]
