@@ -165,7 +165,6 @@ mod tests {
             use_dora = false
             bias = "none"
             init = "default"
-            bias = "none"
             rank_pattern = {}
             alpha_pattern = {}
             [data]
