@@ -169,7 +169,7 @@ impl Asked<'_> {
                 plain.train.recompute = Recompute::None;
                 let (memory, _) = self.predict(&plain)?;
                 format!(
-                    "without it a step takes about {:.1} GiB of the {:.1} GiB available",
+                    "without it the run takes about {:.1} GiB of the {:.1} GiB available",
                     gib(memory.total() - memory.program),
                     gib(available)
                 )

@@ -219,7 +219,7 @@ fn recompute_changes_the_memory_and_not_the_run() {
     for recompute in ["none", "block", "auto"] {
         let run = format!("{line} --output {recompute} --set train.recompute={recompute}");
         let run = dir.trainer(&run).succeeds();
-        let chosen = "train.recompute = auto: none (without it a step takes about 0.0 GiB of the ";
+        let chosen = "train.recompute = auto: none (without it the run takes about 0.0 GiB of the ";
         let told = run.stderr.contains("train.recompute = auto: ");
         assert_eq!(told, recompute == "auto", "{run}");
         if told && cfg!(target_os = "linux") {
