@@ -65,7 +65,7 @@ pub(crate) fn dropped<B: DropoutBackend>(
 
 /// A backend that knows what is dropped: the same on every one.
 pub trait DropoutBackend: Backend {
-    /// See [`Dropout::mask`].
+    /// `[n, d]` of 0 and `1 / (1 - probability)`.
     fn dropout_mask(
         dropout: Dropout,
         shape: [usize; 2],
