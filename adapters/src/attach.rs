@@ -4,11 +4,11 @@ use std::collections::HashSet;
 
 use burn::tensor::{Tensor, TensorData, backend::Backend};
 use model::linear::Linear;
-use model::llama::Llama;
+use model::llama::{EMBED_TOKENS, LM_HEAD, Llama};
 use model::weight::{BaseWeight, param_id};
 
 use crate::base::{AdaptedBackend, BaseLinear};
-use crate::config::{AdapterConfig, EMBED_TOKENS, LM_HEAD, Layer};
+use crate::config::{AdapterConfig, Layer};
 use crate::error::{Error, Result};
 use crate::linear::{AdaptedLinear, mix};
 use crate::methods::{Computes, Method, Part, Role, Update, Values};

@@ -2,6 +2,7 @@
 
 use fancy_regex::Regex;
 use model::config::LlamaConfig;
+use model::llama::{EMBED_TOKENS, LM_HEAD};
 use serde::de::{MapAccess, Visitor};
 use serde::ser::SerializeMap;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
@@ -10,11 +11,6 @@ use serde_json::{Map, Value, json};
 use crate::error::{Error, Result};
 use crate::methods::lora::Bias;
 use crate::methods::{Method, Part, Role};
-
-/// The module of the embeddings.
-pub(crate) const EMBED_TOKENS: &str = "model.embed_tokens";
-/// The module of the output layer.
-pub(crate) const LM_HEAD: &str = "lm_head";
 
 /// The largest rank that is believed; above the width of every layer there is.
 pub const MAX_RANK: usize = 1 << 16;

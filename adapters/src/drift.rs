@@ -6,7 +6,7 @@
 use burn::tensor::{Tensor, TensorData, backend::Backend};
 use model::checkpoint::Checkpoint;
 use model::config::LlamaConfig;
-use model::llama::Past;
+use model::llama::{LM_HEAD, Past};
 use model::load::{LinearSource, Parts};
 use model::ops::matmul;
 use model::rope::Rope;
@@ -64,7 +64,7 @@ pub fn drift<B: AdaptedBackend>(
     let shape = [config.vocab_size, config.hidden_size];
     let head = Head {
         weight: merge.weight(HEAD, &shape)?,
-        update: merge.update("lm_head", device)?,
+        update: merge.update(LM_HEAD, device)?,
     };
     let trained = probe.logits(
         merge.embeddings()?,

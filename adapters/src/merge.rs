@@ -15,13 +15,13 @@ use burn::tensor::{Tensor, TensorData, backend::Backend};
 use model::checkpoint::{Checkpoint, LazyTensor, MODEL_FILE, encode, fits, write_lazily};
 use model::config::LlamaConfig;
 use model::folder::{ModelFolder, edit_config, set_dtype};
+use model::llama::EMBED_TOKENS;
 use model::load::LinearSource;
 use quant::{Format, Quantized, Scheme};
 use safetensors::Dtype;
 
 use crate::base::{AdaptedBackend, Base, BaseLinear, EMBEDDINGS, HEAD};
 use crate::combine::{Adapter, Adapters, Combination, Weighted};
-use crate::config::EMBED_TOKENS;
 use crate::error::{Error, Result};
 use crate::linear::AdaptedLinear;
 use crate::methods::{Computes, Update};

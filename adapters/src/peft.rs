@@ -9,6 +9,7 @@ use std::path::Path;
 use burn::tensor::backend::Backend;
 use model::checkpoint::{Checkpoint, NamedTensor, write_file, write_safetensors};
 use model::config::LlamaConfig;
+use model::llama::{EMBED_TOKENS, LM_HEAD};
 use model::weight::param_id;
 use quant::Scheme;
 use serde::Deserialize;
@@ -16,7 +17,7 @@ use serde_json::{Map, Value, json};
 
 use crate::attach::{AdaptedLlama, Start, put, untie};
 use crate::base::{AdaptedBackend, HEAD, scheme};
-use crate::config::{AdapterConfig, EMBED_TOKENS, LM_HEAD, OneOrMany, Selection, Targets};
+use crate::config::{AdapterConfig, OneOrMany, Selection, Targets};
 use crate::error::{Error, Result};
 use crate::methods::{Computes, Method, Part, Role};
 use crate::parameters::{read_parameters, write_parameters};

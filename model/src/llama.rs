@@ -19,6 +19,11 @@ use crate::rope::Rope;
 use crate::virtual_tokens::{self, Place, Prefix, VirtualTokens};
 use crate::weight::BaseWeight;
 
+/// The module of the embeddings, as checkpoints name it.
+pub const EMBED_TOKENS: &str = "model.embed_tokens";
+/// The module of the output layer.
+pub const LM_HEAD: &str = "lm_head";
+
 /// A causal language model; `P` is what its linear layers are.
 #[derive(Module, Debug)]
 pub struct Llama<B: Backend, P> {
@@ -168,7 +173,7 @@ impl<B: Backend, P> Llama<B, P> {
     /// where they are one.
     pub fn projections(&self) -> impl Iterator<Item = (String, &P)> {
         let embeddings = self.adapted_embeddings.iter();
-        let embeddings = embeddings.map(|p| ("model.embed_tokens".to_owned(), p));
+        let embeddings = embeddings.map(|p| (EMBED_TOKENS.to_owned(), p));
         let layers = self.layers.iter().enumerate();
         let layers = layers.flat_map(|(index, layer)| {
             let (self_attn, mlp) = (&layer.self_attn, &layer.mlp);
@@ -183,14 +188,14 @@ impl<B: Backend, P> Llama<B, P> {
             ];
             all.map(|(name, p)| (format!("model.layers.{index}.{name}"), p))
         });
-        let head = self.lm_head.iter().map(|p| ("lm_head".to_owned(), p));
+        let head = self.lm_head.iter().map(|p| (LM_HEAD.to_owned(), p));
         embeddings.chain(layers).chain(head)
     }
 
     /// The same to change them.
     pub fn projections_mut(&mut self) -> impl Iterator<Item = (String, &mut P)> {
         let embeddings = self.adapted_embeddings.iter_mut();
-        let embeddings = embeddings.map(|p| ("model.embed_tokens".to_owned(), p));
+        let embeddings = embeddings.map(|p| (EMBED_TOKENS.to_owned(), p));
         let layers = self.layers.iter_mut().enumerate();
         let layers = layers.flat_map(|(index, layer)| {
             let (self_attn, mlp) = (&mut layer.self_attn, &mut layer.mlp);
@@ -205,7 +210,7 @@ impl<B: Backend, P> Llama<B, P> {
             ];
             all.map(|(name, p)| (format!("model.layers.{index}.{name}"), p))
         });
-        let head = self.lm_head.iter_mut().map(|p| ("lm_head".to_owned(), p));
+        let head = self.lm_head.iter_mut().map(|p| (LM_HEAD.to_owned(), p));
         embeddings.chain(layers).chain(head)
     }
 }

@@ -10,7 +10,7 @@ use crate::checkpoint::Checkpoint;
 use crate::config::LlamaConfig;
 use crate::error::{Error, Result};
 use crate::linear::Linear;
-use crate::llama::{DecoderLayer, Llama, Mlp, RmsNorm, SelfAttention};
+use crate::llama::{DecoderLayer, LM_HEAD, Llama, Mlp, RmsNorm, SelfAttention};
 use crate::weight::BaseWeight;
 
 /// Reads the model that `config` describes, tensor by tensor.
@@ -257,7 +257,7 @@ where
             norm: self.final_norm()?,
             lm_head: match self.config.tie_word_embeddings {
                 true => None,
-                false => Some(self.linear("lm_head", vocab, false)?),
+                false => Some(self.linear(LM_HEAD, vocab, false)?),
             },
             virtual_tokens: None,
             adapted_embeddings: None,

@@ -7,6 +7,7 @@
 
 #[path = "../tests/counting/mod.rs"]
 mod counting;
+mod rows;
 
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::Instant;
@@ -15,8 +16,7 @@ use burn::backend::{Autodiff, Flex};
 use burn::train::TrainStep;
 use counting::{HELD, MOST};
 use model::config::LlamaConfig;
-use train::batch::{MicroBatch, Window};
-use train::data::Sample;
+use rows::window;
 use train::recipe::{Recipe, parse_setting};
 use train::step::CausalLm;
 
@@ -62,7 +62,7 @@ fn main() {
 /// Seconds of a step, and the MiB that it adds at most.
 fn step(case: &Case, recompute: bool) -> (f64, f64) {
     let lm = language_model(case, recompute);
-    let window = window(case);
+    let window = window([1, case.tokens], case.vocabulary);
     let (before, start) = (HELD.load(Relaxed), Instant::now());
     MOST.store(before, Relaxed);
     let output = TrainStep::step(&lm, window);
@@ -91,21 +91,5 @@ fn language_model(case: &Case, recompute: bool) -> CausalLm<Autodiff<Flex>> {
         method: None,
         seed: 1,
         recompute,
-    }
-}
-
-/// One row, all of it trained.
-fn window(case: &Case) -> Window {
-    let ids = || (0..case.tokens).map(|i| i * 104_729 % case.vocabulary);
-    let row = Sample {
-        task: 0,
-        input_ids: ids().map(|id| id as u32).collect(),
-        labels: ids().map(|id| id as i32).collect(),
-    };
-    Window {
-        micro_batches: vec![MicroBatch::new(&[row])],
-        step: 0,
-        epoch: 1.0,
-        loss_scale: 1.0,
     }
 }

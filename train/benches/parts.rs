@@ -8,6 +8,7 @@
 
 #[path = "../tests/counting/mod.rs"]
 mod counting;
+mod rows;
 
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::Instant;
@@ -23,8 +24,8 @@ use model::linear::Projection;
 use model::ops::{attention, rms_norm, rotary, swiglu};
 use model::rope::Rope;
 use model::segments::Segments;
-use train::batch::{MicroBatch, Window};
-use train::data::Sample;
+use rows::window;
+use train::batch::Window;
 use train::optimizer::AdamW;
 use train::recipe::Recipe;
 use train::step::{CausalLm, clip_gradients};
@@ -80,7 +81,7 @@ impl Part {
 }
 
 fn main() {
-    let (lm, window) = (language_model(), window());
+    let (lm, window) = (language_model(), window([1, TOKENS], VOCABULARY));
     let mut head = lm.clone();
     head.model.layers.clear();
     let mut update = update(&lm, &window);
@@ -240,22 +241,6 @@ fn language_model() -> CausalLm<B> {
         method: None,
         seed: 1,
         recompute: false,
-    }
-}
-
-/// One row, all of it trained.
-fn window() -> Window {
-    let ids = || (0..TOKENS).map(|i| i * 104_729 % VOCABULARY);
-    let row = Sample {
-        task: 0,
-        input_ids: ids().map(|id| id as u32).collect(),
-        labels: ids().map(|id| id as i32).collect(),
-    };
-    Window {
-        micro_batches: vec![MicroBatch::new(&[row])],
-        step: 0,
-        epoch: 1.0,
-        loss_scale: 1.0,
     }
 }
 

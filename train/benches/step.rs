@@ -1,6 +1,8 @@
 //! The steps that decide how long a run takes, on four layers of SmolLM2-135M's shape:
 //! `cargo bench --workspace --profile dev --bench step`.
 
+mod rows;
+
 use std::ops::ControlFlow;
 
 use adapters::attach;
@@ -13,8 +15,7 @@ use divan::Bencher;
 use model::config::LlamaConfig;
 use model::generate::{Sampling, generate};
 use model::linear::Projection;
-use train::batch::{MicroBatch, Window};
-use train::data::Sample;
+use rows::window;
 use train::optimizer::AdamW;
 use train::recipe::Recipe;
 use train::step::{CausalLm, clip_gradients};
@@ -24,13 +25,15 @@ type B = Autodiff<Flex>;
 /// Rows and tokens of each.
 const SHAPES: [[usize; 2]; 2] = [[4, 256], [1, 1024]];
 
+const VOCABULARY: usize = 49_152;
+
 fn main() {
     divan::main();
 }
 
 fn config() -> LlamaConfig {
     let json = serde_json::json!({
-        "model_type": "llama", "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536,
+        "model_type": "llama", "vocab_size": VOCABULARY, "hidden_size": 576, "intermediate_size": 1536,
         "num_hidden_layers": 4, "num_attention_heads": 9, "num_key_value_heads": 3,
         "rope_theta": 100000.0, "tie_word_embeddings": true,
     });
@@ -50,33 +53,17 @@ fn language_model() -> CausalLm<B> {
     }
 }
 
-fn window([rows, length]: [usize; 2]) -> Window {
-    let ids = |row: usize| (0..length).map(move |i| (row * 7919 + i * 104_729) % 49152);
-    let sample = |row| Sample {
-        task: 0,
-        input_ids: ids(row).map(|id| id as u32).collect(),
-        labels: ids(row).map(|id| id as i32).collect(),
-    };
-    let samples: Vec<Sample> = (0..rows).map(sample).collect();
-    Window {
-        micro_batches: vec![MicroBatch::new(&samples)],
-        step: 0,
-        epoch: 1.0,
-        loss_scale: 1.0,
-    }
-}
-
 /// Forward and backward.
 #[divan::bench(args = SHAPES, sample_count = 5)]
 fn gradients(bencher: Bencher<'_, '_>, shape: [usize; 2]) {
-    let (lm, window) = (language_model(), window(shape));
+    let (lm, window) = (language_model(), window(shape, VOCABULARY));
     bencher.bench_local(|| TrainStep::step(&lm, window.clone()));
 }
 
 /// The same with every layer computed again.
 #[divan::bench(args = SHAPES, sample_count = 5)]
 fn gradients_by_block(bencher: Bencher<'_, '_>, shape: [usize; 2]) {
-    let (mut lm, window) = (language_model(), window(shape));
+    let (mut lm, window) = (language_model(), window(shape, VOCABULARY));
     lm.recompute = true;
     bencher.bench_local(|| TrainStep::step(&lm, window.clone()));
 }
@@ -84,7 +71,7 @@ fn gradients_by_block(bencher: Bencher<'_, '_>, shape: [usize; 2]) {
 /// Forward alone, as in an evaluation.
 #[divan::bench(args = SHAPES, sample_count = 5)]
 fn evaluation(bencher: Bencher<'_, '_>, shape: [usize; 2]) {
-    let (lm, window) = (language_model().valid(), window(shape));
+    let (lm, window) = (language_model().valid(), window(shape, VOCABULARY));
     bencher.bench_local(|| lm.token_nll(&window.micro_batches[0]));
 }
 
@@ -110,7 +97,7 @@ fn layer(bencher: Bencher<'_, '_>, adapted: bool) {
 fn update(bencher: Bencher<'_, '_>) {
     let lm = language_model();
     let mut optimizer = AdamW::<Flex>::new(&Recipe::default().train);
-    let inputs = || TrainStep::step(&lm, window([1, 16])).grads;
+    let inputs = || TrainStep::step(&lm, window([1, 16], VOCABULARY)).grads;
     bencher.with_inputs(inputs).bench_local_values(|mut grads| {
         clip_gradients::<B, _>(&mut grads, &lm, 1.0);
         Optimizer::<CausalLm<B>, B>::step(&mut optimizer, 1e-4, lm.clone(), grads)

@@ -11,6 +11,7 @@ use std::collections::BTreeMap;
 
 use adapters::Method;
 use model::config::LlamaConfig;
+use model::llama::{EMBED_TOKENS, LM_HEAD};
 use serde::{Deserialize, Serialize};
 
 use crate::error::Result;
@@ -35,9 +36,6 @@ const COMPUTING: u64 = 10 << 20;
 
 /// A tile of a 4-bit weight that is decoded on the CPU, see `quant::matmul`.
 const DECODED_TILE: u64 = 4 << 20;
-
-/// The module of the embeddings.
-const EMBED_TOKENS: &str = "model.embed_tokens";
 
 /// What a run holds when it holds the most, in bytes, by part.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
@@ -183,7 +181,7 @@ impl Work<'_> {
             embeddings,
             head: match self.config.tie_word_embeddings {
                 true => embeddings,
-                false => whole("lm_head"),
+                false => whole(LM_HEAD),
             },
             frozen: match self.trained {
                 Trained::Full => 0,

@@ -9,7 +9,7 @@ use burn::module::{AutodiffModule, Module, ModuleVisitor, Param};
 use burn::optim::{GradientsAccumulator, GradientsParams};
 use burn::tensor::{Int, Tensor, backend::Backend};
 use burn::train::{InferenceStep, ItemLazy, TrainOutput, TrainStep};
-use model::llama::{Input, Past, only};
+use model::llama::{EMBED_TOKENS, Input, Past, only};
 use model::ops;
 use model::rope::Rope;
 
@@ -180,7 +180,7 @@ impl<B: AdaptedBackend> CausalLm<B> {
             let input = self.input(batch);
             let mut x = input.x; // [n, d]
             if is_bad(&x) {
-                return Some("model.embed_tokens".into());
+                return Some(EMBED_TOKENS.into());
             }
             model.layers.iter().enumerate().find_map(|(index, layer)| {
                 let past = Past::of(&input.prefix, index);

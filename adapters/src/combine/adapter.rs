@@ -4,11 +4,12 @@ use std::path::PathBuf;
 
 use burn::tensor::backend::Backend;
 use model::config::LlamaConfig;
+use model::llama::{EMBED_TOKENS, LM_HEAD};
 
 use super::{Combination, Factors, Weighted};
 use crate::attach::share;
 use crate::base::{EMBEDDINGS, HEAD};
-use crate::config::{EMBED_TOKENS, LM_HEAD, Layer};
+use crate::config::Layer;
 use crate::error::Result;
 use crate::methods::lora::LoraSettings;
 use crate::methods::{Method, Part, Role, Update, Values};

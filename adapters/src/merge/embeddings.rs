@@ -4,10 +4,10 @@ use std::ops::Range;
 
 use burn::backend::Flex;
 use burn::tensor::{Tensor, TensorData};
+use model::llama::EMBED_TOKENS;
 
 use super::{Merge, PART, Weight};
 use crate::base::EMBEDDINGS;
-use crate::config::EMBED_TOKENS;
 use crate::error::Result;
 use crate::methods::Update;
 use crate::methods::lora::Lora;

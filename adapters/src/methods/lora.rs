@@ -13,6 +13,7 @@ use std::ops::Range;
 
 use burn::module::{Module, Param, ParamId};
 use burn::tensor::{Int, Tensor, backend::Backend};
+use model::llama::EMBED_TOKENS;
 use model::ops::{MatmulBackend, matmul};
 use model::weight::BaseWeight;
 use serde::{Deserialize, Serialize};
@@ -23,7 +24,7 @@ use super::{
     share_problem,
 };
 use crate::base::{AdaptedBackend, BaseLinear};
-use crate::config::{EMBED_TOKENS, Layer, Pattern, number};
+use crate::config::{Layer, Pattern, number};
 use crate::linear::{Dropout, DropoutBackend, dropped};
 pub use init::LoraInit;
 pub use linear::{LoraBackend, lora_linear, reference};
