@@ -97,20 +97,17 @@ impl Shape {
     /// Counts a whole step on micro batches of rows of these lengths.
     fn count(&self, batches: &[&[usize]]) -> Counts {
         let device = WgpuDevice::default();
-        let mut lm = Some(self.language_model(&device));
         let mut optimizer = AdamW::new(&Recipe::default().train);
-        count(&device, || {
-            let model = lm.take().expect("it is put back");
-            let mut output = TrainStep::step(&model, self.window(batches));
-            let norm = clip_gradients::<B, _>(&mut output.grads, &model, 1.0);
-            assert!(output.item.loss.is_finite() && norm > 0.0);
-            lm = Some(Optimizer::<CausalLm<B>, B>::step(
-                &mut optimizer,
-                1e-4,
-                model,
-                output.grads,
-            ));
-        })
+        count(
+            &device,
+            || self.language_model(&device),
+            |model| {
+                let mut output = TrainStep::step(&model, self.window(batches));
+                let norm = clip_gradients::<B, _>(&mut output.grads, &model, 1.0);
+                assert!(output.item.loss.is_finite() && norm > 0.0);
+                Optimizer::<CausalLm<B>, B>::step(&mut optimizer, 1e-4, model, output.grads)
+            },
+        )
     }
 
     fn window(&self, batches: &[&[usize]]) -> Window {
@@ -192,10 +189,11 @@ fn weights_take_half_of_the_device_in_16_bits() {
     let checkpoint = base.checkpoint().expect("its weights");
     let device = WgpuDevice::default();
     let allocated = |dtype| {
-        let counts = count(&device, || {
+        let load = |_: Option<_>| {
             let model = adapters::load_in::<B>(dtype, &base.config, &checkpoint, None, &device);
-            drop(model.expect("it loads"));
-        });
+            Some(model.expect("it loads"))
+        };
+        let counts = count(&device, || None, load);
         let expected = adapters::base_bytes(&base, None, dtype).expect("a plain model");
         let found = counts.allocated_bytes as u64;
         assert!(

@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use burn::backend::Autodiff;
 use burn::backend::wgpu::{WgpuDevice, WgpuRuntime};
+use burn::prelude::Backend;
 use burn_cubecl::CubeBackend;
 use burn_fusion::Fusion;
 use cubecl::bytes::Bytes;
@@ -62,25 +63,33 @@ static COUNTS: Mutex<Counts> = Mutex::new(Counts {
     allocated_bytes: 0,
     peak_bytes: 0,
 });
-/// One count at a time.
+/// One test at a time.
 static ALONE: Mutex<()> = Mutex::new(());
 
 fn counts() -> MutexGuard<'static, Counts> {
     COUNTS.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// What passes while `run` runs for the second time: the first one compiles and tunes kernels.
-pub fn count(device: &WgpuDevice, mut run: impl FnMut()) -> Counts {
+/// What passes while `run` runs for the second time, on what it returned of what was prepared: the
+/// first one compiles and tunes kernels. All of it alone, as what other tests prepare would count.
+pub fn count<T>(
+    device: &WgpuDevice,
+    prepare: impl FnOnce() -> T,
+    mut run: impl FnMut(T) -> T,
+) -> Counts {
     let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
-    let mut run = || {
-        run();
-        let sync = Counted::client(device).sync();
-        cubecl::future::block_on(sync).expect("the device answers");
+    let mut run = |state| {
+        let state = run(state);
+        B::sync(device).expect("the device answers");
+        state
     };
-    run();
+    let state = run(prepare());
     *counts() = Counts::default();
-    run();
-    *counts()
+    let state = run(state);
+    let counted = *counts();
+    drop(state);
+    B::sync(device).expect("the device answers");
+    counted
 }
 
 /// The wgpu runtime, counted.
