@@ -16,6 +16,7 @@ use burn::module::AutodiffModule;
 use burn::tensor::backend::Backend;
 use burn::tensor::ops::FloatTensor;
 use burn::tensor::{DType, Tensor, TensorPrimitive};
+use serde::{Deserialize, Serialize};
 
 use crate::PackedWeight;
 
@@ -27,7 +28,7 @@ pub fn matmul<B: QuantBackend>(x: Tensor<B, 2>, weight: &PackedWeight<B>) -> Ten
 }
 
 /// Which way round the weight `[out, in]` stands.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum Side {
     /// `x` `[n, in]` times `Wᵀ` is `[n, out]`.
     Transposed,

@@ -2,7 +2,8 @@
 //! move between host and device.
 //!
 //! The table of the README:
-//! `cargo test --workspace --features trainer/wgpu --test cost -- --ignored --nocapture`
+//! `CUBECL_AUTOTUNE_LEVEL=minimal cargo test --workspace --features trainer/wgpu --test cost table -- --ignored
+//! --nocapture`
 
 #![cfg(feature = "wgpu")]
 
@@ -11,7 +12,7 @@ mod counted;
 use std::path::Path;
 
 use adapters::methods::lora::LoraSettings;
-use adapters::{AdaptedLlama, AdapterConfig, BaseLinear, Selection, attach};
+use adapters::{AdaptedLinear, AdapterConfig, BaseLinear, Selection, attach};
 use burn::backend::wgpu::WgpuDevice;
 use burn::optim::Optimizer;
 use burn::tensor::DType;
@@ -19,6 +20,7 @@ use burn::train::TrainStep;
 use counted::{B, Counts, count};
 use model::config::LlamaConfig;
 use model::folder::ModelFolder;
+use model::load::{LinearSource, build, fresh};
 use quant::{Format, PackedWeight, QuantLinear, Scheme, quantize};
 use serde_json::json;
 use train::batch::{MicroBatch, Window};
@@ -81,10 +83,11 @@ impl Shape {
     }
 
     fn language_model(&self, device: &WgpuDevice) -> CausalLm<B> {
-        let mut model = adapters::init(&self.config(), 1, device);
-        if self.nf4 {
-            pack(&mut model, device);
-        }
+        let config = self.config();
+        let mut model = match self.nf4 {
+            true => build(&config, device, fresh(&config, 1), packed).expect("fresh weights"),
+            false => adapters::init(&config, 1, device),
+        };
         attach(&mut model, &self.adapter(), 1, device).expect("it fits");
         CausalLm {
             model,
@@ -130,21 +133,19 @@ impl Shape {
     }
 }
 
-/// Puts the decoder's linear layers into NF4.
-fn pack(model: &mut AdaptedLlama<B>, device: &WgpuDevice) {
-    for (_, layer) in model.projections_mut() {
-        let BaseLinear::Dense(linear) = &layer.base else {
-            continue;
-        };
-        let (shape, values) = (linear.weight.val().dims(), linear.weight.val().into_data());
-        let values = values.to_vec::<f32>().expect("it is f32");
-        let weight = quantize(&values, shape, Scheme::new(Format::Nf4, 64, false));
-        layer.base = BaseLinear::Quantized(QuantLinear {
-            weight: PackedWeight::new(weight.expect("finite weights"), device),
-            bias: None,
-            dtype: DType::F32,
-        });
-    }
+/// A linear layer in NF4 that never was dense on the device.
+fn packed(mut source: LinearSource<B>) -> model::error::Result<AdaptedLinear<B>> {
+    let weight = quantize(
+        &source.weight()?,
+        source.shape,
+        Scheme::new(Format::Nf4, 64, false),
+    );
+    let base = BaseLinear::Quantized(QuantLinear {
+        weight: PackedWeight::new(weight.expect("finite weights"), source.device),
+        bias: source.bias()?,
+        dtype: source.dtype,
+    });
+    Ok(AdaptedLinear { base, update: None })
 }
 
 /// Token ids, where they stand (a cosine and a sine for each pair of a head's elements), what is

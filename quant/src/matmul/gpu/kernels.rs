@@ -2,12 +2,23 @@
 
 use cubecl::prelude::*;
 
-use crate::{NESTED_BLOCK_SIZE, Precision};
+use crate::{NESTED_BLOCK_SIZE, Precision, Side};
 
 /// Codes of a word.
 pub(super) const CODES: usize = 8;
 /// Threads that share a row in [`one_row`].
 pub(super) const ROW_UNITS: usize = 64;
+/// Rows and columns of a product that a cube makes in [`tiled`].
+pub(super) const TILE: usize = 64;
+/// How far into rows and columns it goes at a time: both tiles together are the 16 KiB of shared
+/// memory that every device has, and each unit decodes one word.
+const DEPTH: usize = 32;
+/// Threads that share a tile.
+pub(super) const TILE_UNITS: usize = TILE * DEPTH / CODES;
+/// Rows, and columns, of a thread.
+const UNIT_TILE: usize = TILE / UNIT_COLUMNS;
+/// Threads side by side in a tile; there are as many below each other.
+const UNIT_COLUMNS: usize = TILE_UNITS.isqrt();
 
 /// A 4-bit weight, see [`crate::PackedWeight`]. A word's codes lie in one block: blocks are whole
 /// numbers of words.
@@ -67,6 +78,49 @@ impl Weight {
         let code = (bits >> shift) & 15u32;
         round(self.code_book[code as usize] * absmax, self.precision)
     }
+
+    /// Decodes `[DEPTH, TILE]` of a product's right side, from `start` deep and `left` on, a word a
+    /// unit; beyond its edges there are zeros.
+    fn tile(
+        &self,
+        tile: &mut SharedMemory<f32>,
+        start: usize,
+        left: usize,
+        depth: usize,
+        columns: usize,
+        #[comptime] side: Side,
+    ) {
+        let unit = UNIT_POS as usize;
+        // A word goes down a column of `Wᵀ`, and along a row of `W`.
+        let (down, across, next, width) = match comptime!(side) {
+            Side::Transposed => (unit / TILE * CODES, unit % TILE, TILE.runtime(), depth),
+            Side::Plain => {
+                let words = comptime!(TILE / CODES);
+                (
+                    unit / words,
+                    unit % words * CODES,
+                    1usize.runtime(),
+                    columns,
+                )
+            }
+        };
+        let deep = start + down;
+        let column = left + across;
+        let first = match comptime!(side) {
+            Side::Transposed => column * width + deep,
+            Side::Plain => deep * width + column,
+        };
+        let mut bits = 0u32;
+        let mut absmax = 0.0f32;
+        if deep < depth && column < columns {
+            bits = self.codes[first / CODES];
+            absmax = self.absmax(first / CODES);
+        }
+        #[unroll]
+        for i in 0..CODES {
+            tile[down * TILE + across + i * next] = self.value(bits, absmax, i);
+        }
+    }
 }
 
 /// Decodes a word a unit, from word `first` on: `values` are those of some rows of the dense weight.
@@ -121,6 +175,83 @@ pub(super) fn one_row<F: Float>(
         let total = sum_of_units(sum);
         if UNIT_POS == 0 {
             y[row] = F::cast_from(total);
+        }
+    }
+}
+
+/// `x` `[n, depth]` times the weight, see [`Side`], is `y` `[n, columns]`: a cube makes a tile of it,
+/// decodes the tiles of the weight as it comes to them and writes none. Rows of the weight are whole
+/// words. Products and sums are f32.
+#[cube(launch)]
+pub(super) fn tiled<F: Float>(
+    x: &Array<F>,
+    weight: &Weight,
+    y: &mut Array<F>,
+    depth: u32,
+    columns: u32,
+    #[comptime] side: Side,
+    #[define(F)] _dtype: StorageType,
+) {
+    let depth = depth as usize;
+    let columns = columns as usize;
+    let n = x.len() / depth;
+    let left = CUBE_POS_X as usize * TILE;
+    let top = CUBE_POS_Y as usize * TILE;
+    let unit = UNIT_POS as usize;
+    let unit_column = unit % UNIT_COLUMNS;
+    let unit_row = unit / UNIT_COLUMNS * UNIT_TILE;
+    let mut x_tile = SharedMemory::<f32>::new(TILE * DEPTH); // [row, depth]
+    let mut weight_tile = SharedMemory::<f32>::new(DEPTH * TILE); // [depth, column]
+    let mut sums = Array::<f32>::new(comptime!(UNIT_TILE * UNIT_TILE));
+    #[unroll]
+    for i in 0..comptime!(UNIT_TILE * UNIT_TILE) {
+        sums[i] = 0.0f32;
+    }
+
+    let mut start = 0usize;
+    while start < depth {
+        #[unroll]
+        for i in 0..comptime!(TILE * DEPTH / TILE_UNITS) {
+            let at = unit + i * TILE_UNITS;
+            let row = top + at / DEPTH;
+            let deep = start + at % DEPTH;
+            let mut value = 0.0f32;
+            if row < n && deep < depth {
+                value = f32::cast_from(x[row * depth + deep]);
+            }
+            x_tile[at] = value;
+        }
+        weight.tile(&mut weight_tile, start, left, depth, columns, side);
+        sync_cube();
+        for deep in 0..DEPTH {
+            let mut across = Array::<f32>::new(UNIT_TILE);
+            #[unroll]
+            for column in 0..UNIT_TILE {
+                // Neighbours read what lies side by side.
+                across[column] = weight_tile[deep * TILE + column * UNIT_COLUMNS + unit_column];
+            }
+            #[unroll]
+            for row in 0..UNIT_TILE {
+                let down = x_tile[(unit_row + row) * DEPTH + deep];
+                #[unroll]
+                for column in 0..UNIT_TILE {
+                    sums[row * UNIT_TILE + column] += down * across[column];
+                }
+            }
+        }
+        sync_cube();
+        start += DEPTH;
+    }
+
+    #[unroll]
+    for row in 0..UNIT_TILE {
+        #[unroll]
+        for column in 0..UNIT_TILE {
+            let at_row = top + unit_row + row;
+            let at_column = left + column * UNIT_COLUMNS + unit_column;
+            if at_row < n && at_column < columns {
+                y[at_row * columns + at_column] = F::cast_from(sums[row * UNIT_TILE + column]);
+            }
         }
     }
 }
@@ -205,7 +336,7 @@ mod tests {
         compiled.expect("CubeCL knows how").source
     }
 
-    /// Every kind of weight, by both kernels, in every type of the other tensors.
+    /// Every kind of weight, by all kernels, in every type of the other tensors.
     fn sources() -> Vec<(String, String)> {
         let client = WgpuRuntime::client(&WgpuDevice::Cpu);
         let mut all = Vec::new();
@@ -237,6 +368,22 @@ mod tests {
                         dtype.into(),
                     );
                     all.push((format!("dequantize, {case}"), source(kernel)));
+                    for side in [Side::Transposed, Side::Plain] {
+                        let kernel = tiled::Tiled::<WgpuRuntime>::new(
+                            settings
+                                .clone()
+                                .cube_dim(CubeDim::new_1d(TILE_UNITS as u32)),
+                            client.clone(),
+                            array(),
+                            weight(),
+                            array(),
+                            (),
+                            (),
+                            side,
+                            dtype.into(),
+                        );
+                        all.push((format!("tiled, {side:?}, {case}"), source(kernel)));
+                    }
                     let kernel = one_row::OneRow::<WgpuRuntime>::new(
                         settings,
                         client.clone(),
