@@ -56,11 +56,12 @@ pub(crate) fn put<B: AdaptedBackend>(
     };
     let parts: Vec<_> = parts.iter().map(in_model).collect::<Result<_>>()?;
     if method.changes_layers() {
-        open(model, |name| layers.iter().any(|layer| layer.name == name));
+        open(model, |name| layers.iter().any(|layer| layer.name == name))?;
         let shared = share(parts, device);
         let mut layers = layers.into_iter().peekable();
         for (name, linear) in model.projections_mut() {
             if let Some(layer) = layers.next_if(|layer| layer.name == name) {
+                check_whole(linear.base.is_split(), &name)?;
                 linear.update = update(linear, method, &layer, &shared, start, device)?;
             }
         }
@@ -75,13 +76,26 @@ pub(crate) fn put<B: AdaptedBackend>(
 
 /// Gives a model the layers that only an update tells from what it has: embeddings as a linear layer,
 /// and an output layer that is not the embeddings any more. All share their weights.
-pub(crate) fn open<B: Backend>(model: &mut AdaptedLlama<B>, adapts: impl Fn(&str) -> bool) {
+pub(crate) fn open<B: Backend>(
+    model: &mut AdaptedLlama<B>,
+    adapts: impl Fn(&str) -> bool,
+) -> Result<()> {
     if adapts(EMBED_TOKENS) {
+        check_whole(model.embed_tokens.is_split(), EMBED_TOKENS)?;
         let table = model.embed_tokens.val().transpose(); // [d, v]
         model.adapted_embeddings = Some(layer_of(BaseWeight::Frozen(table)));
     }
     if model.config.tie_word_embeddings && adapts(LM_HEAD) {
         untie(model);
+    }
+    Ok(())
+}
+
+/// Refuses to adapt or train a module whose weight is in parts.
+pub(crate) fn check_whole(is_split: bool, name: &str) -> Result<()> {
+    match is_split {
+        true => Err(Error::Split { name: name.into() }),
+        false => Ok(()),
     }
 }
 
@@ -152,8 +166,8 @@ pub(crate) fn unfreeze<B: Backend>(
     model: &mut AdaptedLlama<B>,
     chosen: impl Fn(&str) -> bool,
 ) -> Result<()> {
-    unfreeze_weight(&mut model.embed_tokens, EMBED_TOKENS, "weight", &chosen);
-    unfreeze_weight(&mut model.norm.weight, "model.norm", "weight", &chosen);
+    unfreeze_weight(&mut model.embed_tokens, EMBED_TOKENS, "weight", &chosen)?;
+    unfreeze_weight(&mut model.norm.weight, "model.norm", "weight", &chosen)?;
     for (index, layer) in model.layers.iter_mut().enumerate() {
         let at = |name: &str| format!("model.layers.{index}.{name}");
         let (before, after) = (
@@ -165,21 +179,21 @@ pub(crate) fn unfreeze<B: Backend>(
             &at("input_layernorm"),
             "weight",
             &chosen,
-        );
+        )?;
         unfreeze_weight(
             &mut after.weight,
             &at("post_attention_layernorm"),
             "weight",
             &chosen,
-        );
+        )?;
     }
     let mut problems = Vec::new();
     for (name, linear) in model.projections_mut() {
         match &mut linear.base {
             BaseLinear::Dense(base) => {
-                unfreeze_weight(&mut base.weight, &name, "weight", &chosen);
+                unfreeze_weight(&mut base.weight, &name, "weight", &chosen)?;
                 if let Some(bias) = &mut base.bias {
-                    unfreeze_weight(bias, &name, "bias", &chosen);
+                    unfreeze_weight(bias, &name, "bias", &chosen)?;
                 }
             }
             BaseLinear::Quantized(_) => {
@@ -203,9 +217,66 @@ fn unfreeze_weight<B: Backend, const D: usize>(
     module: &str,
     part: &str,
     chosen: &impl Fn(&str) -> bool,
-) {
+) -> Result<()> {
     let name = format!("{module}.{part}");
     if chosen(&name) {
+        check_whole(weight.is_split(), module)?;
         *weight = weight.clone().trained(&name);
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use burn::backend::Flex;
+    use model::config::LlamaConfig;
+    use model::load::{Parts, fresh};
+    use serde_json::json;
+
+    use super::*;
+    use crate::base::dense;
+    use crate::methods::lora::LoraSettings;
+    use crate::{Selection, Targets};
+
+    /// A model whose embeddings and output layer are in parts.
+    fn split() -> AdaptedLlama<Flex> {
+        let json = json!({
+            "model_type": "llama", "vocab_size": 96, "hidden_size": 16, "intermediate_size": 32,
+            "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2,
+        });
+        let config = LlamaConfig::from_json(&json).unwrap();
+        let device = Default::default();
+        let parts = Parts::new(&config, &device, fresh(&config, 1), dense).within(4 * 32 * 16);
+        parts.llama().unwrap()
+    }
+
+    #[test]
+    fn what_is_in_parts_is_neither_adapted_nor_trained() {
+        let attach = |targets: &[&str], whole: &[&str]| {
+            let names = |names: &[&str]| names.iter().map(|name| name.to_string()).collect();
+            let config = AdapterConfig {
+                selection: Selection {
+                    target_modules: Targets::Names(names(targets)),
+                    modules_to_save: names(whole),
+                    ..Selection::default()
+                },
+                method: LoraSettings::default().into(),
+            };
+            super::attach(&mut split(), &config, 1, &Default::default())
+        };
+        attach(&["q_proj", "down_proj"], &[]).unwrap();
+        for (targets, whole, name) in [
+            ("embed_tokens", &[][..], EMBED_TOKENS),
+            ("lm_head", &[], LM_HEAD),
+            ("q_proj", &["lm_head"], LM_HEAD),
+            ("q_proj", &["embed_tokens"], EMBED_TOKENS),
+        ] {
+            let error = attach(&[targets], whole).unwrap_err();
+            assert!(
+                matches!(&error, Error::Split { name: found } if found == name),
+                "{error}"
+            );
+        }
+        assert!(matches!(train_all(&mut split()), Err(Error::Split { .. })));
     }
 }

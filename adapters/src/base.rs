@@ -7,7 +7,7 @@ use model::config::LlamaConfig;
 use model::folder::ModelFolder;
 use model::linear::{Linear, Projection};
 use model::load::{LinearSource, Parts, build, fresh, is_redundant};
-use model::ops::{MatmulBackend, ModelBackend, weight_matmul};
+use model::ops::{MatmulBackend, ModelBackend};
 use model::weight::BaseWeight;
 use quant::bitsandbytes::{self, Stored};
 use quant::{PackedWeight, QuantBackend, QuantLinear, Quantized, Scheme, quantize};
@@ -81,6 +81,19 @@ impl<B: Backend> BaseLinear<B> {
         }
     }
 
+    /// Some rows of the weight, `[n, in]` in f32.
+    pub fn select(&self, ids: Tensor<B, 1, Int>) -> Tensor<B, 2> {
+        match self {
+            Self::Dense(linear) => linear.weight.select(ids),
+            Self::Quantized(linear) => linear.weight.dequantize().select(0, ids),
+        }
+    }
+
+    /// Whether the weight is in parts, see [`BaseWeight::Split`].
+    pub fn is_split(&self) -> bool {
+        matches!(self, Self::Dense(linear) if linear.weight.is_split())
+    }
+
     /// The bias `[out]`, if there is one.
     pub fn bias(&self) -> Option<Tensor<B, 1>> {
         match self {
@@ -114,7 +127,7 @@ impl<B: QuantBackend + MatmulBackend> BaseLinear<B> {
     /// The gradient `[n, in]` of the input from that of the output, `dy` `[n, out]`: `dy W`.
     pub fn input_gradient(&self, dy: Tensor<B, 2>) -> Tensor<B, 2> {
         match self {
-            Self::Dense(linear) => weight_matmul(dy, linear.weight.val()),
+            Self::Dense(linear) => linear.weight.input_gradient(dy),
             Self::Quantized(linear) => linear.input_gradient(dy),
         }
     }
@@ -131,7 +144,7 @@ impl<B: QuantBackend + MatmulBackend> BaseLinear<B> {
 /// in order among the parts of a 4-bit weight, or in another format than that of `scheme`;
 /// [`Error::Quantization`] if the checkpoint is quantised in a way that is not supported;
 /// [`Error::Weight`] if a weight cannot be quantised.
-pub fn load<B: Backend>(
+pub fn load<B: MatmulBackend>(
     config: &LlamaConfig,
     checkpoint: &Checkpoint,
     scheme: Option<Scheme>,
@@ -145,7 +158,7 @@ pub fn load<B: Backend>(
 ///
 /// # Errors
 /// Those of [`load`].
-pub fn load_in<B: Backend>(
+pub fn load_in<B: MatmulBackend>(
     dtype: DType,
     config: &LlamaConfig,
     checkpoint: &Checkpoint,
@@ -325,7 +338,11 @@ pub(crate) fn dense<B: Backend>(source: LinearSource<B>) -> Result<AdaptedLinear
 }
 
 /// Makes a base model with fresh weights, see [`fresh`]; it is dense.
-pub fn init<B: Backend>(config: &LlamaConfig, seed: u64, device: &B::Device) -> AdaptedLlama<B> {
+pub fn init<B: MatmulBackend>(
+    config: &LlamaConfig,
+    seed: u64,
+    device: &B::Device,
+) -> AdaptedLlama<B> {
     let model = build(config, device, fresh(config, seed), dense);
     model.expect("fresh values cannot fail")
 }
@@ -351,34 +368,6 @@ pub fn base_bytes(base: &ModelFolder, scheme: Option<Scheme>, dtype: DType) -> R
     let dense = ends.saturating_mul(size) + rest.saturating_mul(DType::F32.size() as u64);
     let linear = scheme.map_or(all.saturating_mul(size), |scheme| scheme.bytes(all));
     Ok(dense.saturating_add(linear))
-}
-
-/// The largest tensor of a base model in memory, by its name in the checkpoint, and its bytes.
-///
-/// # Errors
-/// As [`base_bytes`].
-pub fn largest_tensor(
-    base: &ModelFolder,
-    scheme: Option<Scheme>,
-    dtype: DType,
-) -> Result<(String, u64)> {
-    let scheme = stored_scheme(base, scheme)?;
-    let linear = base.config.projections();
-    let is_linear = |name: &str| {
-        let name = name.strip_suffix(".weight").unwrap_or(name);
-        linear.iter().any(|(linear, ..)| name.ends_with(linear))
-    };
-    let bytes = |name: &str, shape: &[usize]| {
-        let len: u64 = shape.iter().map(|&n| n as u64).product();
-        match scheme {
-            Some(_) if is_linear(name) => len / 2, // the codes
-            _ => len * dtype.size() as u64,
-        }
-    };
-    let tensors = base.config.tensors().into_iter();
-    let sized = tensors.map(|(name, shape)| (bytes(&name, &shape), name));
-    let (bytes, name) = sized.max().unwrap_or_default();
-    Ok((name, bytes))
 }
 
 /// What a checkpoint is quantised by, else what it is to be.
@@ -411,25 +400,8 @@ pub fn scheme<B: Backend>(model: &AdaptedLlama<B>) -> Option<Scheme> {
 mod tests {
     use std::path::Path;
 
-    use quant::Format;
-
     use super::*;
 
-    #[test]
-    fn the_largest_tensor_is_one_that_stays_dense() {
-        let folder =
-            Path::new(env!("CARGO_MANIFEST_DIR")).join("../model/tests/fixtures/models/gqa");
-        let mut base = ModelFolder::open(&folder).unwrap();
-        (base.config.vocab_size, base.config.hidden_size) = (1000, 8);
-        base.config.intermediate_size = 2000;
-        let (name, bytes) = largest_tensor(&base, None, DType::F32).unwrap();
-        assert!(name.contains(".mlp."), "{name}");
-        assert_eq!(bytes, 4 * 2000 * 8);
-        let nf4 = Some(Scheme::new(Format::Nf4, 64, false));
-        let (name, bytes) = largest_tensor(&base, nf4, DType::F16).unwrap();
-        assert!([EMBEDDINGS, HEAD].contains(&name.as_str()), "{name}");
-        assert_eq!(bytes, 2 * 1000 * 8);
-    }
     #[test]
     fn weights_take_half_in_16_bits() {
         let folder =

@@ -108,10 +108,11 @@ pub fn combine<B: AdaptedBackend>(
     if model.config.tie_word_embeddings && adapters.touch_embeddings() {
         attach::untie(&mut model);
     }
-    attach::open(&mut model, |name| adapters.adapt(name));
+    attach::open(&mut model, |name| adapters.adapt(name))?;
     for (name, linear) in model.projections_mut() {
         linear.update = adapters.update(&name, device)?;
         if let Some(update) = &mut linear.update {
+            attach::check_whole(linear.base.is_split(), &name)?;
             update.settle(&linear.base);
         }
     }

@@ -57,6 +57,15 @@ pub enum Error {
         /// Why.
         source: quant::Error,
     },
+    /// A weight in parts would have to be one tensor.
+    #[error(
+        "{name} is larger than a tensor of this device can be: it can be used, in parts, but not \
+         adapted or trained"
+    )]
+    Split {
+        /// The module.
+        name: String,
+    },
     /// The model is in fewer bits already.
     #[error("{} is quantised already", path.display())]
     Quantized {

@@ -21,8 +21,7 @@ mod quantize;
 
 pub use attach::{AdaptedLlama, attach, draw, train_all};
 pub use base::{
-    AdaptedBackend, BaseLinear, TrainBackend, base_bytes, check, init, largest_tensor, load,
-    load_in, scheme,
+    AdaptedBackend, BaseLinear, TrainBackend, base_bytes, check, init, load, load_in, scheme,
 };
 pub use combine::{Combination, Weighted, check_fit, combine};
 pub use config::{AdapterConfig, Layer, MAX_RANK, OneOrMany, Pattern, Selection, Targets};

@@ -6,7 +6,7 @@ use std::collections::HashMap;
 use std::ops::Range;
 use std::path::Path;
 
-use burn::tensor::backend::Backend;
+use burn::tensor::{Tensor, backend::Backend};
 use model::checkpoint::{Checkpoint, NamedTensor, write_file, write_safetensors};
 use model::config::LlamaConfig;
 use model::llama::{EMBED_TOKENS, LM_HEAD};
@@ -448,12 +448,13 @@ fn base_copies(file: &Checkpoint, parts: &[Part], model: &LlamaConfig) -> Vec<Pa
 /// Some rows of the embeddings or of the output layer of a model.
 fn rows_of<B: Backend>(model: &AdaptedLlama<B>, name: &str, rows: Range<usize>) -> Vec<f32> {
     let head = model.lm_head.as_ref().filter(|_| name == HEAD);
-    let weight = match head {
-        Some(head) => head.base.weight(),
-        None => model.embed_tokens.val(),
+    let device = model.norm.weight.val().device();
+    let rows = Tensor::arange(rows.start as i64..rows.end as i64, &device);
+    let values = match head {
+        Some(head) => head.base.select(rows),
+        None => model.embed_tokens.select(rows),
     };
-    let rows = weight.narrow(0, rows.start, rows.len()).into_data();
-    rows.convert::<f32>().into_vec().expect("converted to f32")
+    values.into_data().into_vec().expect("they are f32")
 }
 
 /// The settings in PEFT's spelling, keys sorted. Keys that came late to PEFT and hold their

@@ -3,7 +3,7 @@
 use burn::module::{Module, ModuleDisplay};
 use burn::tensor::{DType, Int, Tensor, backend::Backend};
 
-use crate::ops::{MatmulBackend, weight_matmul};
+use crate::ops::MatmulBackend;
 use crate::weight::BaseWeight;
 
 /// A linear layer of the decoder, adapted or not.
@@ -26,7 +26,7 @@ pub struct Linear<B: Backend> {
 
 impl<B: MatmulBackend> Projection<B> for Linear<B> {
     fn forward(&self, x: Tensor<B, 2>) -> Tensor<B, 2> {
-        let y = weight_matmul(x, self.weight.val().transpose()); // [n, out]
+        let y = self.weight.product(x); // [n, out]
         match &self.bias {
             Some(bias) => y + bias.val().unsqueeze(),
             None => y,
@@ -48,6 +48,10 @@ impl<B: Backend> Linear<B> {
     pub fn shape(&self) -> [usize; 2] {
         match &self.weight {
             BaseWeight::Frozen(tensor) => tensor.dims(),
+            BaseWeight::Split(parts) => {
+                let rows = parts.iter().map(|part| part.dims()[0]).sum();
+                [rows, parts.first().map_or(0, |part| part.dims()[1])]
+            }
             BaseWeight::Trained(param) => param.dims(),
         }
     }

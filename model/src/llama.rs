@@ -9,7 +9,7 @@
 use std::marker::PhantomData;
 
 use burn::module::Module;
-use burn::tensor::{DType, Int, Tensor, TensorData, backend::Backend};
+use burn::tensor::{Int, Tensor, TensorData, backend::Backend};
 
 use crate::config::LlamaConfig;
 use crate::kv_cache::{KvCache, LayerCache};
@@ -155,7 +155,7 @@ impl<B: ModelBackend, P: Projection<B>> Llama<B, P> {
     fn embed(&self, ids: Tensor<B, 1, Int>) -> Tensor<B, 2> {
         match &self.adapted_embeddings {
             Some(embeddings) => embeddings.embed(ids),
-            None => self.embed_tokens.val().select(0, ids).cast(DType::F32),
+            None => self.embed_tokens.select(ids),
         }
     }
 
@@ -163,7 +163,7 @@ impl<B: ModelBackend, P: Projection<B>> Llama<B, P> {
     pub fn logits(&self, hidden: Tensor<B, 2>) -> Tensor<B, 2> {
         match &self.lm_head {
             Some(lm_head) => lm_head.forward(hidden),
-            None => ops::weight_matmul(hidden, self.embed_tokens.val().transpose()),
+            None => self.embed_tokens.product(hidden),
         }
     }
 }

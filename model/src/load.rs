@@ -11,13 +11,14 @@ use crate::config::LlamaConfig;
 use crate::error::{Error, Result};
 use crate::linear::Linear;
 use crate::llama::{DecoderLayer, LM_HEAD, Llama, Mlp, RmsNorm, SelfAttention};
+use crate::ops::MatmulBackend;
 use crate::weight::BaseWeight;
 
 /// Reads the model that `config` describes, tensor by tensor.
 ///
 /// # Errors
 /// [`Error::Tensors`] with everything that is missing, unexpected or of another shape.
-pub fn load<B: Backend>(
+pub fn load<B: MatmulBackend>(
     config: &LlamaConfig,
     checkpoint: &Checkpoint,
     device: &B::Device,
@@ -32,7 +33,7 @@ pub fn load<B: Backend>(
 ///
 /// # Errors
 /// Those of `values` and `make`.
-pub fn build<B: Backend, P, E: From<Error>>(
+pub fn build<B: MatmulBackend, P, E: From<Error>>(
     config: &LlamaConfig,
     device: &B::Device,
     values: impl FnMut(&str, &[usize]) -> Result<Vec<f32>>,
@@ -68,6 +69,8 @@ pub struct LinearSource<'a, B: Backend> {
     pub device: &'a B::Device,
     /// What its weight is multiplied in.
     pub dtype: DType,
+    /// Most bytes of a tensor.
+    largest: Option<u64>,
     has_bias: bool,
     values: &'a mut Values<'a>,
 }
@@ -102,9 +105,9 @@ impl<B: Backend> LinearSource<'_, B> {
     /// # Errors
     /// As [`LinearSource::weight`].
     pub fn linear(mut self) -> Result<Linear<B>> {
-        let weight = TensorData::new(self.weight()?, self.shape);
+        let options = (self.device, self.dtype);
         Ok(Linear {
-            weight: BaseWeight::Frozen(Tensor::from_data(weight, (self.device, self.dtype))),
+            weight: BaseWeight::from_data(self.weight()?, self.shape, self.largest, options),
             bias: self.bias()?.map(BaseWeight::Frozen),
         })
     }
@@ -141,13 +144,15 @@ pub struct Parts<'a, B: Backend, V, M> {
     config: &'a LlamaConfig,
     device: &'a B::Device,
     dtype: DType,
+    /// Most bytes of a tensor.
+    largest: Option<u64>,
     /// Values of a tensor, by name and shape.
     values: V,
     /// What a linear layer becomes.
     make: M,
 }
 
-impl<'a, B: Backend, V, M, P, E> Parts<'a, B, V, M>
+impl<'a, B: MatmulBackend, V, M, P, E> Parts<'a, B, V, M>
 where
     V: FnMut(&str, &[usize]) -> Result<Vec<f32>>,
     M: FnMut(LinearSource<B>) -> std::result::Result<P, E>,
@@ -159,6 +164,7 @@ where
             config,
             device,
             dtype: DType::F32,
+            largest: B::largest_tensor(device),
             values,
             make,
         }
@@ -169,16 +175,29 @@ where
         Self { dtype, ..self }
     }
 
+    /// The same with matrices in parts that have no more than `largest` bytes, as on a device that takes
+    /// no more.
+    pub fn within(self, largest: u64) -> Self {
+        let largest = Some(largest);
+        Self { largest, ..self }
+    }
+
     fn weight<const D: usize>(
         &mut self,
         name: &str,
         shape: [usize; D],
     ) -> Result<BaseWeight<B, D>> {
         let values = (self.values)(name, &shape)?;
-        let data = TensorData::new(values, shape);
-        let dtype = if D == 1 { DType::F32 } else { self.dtype };
-        let options = (self.device, dtype);
-        Ok(BaseWeight::Frozen(Tensor::from_data(data, options)))
+        let (dtype, most) = match D {
+            1 => (DType::F32, None),
+            _ => (self.dtype, self.largest),
+        };
+        Ok(BaseWeight::from_data(
+            values,
+            shape,
+            most,
+            (self.device, dtype),
+        ))
     }
 
     fn norm(&mut self, name: &str) -> Result<RmsNorm<B>> {
@@ -199,6 +218,7 @@ where
             shape,
             device: self.device,
             dtype: self.dtype,
+            largest: self.largest,
             has_bias,
             values: &mut self.values,
         })

@@ -8,6 +8,7 @@ use model::config::LlamaConfig;
 use model::kv_cache::KvCache;
 use model::linear::Linear;
 use model::llama::Llama;
+use model::load::{LinearSource, Parts};
 use model::rope::Rope;
 use model::segments::Segments;
 use safetensors::SafeTensors;
@@ -98,6 +99,33 @@ fn a_cache_changes_nothing() {
                 assert!(off < 2e-5, "{} from {start}: {off}", folder.display());
             }
         }
+    }
+}
+
+/// As on a device that takes no large tensors: embeddings, the output layer and matrices in parts,
+/// some of them smaller than others.
+#[test]
+fn weights_in_parts_change_nothing() {
+    let device = Default::default();
+    for name in ["gqa", "tied_llama3"] {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR"))
+            .join("tests/fixtures/models")
+            .join(name);
+        let config = LlamaConfig::from_file(&folder.join("config.json")).unwrap();
+        let checkpoint = Checkpoint::open_folder(&folder).unwrap();
+        let values = |name: &str, _: &[usize]| checkpoint.read(name);
+        let linear = |source: LinearSource<B>| source.linear();
+        let row = 4 * config.hidden_size as u64;
+        let parts = Parts::new(&config, &device, values, linear).within(7 * row + 3);
+        let split: Llama<B, Linear<B>> = parts.llama().unwrap();
+        assert!(split.embed_tokens.is_split() && split.layers[0].mlp.up_proj.weight.is_split());
+
+        let (ids, [b, s], expected) = expected(&folder);
+        let ids = Tensor::<B, 1, Int>::from_data(TensorData::new(ids, [b * s]), &device);
+        let rope = Rope::new(&config, Segments::new(vec![s; b]), &device);
+        let hidden = split.forward(ids, &rope, None);
+        let off = max_off(split.logits(hidden), expected);
+        assert!(off < 2e-5, "{name}: {off}");
     }
 }
 

@@ -5,10 +5,10 @@ use std::time::{Duration, Instant};
 
 use adapters::TrainBackend;
 use adapters::{AdaptedLlama, AdapterConfig, peft};
-use burn::tensor::backend::Backend;
 use model::chat::ChatTemplate;
 use model::config::LlamaConfig;
 use model::folder::ModelFolder;
+use model::ops::MatmulBackend;
 use sha2::{Digest, Sha256};
 
 use crate::batch::{EvalBatches, Windows};
@@ -119,7 +119,7 @@ fn loss_scale(recipe: &Recipe) -> Option<LossScale> {
 }
 
 /// Loads the base model of a recipe.
-pub fn load_base<B: Backend>(
+pub fn load_base<B: MatmulBackend>(
     recipe: &Recipe,
     base: &ModelFolder,
     device: &B::Device,

@@ -138,10 +138,9 @@ impl PromptSettings {
         let words = words.iter().cycle().take(self.num_virtual_tokens);
         let words: Vec<i64> = words.map(|id| i64::from(*id)).collect();
         assert_eq!(words.len(), self.num_virtual_tokens, "the text has tokens");
-        let table = model.embed_tokens.val();
         let words = TensorData::new(words, [self.num_virtual_tokens]);
-        let words = Tensor::<B, 1, Int>::from_data(words, &table.device());
-        let data = table.select(0, words).into_data().convert::<f32>();
+        let words = Tensor::<B, 1, Int>::from_data(words, &model.norm.weight.val().device());
+        let data = model.embed_tokens.select(words).into_data();
         data.into_vec().expect("converted to f32")
     }
 

@@ -322,6 +322,10 @@ fn adapter_advice(error: &adapters::Error) -> &'static str {
         E::OtherFormat { .. } => {
             "leave --quant (quantization.format) out, or give the original model"
         }
+        E::Split { .. } => {
+            "leave it out of adapter.target_modules and modules_to_save, keep the linear layers in 4 \
+             bits (--quant nf4), or use --device cpu"
+        }
         E::Quantized { .. } => "give the original model",
         E::Combine { .. } => {
             "give one --adapter alone and without a weight, or only LoRA adapters; --combine cat takes \

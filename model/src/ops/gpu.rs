@@ -17,6 +17,9 @@ impl<R: CubeRuntime, F: FloatElement, I: IntElement, BT: BoolElement> CrossEntro
 impl<R: CubeRuntime, F: FloatElement, I: IntElement, BT: BoolElement> MatmulBackend
     for CubeBackend<R, F, I, BT>
 {
+    fn largest_tensor(device: &R::Device) -> Option<u64> {
+        Some(R::client(device).properties().memory.max_page_size)
+    }
 }
 impl<R: CubeRuntime, F: FloatElement, I: IntElement, BT: BoolElement> RmsNormBackend
     for CubeBackend<R, F, I, BT>
@@ -36,7 +39,11 @@ impl<R: CubeRuntime, F: FloatElement, I: IntElement, BT: BoolElement> UpdateBack
 }
 
 impl<B: FusionBackend> CrossEntropyBackend for Fusion<B> {}
-impl<B: FusionBackend> MatmulBackend for Fusion<B> {
+impl<B: FusionBackend + MatmulBackend> MatmulBackend for Fusion<B> {
+    fn largest_tensor(device: &B::Device) -> Option<u64> {
+        B::largest_tensor(device)
+    }
+
     /// Through a flat shape: fusion ends at a reshape to fewer dimensions.
     fn product(a: FloatTensor<Self>, b: FloatTensor<Self>) -> FloatTensor<Self> {
         let y = Self::float_matmul(a, b);

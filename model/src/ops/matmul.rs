@@ -47,6 +47,11 @@ pub trait MatmulBackend: Backend {
         Self::float_matmul(a, b)
     }
 
+    /// The most bytes of a tensor that the device takes, where that is less than its memory.
+    fn largest_tensor(_device: &Self::Device) -> Option<u64> {
+        None
+    }
+
     /// Runs what consists of many small products.
     fn together<T: Send>(run: impl FnOnce() -> T + Send) -> T {
         run()
@@ -245,6 +250,10 @@ impl<B: MatmulBackend> Backward<B, 2> for ProductBackward {
 }
 
 impl<B: MatmulBackend, C: CheckpointStrategy> MatmulBackend for Autodiff<B, C> {
+    fn largest_tensor(device: &B::Device) -> Option<u64> {
+        B::largest_tensor(device)
+    }
+
     fn together<T: Send>(run: impl FnOnce() -> T + Send) -> T {
         B::together(run)
     }

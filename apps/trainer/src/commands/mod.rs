@@ -23,8 +23,7 @@ use ::train::run_folder::{RECIPE_FILE, check_empty};
 use ::train::session;
 use ::train::trained::Trained;
 use adapters::{
-    AdaptedBackend, AdaptedLlama, Combination, Weighted, base_bytes, check_fit, combine,
-    largest_tensor, peft,
+    AdaptedBackend, AdaptedLlama, Combination, Weighted, base_bytes, check_fit, combine, peft,
 };
 use anyhow::Result;
 use burn::tensor::{DType, backend::Backend};
@@ -294,7 +293,6 @@ impl Adapted {
             return Err(Advised::usage(message, help).into());
         }
         check_memory(base_bytes(&base, scheme, DType::F32)?, device)?;
-        check_tensors(largest_tensor(&base, scheme, DType::F32)?, device)?;
         Ok(Self {
             base,
             adapters: Vec::new(),
@@ -360,7 +358,7 @@ impl Adapted {
     }
 
     /// Loads the model alone.
-    pub fn load_base<B: Backend>(&self, device: &B::Device) -> Result<AdaptedLlama<B>> {
+    pub fn load_base<B: AdaptedBackend>(&self, device: &B::Device) -> Result<AdaptedLlama<B>> {
         let start = Instant::now();
         let checkpoint = self.base.checkpoint()?;
         let model = adapters::load(&self.base.config, &checkpoint, self.scheme, device)?;
@@ -458,58 +456,7 @@ fn check_memory(needed: u64, device: &Device) -> Result<()> {
     Err(Advised::failed(message, help).into())
 }
 
-/// Refuses a tensor, given by name and bytes, that is larger than a buffer of the device can be.
-fn check_tensors(largest: (String, u64), device: &Device) -> Result<()> {
-    check_tensor(largest, device.tensor_bytes())
-}
-
-fn check_tensor((name, bytes): (String, u64), most: Option<u64>) -> Result<()> {
-    let Some(most) = most.filter(|most| *most < bytes) else {
-        return Ok(());
-    };
-    let message = format!(
-        "{name} takes {:.2} GiB, and this device takes tensors of up to {:.2} GiB",
-        gib(bytes),
-        gib(most)
-    );
-    let help = match name.contains("proj") {
-        true => "keep the linear layers in 4 bits (--quant nf4), or use --device cpu",
-        false => "use --device cpu, or a model with a smaller vocabulary",
-    };
-    Err(Advised::failed(message, help).into())
-}
-
 /// In the unit that memory is told in.
 pub fn gib(bytes: u64) -> f64 {
     bytes as f64 / (1u64 << 30) as f64
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::failure::Failure;
-
-    #[test]
-    fn a_tensor_that_no_buffer_holds_is_refused() {
-        let embeddings = || ("model.embed_tokens.weight".to_owned(), 2 << 30);
-        assert!(check_tensor(embeddings(), None).is_ok());
-        assert!(check_tensor(embeddings(), Some(2 << 30)).is_ok());
-        let told = |largest| {
-            format!(
-                "{:?}",
-                Failure::from(check_tensor(largest, Some(1 << 30)).unwrap_err())
-            )
-        };
-        let text = told(embeddings());
-        assert!(
-            text.contains("model.embed_tokens.weight takes 2.00 GiB"),
-            "{text}"
-        );
-        assert!(
-            text.contains("up to 1.00 GiB") && text.contains("smaller vocabulary"),
-            "{text}"
-        );
-        let text = told(("model.layers.0.mlp.up_proj.weight".into(), 2 << 30));
-        assert!(text.contains("--quant nf4"), "{text}");
-    }
 }

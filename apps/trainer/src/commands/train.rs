@@ -17,7 +17,7 @@ use ::train::run_folder::{RECIPE_FILE, check_empty};
 use ::train::schedule::Schedule;
 use ::train::session::{self, Rows};
 use ::train::trained::Trained;
-use adapters::{TrainBackend, base_bytes, largest_tensor};
+use adapters::{TrainBackend, base_bytes};
 use anyhow::Result;
 use model::folder::ModelFolder;
 use model::hub::Files;
@@ -28,9 +28,7 @@ use end::Finished;
 pub use end::{Left, Unfinished};
 pub use rows::{ReadRows, problems_of, read_rows};
 
-use super::{
-    check_init_from, check_memory, check_tensors, loaded, open_model, other_base, settings, trained,
-};
+use super::{check_init_from, check_memory, loaded, open_model, other_base, settings, trained};
 use crate::cli::{RecipeArgs, TrainArgs};
 use crate::device::{Device, Job};
 use crate::encoder;
@@ -218,8 +216,7 @@ fn or_unpacked(recipe: &Recipe) -> &'static str {
     }
 }
 
-/// Refuses what cannot be trained in the memory of a device: weights, gradients and moments, and a
-/// tensor that is too large for it.
+/// Refuses what cannot be trained in the memory of a device: weights, gradients and moments.
 pub fn check_training_memory(
     recipe: &Recipe,
     trained: &Trained,
@@ -237,10 +234,7 @@ pub fn check_training_memory(
         Trained::Full => trained_bytes.saturating_mul(3), // gradient and moments
         Trained::Adapter(_) => trained_bytes.saturating_mul(4),
     };
-    check_memory(weights.saturating_add(beside), device)?;
-    let scheme = recipe.quantization.scheme();
-    let scheme = scheme.filter(|_| recipe.model.init == ModelInit::Pretrained);
-    check_tensors(largest_tensor(base, scheme, dtype)?, device)
+    check_memory(weights.saturating_add(beside), device)
 }
 
 struct TrainJob {

@@ -70,13 +70,6 @@ fn kind(device: &WgpuDevice) -> &'static str {
     }
 }
 
-/// The largest tensor of an adapter: a shader sees no more of a buffer.
-pub fn tensor_bytes(device: &WgpuDevice) -> Option<u64> {
-    let mut all = adapters().into_iter();
-    let (_, adapter) = all.find(|(known, _)| known == device)?;
-    Some(adapter.limits().max_storage_buffer_binding_size)
-}
-
 /// A device in use.
 pub fn listed(device: &WgpuDevice) -> Listed {
     let index = adapters().iter().position(|(known, _)| known == device);

@@ -117,15 +117,6 @@ impl Device {
         }
     }
 
-    /// The largest tensor that this device takes, where that is less than its memory.
-    pub fn tensor_bytes(&self) -> Option<u64> {
-        match self {
-            #[cfg(any(feature = "wgpu", feature = "vulkan", feature = "metal"))]
-            Self::Graphics(device) => graphics::tensor_bytes(device),
-            _ => None,
-        }
-    }
-
     /// Settles `train.compute_dtype` by what this device offers; what `auto` comes to is said if it
     /// is not f32.
     ///
